@@ -1,0 +1,263 @@
+"""What the services say to each other, as plain frozen values.
+
+Protobuf stops at each service's edge (`dspark.rpc.codec` translates); engines, scheduler and tests know only these.
+Positions: `committed_len` N counts prompt and emitted tokens, the anchor included. The anchor sits at position N - 1,
+K/V and features exist for positions 0 … N - 2, and the k-th draft token (k = 1 … block size) is for position N - 1 + k.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from dspark.errors import DSparkError
+
+
+class Mode(enum.Enum):
+    """How the target's distribution becomes tokens."""
+
+    COUPLED = "coupled"
+    REJECTION = "rejection"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling settings with every default filled in.
+
+    The target's processed distribution is: logits / temperature, then top_k, then top_p over what is left
+    (renormalised), then min_p relative to the most likely token, then renormalised. Ties keep the lower token id.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    mode: Mode = Mode.COUPLED
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every choice is the most likely token; the mode then makes no difference."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token and its natural-log probability under the processed target distribution."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The chosen token and the most likely alternatives, most likely first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SparseDistribution:
+    """Everything a drafter could have proposed at one position; probabilities sum to 1."""
+
+    token_ids: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What a worker is doing now; see `dspark.v1.WorkerLoad`."""
+
+    running: int = 0
+    waiting: int = 0
+    tokens_in_flight: int = 0
+    free_pages: int = 0
+    total_pages: int = 0
+    step_seconds: float = 0.0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A served target: what must agree before a drafter or another verifier may serve its sequences."""
+
+    name: str
+    architecture: str
+    model_fingerprint: str
+    numerics_fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_context: int
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    has_chat_template: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterInfo:
+    """A served drafter: its tap, the target it belongs to, and its shapes."""
+
+    name: str
+    architecture: str
+    fingerprint: str
+    tap_id: str
+    model_fingerprint: str
+    vocab_size: int
+    draft_vocab_size: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TapInfo:
+    """A drafter's projection of target hidden states: RMSNorm(W_c [H^(l_1); …; H^(l_m)]) (DSpark §2.2)."""
+
+    tap_id: str
+    layer_ids: tuple[int, ...]
+    target_hidden_size: int
+    feature_size: int
+    norm_eps: float
+    target_vocab_size: int
+    model_fingerprint: str = ""
+    normalize_inputs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceKey:
+    """A sequence on a worker; the epoch grows whenever it moves or starts over."""
+
+    sequence_id: str
+    epoch: int
+
+
+# ---------------------------------------------------------------- router ⇄ verifier
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSequence:
+    """Reserve pages for max_len tokens and take the committed ids so far."""
+
+    key: SequenceKey
+    token_ids: tuple[int, ...]
+    sampling: Sampling
+    max_len: int
+    features: bool = True
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Answer to OpenSequence: computed_len positions came from the prefix cache."""
+
+    key: SequenceKey
+    computed_len: int = 0
+    error: DSparkError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepItem:
+    """Compute `count` committed positions, then the drafts; a token is chosen once the anchor is reached."""
+
+    key: SequenceKey
+    committed_len: int
+    count: int
+    draft_tokens: tuple[int, ...] = ()
+    draft_distributions: tuple[SparseDistribution, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one StepItem came to: accepted drafts, then the next anchor; token is None inside the prompt."""
+
+    key: SequenceKey
+    committed_len: int
+    computed_len: int = 0
+    accepted: int = 0
+    token: int | None = None
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    error: DSparkError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Verdicts of one step, in the order of its items, and where its time went."""
+
+    verdicts: tuple[Verdict, ...]
+    forward_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    total_seconds: float = 0.0
+    queue_seconds: float = 0.0
+
+
+# ---------------------------------------------------------------- router ⇄ draft
+
+
+@dataclass(frozen=True, slots=True)
+class AttachSequence:
+    """Draft for this sequence; its features come from verifier_address."""
+
+    key: SequenceKey
+    verifier_address: str
+    sampling: Sampling
+    max_len: int
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """Answer to AttachSequence."""
+
+    key: SequenceKey
+    error: DSparkError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProposeItem:
+    """Draft at most max_tokens after the anchor at position committed_len - 1."""
+
+    key: SequenceKey
+    committed_len: int
+    anchor: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One drafted block: the k-th token is for position committed_len - 1 + k.
+
+    `confidences[k-1]` is c_k, the probability that token k survives given that all before it did (DSpark §3.1).
+    """
+
+    key: SequenceKey
+    committed_len: int
+    tokens: tuple[int, ...] = ()
+    confidences: tuple[float, ...] = ()
+    distributions: tuple[SparseDistribution, ...] = ()
+    error: DSparkError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProposeResult:
+    """Proposals of one batch, in the order of its items, and where its time went."""
+
+    proposals: tuple[Proposal, ...]
+    forward_seconds: float = 0.0
+    total_seconds: float = 0.0
+    feature_wait_seconds: float = 0.0
+    queue_seconds: float = 0.0
+
+
+# ---------------------------------------------------------------- verifier ⇄ draft
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureBlock:
+    """Features of positions start … start + count - 1: bfloat16 little-endian bytes, shape (count, feature_size)."""
+
+    key: SequenceKey
+    start: int
+    count: int
+    data: bytes = field(repr=False, default=b"")
+    error: DSparkError | None = None
