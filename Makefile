@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= gemma-3-270m
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test check model proto format compose-test overhead clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+# Two stamps: what a user runs needs less than what a developer runs.
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[worker,embedded,convert]"
+	@touch $@
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -e ".[worker,embedded,convert,train,dev]"
+	@touch $@
+
+model: $(VENV)/.run  ## download and prepare Gemma 3 270M (once; Gemma terms)
+	$(BIN)/dspark models pull $(MODEL)
+
+demo: model  ## serve a real model in four processes and watch it speculate
+	$(BIN)/dspark demo
+
+test: $(VENV)/.dev model  ## every test
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.dev  ## lint, format, types, generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## rewrite to the project's format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+proto: $(VENV)/.dev  ## regenerate dspark/v1 from proto/
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --grpc_python_out=. --mypy_out=quiet:. proto/dspark/v1/*.proto
+
+overhead: $(VENV)/.run model  ## where a round's time goes, at 1 and 8 streams
+	$(BIN)/python -m benchmarks.overhead
+
+compose-test: $(VENV)/.run model  ## the docker-compose cluster, two workers in each pool, from the host
+	bash deploy/test_compose.sh
+
+clean:  ## remove what make made (the model cache stays)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
