@@ -54,7 +54,9 @@ def test_no_module_imports_past_its_layer(package: str) -> None:
     assert not broken
 
 
-@pytest.mark.parametrize("module", ["services.router.service", "services.router.__main__", "dspark.client", "dspark.cli"])
+@pytest.mark.parametrize(
+    "module", ["services.router.service", "services.router.__main__", "dspark.client", "dspark.cli"]
+)
 def test_router_and_client_load_without_torch(module: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; import {module}; print('fine')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

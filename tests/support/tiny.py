@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -29,9 +30,9 @@ def save_tokenizer(directory: Path, vocab: int = VOCAB) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(facts))
 
 
-def save_gemma3(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+def save_gemma3(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random Gemma 3 text model with sliding layers (window 32) and full ones."""
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -52,9 +53,9 @@ def save_gemma3(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.fl
     return _save(transformers.Gemma3ForCausalLM, config, directory, seed, dtype)
 
 
-def save_qwen3(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+def save_qwen3(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random dense Qwen3: grouped queries, q/k norms, separate head unless `tie_word_embeddings`."""
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 160,
@@ -73,7 +74,7 @@ def save_qwen3(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.flo
     return _save(transformers.Qwen3ForCausalLM, config, directory, seed, dtype)
 
 
-def _save(kind: type, config: object, directory: Path, seed: int, dtype: torch.dtype) -> Path:
+def _save(kind: Any, config: Any, directory: Path, seed: int, dtype: torch.dtype) -> Path:
     torch.manual_seed(seed)
     model = kind(config).to(dtype)
     with torch.no_grad():
@@ -81,5 +82,5 @@ def _save(kind: type, config: object, directory: Path, seed: int, dtype: torch.d
             if "norm" in name:  # random norms, so that a forgotten one shows
                 weight.add_(torch.randn_like(weight) * 0.1)
     model.save_pretrained(directory)
-    save_tokenizer(directory, config.vocab_size)  # type: ignore[attr-defined]
+    save_tokenizer(directory, config.vocab_size)
     return directory
