@@ -1,0 +1,1 @@
+"""gRPC as every service uses it: translation, server, channel, sessions and pieces. Knows no service's logic."""
