@@ -1,0 +1,121 @@
+"""Where a model's tensors come from: safetensors files of a Hugging Face directory, checked by name and shape.
+
+A `TensorSource` gives tensors under their Hugging Face names; `dspark.models.gguf` offers the same over a GGUF file.
+Nothing here unpickles anything.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dspark.errors import ModelFileError
+from dspark.models.config import read_json
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+class TensorSource(Protocol):
+    """Tensors by Hugging Face name."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def names(self) -> list[str]:
+        """Every tensor's name, sorted."""
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous copy on the CPU; ModelFileError where the tensor is missing or of another shape."""
+
+
+class SafetensorsSource:
+    """The tensors of one safetensors file or of the shards that an index names; a context manager."""
+
+    def __init__(self, directory: Path, *, prefixes: tuple[str, ...] = ("",)) -> None:
+        self._directory = directory
+        self._prefixes = prefixes
+        self._stack = ExitStack()
+        self._files: dict[str, tuple[Path, Any]] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            for path, names in _files_of(self._directory).items():
+                self._open(path, names)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def _open(self, path: Path, names: list[str] | None) -> None:
+        try:
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError as error:
+            raise ModelFileError(f"{path}: no such file") from error
+        except (SafetensorError, OSError) as error:
+            raise ModelFileError(f"{path}: not a readable safetensors file: {error}") from error
+        present = set(file.keys())
+        for name in present if names is None else names:
+            if name not in present:
+                raise ModelFileError(f"{path}: tensor {name} is missing, though {INDEX_FILE} names this file for it")
+            self._files[name] = (path, file)
+
+    def _stored_name(self, name: str) -> str | None:
+        candidates = (prefix + name for prefix in self._prefixes)
+        return next((candidate for candidate in candidates if candidate in self._files), None)
+
+    def __contains__(self, name: str) -> bool:
+        return self._stored_name(name) is not None
+
+    def names(self) -> list[str]:
+        """Every stored tensor's name, sorted."""
+        return sorted(self._files)
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor as `dtype`, contiguous, on the CPU."""
+        stored = self._stored_name(name)
+        if stored is None:
+            raise ModelFileError(f"{self._directory}: tensor {name} is missing")
+        path, file = self._files[stored]
+        try:
+            tensor: torch.Tensor = file.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise ModelFileError(f"{path}: tensor {stored} is not readable: {error}") from error
+        check_tensor(tensor.shape, shape, f"{path}: tensor {stored}")
+        if not tensor.is_floating_point():
+            raise ModelFileError(f"{path}: tensor {stored} holds {tensor.dtype}, not floating-point numbers")
+        return tensor.to(dtype).contiguous()
+
+
+def check_tensor(found: tuple[int, ...], expected: tuple[int, ...], what: str) -> None:
+    """ModelFileError where a tensor's shape is not the config's."""
+    if tuple(found) != tuple(expected):
+        raise ModelFileError(f"{what} has shape {tuple(found)}; the config says {tuple(expected)}")
+
+
+def _files_of(directory: Path) -> dict[Path, list[str] | None]:
+    """Weight files and the tensors to take from each (None: all of them)."""
+    index = directory / INDEX_FILE
+    if not index.exists():
+        return {directory / SINGLE_FILE: None}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ModelFileError(f"{index}: weight_map must map tensor names to file names")
+    files: dict[Path, list[str] | None] = {}
+    for name, file in weight_map.items():
+        if Path(file).name != file:
+            raise ModelFileError(f"{index}: {file!r} is not a plain file name")
+        names = files.setdefault(directory / file, [])
+        assert names is not None
+        names.append(name)
+    return files
