@@ -39,12 +39,12 @@ def _(message: types_pb2.ItemError) -> DSparkError:
 
 def encode_error(error: DSparkError | None) -> types_pb2.ItemError | None:
     """What to put into an `error` field."""
-    return None if error is None else encode(error)  # type: ignore[no-any-return]
+    return None if error is None else encode(error)
 
 
 def decode_error(message: Any) -> DSparkError | None:
     """The error of a message with an `error` field (`Verdict`, `VerifierReply`, …), None where it has none."""
-    return decode(message.error) if message.HasField("error") else None  # type: ignore[no-any-return]
+    return decode(message.error) if message.HasField("error") else None
 
 
 def key_of(message: Any) -> SequenceKey:

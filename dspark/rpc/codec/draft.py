@@ -73,9 +73,7 @@ def _(message: pb.AttachSequences) -> tuple[m.AttachSequence, ...]:
 
 @encode.register
 def _(message: m.Attached) -> pb.Attached:
-    return pb.Attached(
-        sequence_id=message.key.sequence_id, epoch=message.key.epoch, error=encode_error(message.error)
-    )
+    return pb.Attached(sequence_id=message.key.sequence_id, epoch=message.key.epoch, error=encode_error(message.error))
 
 
 @decode.register
@@ -125,9 +123,7 @@ def _(message: m.Proposal) -> pb.Proposal:
 @decode.register
 def _(message: pb.Proposal) -> m.Proposal:
     if message.confidences and len(message.confidences) != len(message.tokens):
-        raise InvalidRequest(
-            f"a proposal has {len(message.tokens)} tokens but {len(message.confidences)} confidences"
-        )
+        raise InvalidRequest(f"a proposal has {len(message.tokens)} tokens but {len(message.confidences)} confidences")
     return m.Proposal(
         key=key_of(message),
         committed_len=message.committed_len,
