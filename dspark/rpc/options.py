@@ -4,6 +4,7 @@ from __future__ import annotations
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 REQUEST_ID = "x-request-id"  # metadata: the id that log lines of all services share
+API_KEY = "x-api-key"  # metadata: whose rate a request counts against
 RETRY_AFTER = "retry-after-ms"  # trailing metadata of RESOURCE_EXHAUSTED
 
 Options = list[tuple[str, int]]
