@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Child", "spawn"]
+__all__ = ["Child", "read_json_lines", "spawn"]
 
 # Runs in the child before the program replaces it: asks the kernel to kill it with its parent (PR_SET_PDEATHSIG = 1),
 # then makes sure that the parent did not die in between. Survives the exec; done here because a preexec function is
@@ -52,7 +54,7 @@ class Child:
         with contextlib.suppress(OSError), self.log_path.open("rb") as log:
             log.seek(max(0, self.log_path.stat().st_size - 8192))
             lines = log.read().decode(errors="replace").strip().splitlines()
-            return lines[-1].strip() if lines else ""
+            return _readable(lines[-1].strip()) if lines else ""
         return ""
 
     def send(self, number: int) -> None:
@@ -75,6 +77,31 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         return status if status is not None else await self.process.wait()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects among a log's complete lines; empty if it is not there yet."""
+    if not path.exists():
+        return []
+    text = path.read_bytes().decode(errors="replace")
+    lines = (line for line in text.splitlines(keepends=True) if line.startswith("{") and line.endswith("\n"))
+    return [value for line in lines if isinstance(value := _loads(line), dict)]
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _readable(line: str) -> str:
+    """Of a JSON log line, what happened; any other line as it is."""
+    value = _loads(line)
+    if not isinstance(value, dict) or "event" not in value:
+        return line
+    trouble = str(value.get("exception") or value.get("error") or "").strip().splitlines()
+    return ": ".join([str(value["event"]), *trouble[-1:]])
 
 
 async def spawn(
