@@ -36,9 +36,8 @@ class TensorSource(Protocol):
 class SafetensorsSource:
     """The tensors of one safetensors file or of the shards that an index names; a context manager."""
 
-    def __init__(self, directory: Path, *, prefixes: tuple[str, ...] = ("",)) -> None:
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._prefixes = prefixes
         self._stack = ExitStack()
         self._files: dict[str, tuple[Path, Any]] = {}
 
@@ -71,8 +70,7 @@ class SafetensorsSource:
             self._files[name] = (path, file)
 
     def _stored_name(self, name: str) -> str | None:
-        candidates = (prefix + name for prefix in self._prefixes)
-        return next((candidate for candidate in candidates if candidate in self._files), None)
+        return next((stored for stored in _aliases(name) if stored in self._files), None)
 
     def __contains__(self, name: str) -> bool:
         return self._stored_name(name) is not None
@@ -82,7 +80,11 @@ class SafetensorsSource:
         return sorted(self._files)
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """The tensor as `dtype`, contiguous, on the CPU."""
+        """The tensor as `dtype`, contiguous, on the CPU.
+
+        Where the file has that dtype already, the tensor stays mapped from it: the system loads the parts that are
+        used, shares them between processes and may drop them again.
+        """
         stored = self._stored_name(name)
         if stored is None:
             raise ModelFileError(f"{self._directory}: tensor {name} is missing")
@@ -95,6 +97,17 @@ class SafetensorsSource:
         if not tensor.is_floating_point():
             raise ModelFileError(f"{path}: tensor {stored} holds {tensor.dtype}, not floating-point numbers")
         return tensor.to(dtype).contiguous()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a Hugging Face directory's weights, sorted."""
+    return sorted(_files_of(directory))
+
+
+def _aliases(name: str) -> tuple[str, ...]:
+    """Names under which checkpoints store a tensor: text models, and the text part of image-and-text ones."""
+    inner = name.removeprefix("model.")
+    return name, f"language_model.{name}", f"model.language_model.{inner}"
 
 
 def check_tensor(found: tuple[int, ...], expected: tuple[int, ...], what: str) -> None:

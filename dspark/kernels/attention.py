@@ -1,0 +1,207 @@
+"""Attention of a flattened ragged batch over paged keys and values, and the plan that its layers share.
+
+A plan is made once per batch and layer group. It cuts every sequence's rows into tiles of at most `TILE_ROWS` query
+rows (a token has one query row per head of its key/value group) and puts tiles of like shape into one bucket: one
+product per bucket, whatever the number of sequences.
+
+A row's bits do not depend on the batch because every shape that the reduction order depends on is fixed: keys are
+taken in blocks of `KEY_BLOCK` aligned to the sequence's start, the last one filled up with masked keys, and tiles have
+at least `MIN_ROWS` and at most `TILE_ROWS` query rows. Measured with torch 2.13: with keys padded to 64 or 256 some
+bf16 rows differ; with fewer than 8 query rows, or more than 191, some float32 rows do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+
+KEY_BLOCK = 512
+TILE_ROWS = 128
+MIN_ROWS = 8
+NULL_PAGE = 0
+"""A page that belongs to nobody; what is read from it is always masked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows first_row … first_row + count - 1 of a batch: one sequence's positions start … start + count - 1.
+
+    `pages[i]` holds the keys and values of positions i · page_size …
+    """
+
+    first_row: int
+    start: int
+    count: int
+    pages: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Tiles that go through one product: `tiles` of `width` tokens each over `length` keys.
+
+    `rows` (tiles · width,) are the batch rows of the tiles, None where they are all rows in order; a short tile repeats
+    its last row. `valid` picks the tiles' own rows among them and `target` says which batch rows they are.
+    `pages` has the key pages of every tile, or of one where `shared`. `mask` (tiles, 1, width · group, length) is added
+    to the scores.
+    """
+
+    tiles: int
+    width: int
+    length: int
+    shared: bool
+    rows: torch.Tensor | None
+    valid: torch.Tensor
+    target: torch.Tensor
+    pages: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What all layers of one group share in one step: where to write keys and values, and what to read.
+
+    `slots` (rows,) are page · page_size + offset of each row's own key and value.
+    """
+
+    slots: torch.Tensor
+    buckets: tuple[Bucket, ...]
+    page_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    first_row: int
+    start: int
+    count: int
+    first_key: int
+    length: int
+    pages: Sequence[int]
+    owner: int
+
+
+def plan_attention(
+    spans: Sequence[Span], *, page_size: int, window: int | None, group: int, dtype: torch.dtype, device: torch.device
+) -> AttentionPlan:
+    """Plan for spans that cover a batch's rows in order; `group` query heads share a key/value head.
+
+    With a `window` W, position p sees p - W + 1 … p, else all of 0 … p.
+    """
+    slots = [
+        span.pages[position // page_size] * page_size + position % page_size
+        for span in spans
+        for position in range(span.start, span.start + span.count)
+    ]
+    shapes: dict[tuple[int, ...], list[_Tile]] = {}
+    for owner, span in enumerate(spans):
+        for tile in _tiles(span, owner, window, group):
+            shapes.setdefault(_shape(tile, span, group), []).append(tile)
+    buckets = [_bucket(tiles, page_size, window, group, dtype, device) for tiles in shapes.values()]
+    if len(buckets) == 1 and buckets[0].rows is not None and buckets[0].rows.tolist() == list(range(len(slots))):
+        buckets = [replace(buckets[0], rows=None)]
+    return AttentionPlan(torch.tensor(slots, device=device), tuple(buckets), page_size)
+
+
+def _tiles(span: Span, owner: int, window: int | None, group: int) -> Iterable[_Tile]:
+    step = max(1, TILE_ROWS // group)
+    for offset in range(0, span.count, step):
+        start, count = span.start + offset, min(step, span.count - offset)
+        first_key = 0 if window is None else max(0, start - window + 1) // KEY_BLOCK * KEY_BLOCK
+        length = -(-(start + count - first_key) // KEY_BLOCK) * KEY_BLOCK
+        yield _Tile(span.first_row + offset, start, count, first_key, length, span.pages, owner)
+
+
+def _shape(tile: _Tile, span: Span, group: int) -> tuple[int, ...]:
+    """Tiles of equal shape go together: of any sequences if they are short, of one if it has several tiles."""
+    least = -(-MIN_ROWS // group)
+    width = max(least, 1 << (tile.count - 1).bit_length())
+    if span.count > max(1, TILE_ROWS // group):
+        return tile.length, width, tile.first_key, tile.owner
+    return tile.length, width
+
+
+def _bucket(
+    tiles: list[_Tile], page_size: int, window: int | None, group: int, dtype: torch.dtype, device: torch.device
+) -> Bucket:
+    first = tiles[0]
+    width = max(-(-MIN_ROWS // group), *(tile.count for tile in tiles))
+    shared = len(tiles) > 1 and all((t.owner, t.first_key) == (first.owner, first.first_key) for t in tiles)
+    rows = [t.first_row + min(i, t.count - 1) for t in tiles for i in range(width)]
+    kept = [n * width + i for n, t in enumerate(tiles) for i in range(t.count)]
+    pages = [page for tile in tiles[: 1 if shared else None] for page in _key_pages(tile, page_size)]
+    return Bucket(
+        tiles=len(tiles),
+        width=width,
+        length=first.length,
+        shared=shared,
+        rows=torch.tensor(rows, device=device),
+        valid=torch.tensor(kept, device=device),
+        target=torch.tensor([rows[i] for i in kept], device=device),
+        pages=torch.tensor(pages, device=device),
+        mask=_mask(tiles, width, window, group, dtype, device),
+    )
+
+
+def _key_pages(tile: _Tile, page_size: int) -> list[int]:
+    first, count = tile.first_key // page_size, tile.length // page_size
+    pages = list(tile.pages[first : first + count])
+    return pages + [NULL_PAGE] * (count - len(pages))
+
+
+def _mask(
+    tiles: list[_Tile], width: int, window: int | None, group: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """0 where a row sees a key, -inf elsewhere: (tiles, 1, width · group, length)."""
+    position = torch.tensor([[t.start + min(i, t.count - 1) - t.first_key for i in range(width)] for t in tiles])
+    position = position.to(device)[:, :, None]
+    key = torch.arange(tiles[0].length, device=device)
+    hidden = key > position
+    if window is not None:
+        hidden |= key <= position - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+    return mask[:, None].repeat_interleave(group, 2)
+
+
+def paged_attention(q: torch.Tensor, storage: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:
+    """softmax(scale · q kᵀ + mask) v for every row of a batch.
+
+    `q` (rows, heads, D); `storage` (2 · kv_heads, pages, page_size · D), keys before values, of q's dtype. Query head
+    h reads key/value head h // (heads / kv_heads). Returns (rows, heads · D), contiguous.
+    """
+    heads = q.shape[1]
+    if len(plan.buckets) == 1:
+        bucket = plan.buckets[0]
+        result = _attend(q, storage, bucket, plan.page_size, scale)
+        return result if bucket.rows is None else result.index_select(0, bucket.valid)
+    result = torch.empty(q.shape[0], heads * q.shape[2], dtype=q.dtype, device=q.device)
+    for bucket in plan.buckets:
+        rows = _attend(q, storage, bucket, plan.page_size, scale)
+        result.index_copy_(0, bucket.target, rows.index_select(0, bucket.valid))
+    return result
+
+
+def _attend(q: torch.Tensor, storage: torch.Tensor, bucket: Bucket, page_size: int, scale: float) -> torch.Tensor:
+    """Attention of one bucket: (tiles · width, heads · D)."""
+    heads, dim = q.shape[1], q.shape[2]
+    kv_heads = storage.shape[0] // 2
+    rows = q if bucket.rows is None else q.index_select(0, bucket.rows)
+    folded = rows.reshape(bucket.tiles, bucket.width, kv_heads, heads // kv_heads, dim).transpose(1, 2)
+    folded = folded.reshape(bucket.tiles, kv_heads, -1, dim)
+    keys_values = storage.index_select(1, bucket.pages).view(2, kv_heads, -1, bucket.length, dim).transpose(1, 2)
+    if bucket.shared:
+        keys_values = keys_values.expand(-1, bucket.tiles, -1, -1, -1)
+    result = functional.scaled_dot_product_attention(
+        folded, keys_values[0], keys_values[1], attn_mask=bucket.mask, scale=scale
+    )
+    result = result.reshape(bucket.tiles, kv_heads, bucket.width, heads // kv_heads, dim).transpose(1, 2)
+    return result.reshape(bucket.tiles * bucket.width, heads * dim)
+
+
+def write_rows(storage: torch.Tensor, plan: AttentionPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Put a batch's keys and values, each (rows, kv_heads, D), where the plan says."""
+    kv_heads, dim = keys.shape[1], keys.shape[2]
+    slots = storage.view(storage.shape[0], -1, dim)
+    slots[:kv_heads].index_copy_(1, plan.slots, keys.transpose(0, 1))
+    slots[kv_heads:].index_copy_(1, plan.slots, values.transpose(0, 1))

@@ -1,0 +1,123 @@
+"""Linear layers whose rows keep their bits whatever else is in the batch.
+
+On a CPU the weight is laid out once for oneDNN, which is about twice as fast as laying it out at every call, gives
+the same bits as the plain bf16 linear, and lets the activation run inside the product. Measured: bf16 rows are
+bit-equal for 1 to 700 rows; float32 rows from 2 rows on (one row takes another kernel, so it is padded to two).
+MKL's float32 product, which plain `linear` calls, changes bits with the remainder of the row count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+Activation = str
+"""\"gelu_tanh\" or \"silu\"."""
+
+_PACK_ROWS = 16
+_MIN_ROWS = 2
+_PLAIN_MULTIPLE = 16
+_FUSED: dict[Activation, tuple[str, str]] = {"gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
+_PLAIN: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "silu": functional.silu,
+}
+
+
+class Linear(Protocol):
+    """x (rows, in) ↦ (rows, out), both contiguous and of the weight's dtype."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+def linear(weight: torch.Tensor) -> Linear:
+    """x ↦ x · weightᵀ for a weight (out, in); the weight may be freed afterwards where it was packed."""
+    return PackedLinear(weight) if _packable(weight) else PlainLinear(weight)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> Linear:
+    """x ↦ activation(x · gateᵀ) * (x · upᵀ), the first half of a gated feed-forward layer."""
+    return PackedGated(gate, up, activation) if _packable(gate) else PlainGated(gate, up, activation)
+
+
+class PackedLinear:
+    """A linear layer over a weight in oneDNN's own layout (CPU)."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = _pack(weight)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, in) ↦ (rows, out)."""
+        return _padded(x, lambda rows: _product(rows, self._weight, "none", ""))
+
+
+class PackedGated:
+    """A gated pair of linears over packed weights; activation and product run inside oneDNN."""
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> None:
+        self._gate, self._up = _pack(gate), _pack(up)
+        self._attribute, self._algorithm = _FUSED[activation]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, in) ↦ (rows, out)."""
+        return _padded(x, self._apply)
+
+    def _apply(self, x: torch.Tensor) -> torch.Tensor:
+        active = _product(x, self._gate, self._attribute, self._algorithm)
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, active, self._up, None, "mul")  # noqa: SLF001
+        return result
+
+
+class PlainLinear:
+    """A linear layer by torch's own product; on a CPU, float32 rows are padded to a multiple of 16."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, in) ↦ (rows, out)."""
+        missing = -x.shape[0] % _PLAIN_MULTIPLE if x.device.type == "cpu" else 0
+        if not missing:
+            return functional.linear(x, self._weight)
+        return functional.linear(functional.pad(x, (0, 0, 0, missing)), self._weight)[: x.shape[0]]
+
+
+class PlainGated:
+    """A gated pair of linears by torch's own operators."""
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> None:
+        self._gate, self._up = PlainLinear(gate), PlainLinear(up)
+        self._activation = _PLAIN[activation]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, in) ↦ (rows, out)."""
+        return self._activation(self._gate(x)) * self._up(x)
+
+
+def _packable(weight: torch.Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001  # has no public name
+    return weight.dtype == torch.float32
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)  # noqa: SLF001  # no public name
+    return packed
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, attribute: str, algorithm: str) -> torch.Tensor:
+    operator = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001  # the operator has no public name
+    result: torch.Tensor = operator(x, weight, None, attribute, [], algorithm)
+    return result
+
+
+def _padded(x: torch.Tensor, apply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    rows = x.shape[0]
+    if rows >= _MIN_ROWS or x.dtype != torch.float32:
+        return apply(x)
+    return apply(functional.pad(x, (0, 0, 0, _MIN_ROWS - rows)))[:rows]

@@ -1,0 +1,37 @@
+"""Gemma 3 (text): scaled embedding, sandwich norms, gelu, sliding and full attention layers."""
+
+from __future__ import annotations
+
+import torch
+
+from dspark.kernels import Kernels
+from dspark.models.layers import FeedForward, GroupStep, LayerWeights, SelfAttention
+
+NORM_OFFSET = 1.0
+"""Gemma's RMSNorms multiply by 1 + weight."""
+
+
+def embedding_scale(hidden_size: int, dtype: torch.dtype) -> float:
+    """√d, rounded to the weights' dtype as the model was trained."""
+    return float(torch.tensor(hidden_size**0.5).to(dtype))
+
+
+class Gemma3Layer:
+    """One decoder layer."""
+
+    def __init__(self, weights: LayerWeights, kernels: Kernels) -> None:
+        self._attention = SelfAttention(weights, kernels)
+        self._feed_forward = FeedForward(weights, kernels, "gelu_tanh")
+        self._before_attention = weights.norm("input_layernorm")
+        self._after_attention = weights.norm("post_attention_layernorm")
+        self._before_feed_forward = weights.norm("pre_feedforward_layernorm")
+        self._after_feed_forward = weights.norm("post_feedforward_layernorm")
+        self._eps = weights.config.rms_norm_eps
+        self._rms_norm = kernels.rms_norm
+
+    def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
+        """x (rows, d), the residual stream, ↦ the residual stream after this layer."""
+        attended = self._attention(self._rms_norm(x, self._before_attention, self._eps), step, storage)
+        x = x + self._rms_norm(attended, self._after_attention, self._eps)
+        fed = self._feed_forward(self._rms_norm(x, self._before_feed_forward, self._eps))
+        return x + self._rms_norm(fed, self._after_feed_forward, self._eps)

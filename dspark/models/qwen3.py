@@ -1,0 +1,27 @@
+"""Qwen3 (dense): pre-norm layers, grouped-query attention with query and key norms, silu."""
+
+from __future__ import annotations
+
+import torch
+
+from dspark.kernels import Kernels
+from dspark.models.layers import FeedForward, GroupStep, LayerWeights, SelfAttention
+
+NORM_OFFSET = 0.0
+
+
+class Qwen3Layer:
+    """One decoder layer."""
+
+    def __init__(self, weights: LayerWeights, kernels: Kernels) -> None:
+        self._attention = SelfAttention(weights, kernels)
+        self._feed_forward = FeedForward(weights, kernels, "silu")
+        self._before_attention = weights.norm("input_layernorm")
+        self._before_feed_forward = weights.norm("post_attention_layernorm")
+        self._eps = weights.config.rms_norm_eps
+        self._rms_norm = kernels.rms_norm
+
+    def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
+        """x (rows, d), the residual stream, ↦ the residual stream after this layer."""
+        x = x + self._attention(self._rms_norm(x, self._before_attention, self._eps), step, storage)
+        return x + self._feed_forward(self._rms_norm(x, self._before_feed_forward, self._eps))

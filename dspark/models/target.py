@@ -1,0 +1,172 @@
+"""Target models: loading one from a Hugging Face directory or a GGUF file, and running it over a ragged batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from dspark.errors import ModelFileError
+from dspark.kernels import Kernels
+from dspark.messages import ModelInfo
+from dspark.models import gemma3, qwen3
+from dspark.models.batch import RaggedBatch
+from dspark.models.config import TargetConfig, parse_config, read_config, read_json
+from dspark.models.fingerprint import model_fingerprint, numerics_fingerprint
+from dspark.models.gguf import GgufSource
+from dspark.models.kv_cache import KVCache
+from dspark.models.layers import GroupStep, LayerWeights, RotaryTable
+from dspark.models.weights import SafetensorsSource, TensorSource
+
+EMBEDDING = -1
+"""The layer id that stands for the embedding's output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a forward gives: `hidden` (rows, d) after the final norm, and the captured layers' outputs (rows, d)."""
+
+    hidden: torch.Tensor
+    captured: dict[int, torch.Tensor]
+
+
+class DecoderLayer(Protocol):
+    """One decoder layer: residual stream (rows, d) ↦ residual stream (rows, d)."""
+
+    def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    layer: type[gemma3.Gemma3Layer | qwen3.Qwen3Layer]
+    norm_offset: float
+    scaled_embedding: bool
+
+
+_ARCHITECTURES = {
+    "gemma3": _Architecture(gemma3.Gemma3Layer, gemma3.NORM_OFFSET, scaled_embedding=True),
+    "qwen3": _Architecture(qwen3.Qwen3Layer, qwen3.NORM_OFFSET, scaled_embedding=False),
+}
+
+
+class TargetModel:
+    """A target model, ready to run.
+
+    `embed_weight` and `head_weight` (vocab, d) are the model's own, in its dtype, one tensor where they are tied. On a
+    CPU the head's product uses a packed copy; the plain one stays mapped from the file where the dtypes agree, so
+    that of it only the rows looked up take memory.
+    """
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        info: ModelInfo,
+        source: TensorSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels,
+    ) -> None:
+        architecture = _ARCHITECTURES[config.architecture]
+        self.config, self.info, self.dtype, self.device, self.kernels = config, info, dtype, device, kernels
+        shape = config.vocab_size, config.hidden_size
+        self.embed_weight = source.get("model.embed_tokens.weight", shape, dtype).to(device)
+        tied = config.tie_word_embeddings
+        self.head_weight = self.embed_weight if tied else source.get("lm_head.weight", shape, dtype).to(device)
+        self._head = kernels.linear(self.head_weight)
+        scaled = architecture.scaled_embedding
+        self._embedding_scale = gemma3.embedding_scale(config.hidden_size, dtype) if scaled else None
+        self.layers: list[DecoderLayer] = [
+            architecture.layer(
+                LayerWeights(source, layer, config, dtype, device, offset=architecture.norm_offset), kernels
+            )
+            for layer in range(config.num_layers)
+        ]
+        norm = source.get("model.norm.weight", (config.hidden_size,), torch.float32)
+        self.norm_weight = (norm + architecture.norm_offset).to(device)
+        self._rotary = {kind: RotaryTable(config.rope[kind], config.head_dim, device) for kind in config.layer_types}
+
+    def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (...,) ↦ what the first layer sees (..., d): scaled, where the architecture scales it."""
+        embedded = self.embed_weight[token_ids]
+        return embedded if self._embedding_scale is None else embedded * self._embedding_scale
+
+    @torch.inference_mode()
+    def forward(self, batch: RaggedBatch, cache: KVCache, *, capture: frozenset[int] = frozenset()) -> Forward:
+        """Run all layers over a batch and write its keys and values into the cache.
+
+        Layer id l in `capture` is the output of decoder layer l (0-based, the residual stream), -1 the embedding's.
+        """
+        steps = self._steps(batch)
+        x = self.embed_tokens(batch.token_ids)
+        captured = {EMBEDDING: x} if EMBEDDING in capture else {}
+        for index, layer in enumerate(self.layers):
+            x = layer(x, steps[self.config.layer_types[index]], cache.layer(index))
+            if index in capture:
+                captured[index] = x
+        hidden = self.kernels.rms_norm(x, self.norm_weight, self.config.rms_norm_eps)
+        return Forward(hidden, captured)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden rows (n, d) after the final norm ↦ logits (n, vocab) in the model's dtype."""
+        return self._head(hidden)
+
+    def _steps(self, batch: RaggedBatch) -> dict[str, GroupStep]:
+        length = int(batch.positions.max()) + 1
+        return {
+            kind: GroupStep(*self._rotary[kind](batch.positions, length), plan=batch.plans[kind])
+            for kind in self._rotary
+        }
+
+
+def load_target(path: Path, *, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> TargetModel:
+    """Load a Hugging Face directory (config.json, safetensors) or a .gguf file.
+
+    ModelFileError with one readable line for whatever is missing, broken or of unexpected shape.
+    """
+    with _opened(path) as (config, source):
+        info = _info(path, config, dtype, device, kernels)
+        return TargetModel(config, info, source, dtype=dtype, device=device, kernels=kernels)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[TargetConfig, TensorSource]]:
+    if path.is_file():
+        gguf = GgufSource(path)
+        yield parse_config(gguf.config, source=str(path)), gguf
+    elif path.is_dir():
+        config = read_config(path)
+        with SafetensorsSource(path) as source:
+            yield config, source
+    else:
+        raise ModelFileError(f"{path}: no such model directory or GGUF file")
+
+
+def _info(path: Path, config: TargetConfig, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> ModelInfo:
+    return ModelInfo(
+        name=path.resolve().stem if path.is_file() else path.resolve().name,
+        architecture=config.architecture,
+        model_fingerprint=model_fingerprint(path),
+        numerics_fingerprint=numerics_fingerprint(dtype, kernels, device),
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        max_context=config.max_context,
+        eos_token_ids=config.eos_token_ids,
+        bos_token_id=config.bos_token_id,
+        has_chat_template=_has_chat_template(path),
+    )
+
+
+def _has_chat_template(path: Path) -> bool:
+    if path.is_file():
+        return False
+    if (path / "chat_template.jinja").exists():
+        return True
+    settings = path / "tokenizer_config.json"
+    return settings.exists() and bool(read_json(settings).get("chat_template"))
