@@ -1,0 +1,38 @@
+"""What speculation did for one request. Counted before stop truncation, prefill excluded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["Counts"]
+
+
+@dataclass(slots=True)
+class Counts:
+    """Counters of `dspark.v1.SpeculationCounts`; τ is (accepted + rounds) / rounds.
+
+    `verified_at[k-1]` counts k-th draft tokens whose predecessors were all accepted, `accepted_at[k-1]` those of them
+    that were accepted too: their ratio is the conditional acceptance at k.
+    """
+
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    missed_rounds: int = 0
+    verified_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+
+    def add_round(self, *, drafted: int, verified: int, accepted: int, missed: bool) -> None:
+        """One verify step that yielded a token."""
+        self.rounds += 1
+        self.drafted += drafted
+        self.verified += verified
+        self.accepted += accepted
+        self.missed_rounds += missed
+        grow = min(verified, accepted + 1) - len(self.verified_at)
+        self.verified_at += [0] * grow
+        self.accepted_at += [0] * grow
+        for k in range(min(verified, accepted + 1)):  # the first rejected one was verified, later ones were not
+            self.verified_at[k] += 1
+            self.accepted_at[k] += k < accepted

@@ -1,0 +1,259 @@
+"""Which draft worker each sequence has, and one round's proposals. A missing proposal costs only the drafts.
+
+Attaching never holds a round up: a sequence without a drafter, or whose drafter is late, is verified plainly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from dspark.errors import DSparkError, Mismatch, StaleMessage, UnknownSequence
+from dspark.messages import Attached, Mode, Proposal, ProposeItem, ProposeResult
+from services.router import placement
+from services.router.links import DraftLink
+from services.router.metrics import Metrics
+from services.router.plan import wanted
+from services.router.sequences import Sequence
+from services.router.tasks import Tasks
+
+__all__ = ["Drafting", "Patience"]
+
+_log = structlog.get_logger(__name__)
+BALANCE_SECONDS = 0.25
+RETRY_SECONDS = 1.0  # after a refused attachment
+MAX_SKIPPED = 8
+MAX_MISSES = 6  # in a row, before the sequence is attached anew
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long drafts are waited for, in seconds.
+
+    Attributes:
+        features: that a worker may let a block wait for its features.
+        round: that a round waits for proposals.
+        worker: after which a worker that has not answered is given up.
+    """
+
+    features: float = 0.2
+    round: float = 0.5
+    worker: float = 10.0
+
+
+class Drafting:
+    """Attachments of sequences to draft workers. `links` is a live view of the connected ones."""
+
+    def __init__(self, links: Mapping[str, DraftLink], *, patience: Patience, metrics: Metrics) -> None:
+        self._links = links
+        self._patience = patience
+        self._metrics = metrics
+        self._members: dict[str, Sequence] = {}
+        self._news = asyncio.Event()
+        self._tasks = Tasks()
+
+    # ------------------------------------------------------------ membership
+
+    def enlist(self, sequence: Sequence) -> None:
+        """The sequence is open at a verify worker and wants drafts."""
+        self._members[sequence.sequence_id] = sequence
+        self._news.set()
+
+    def dismiss(self, sequence: Sequence) -> None:
+        """It wants none any more, at least not under this epoch."""
+        if self._members.pop(sequence.sequence_id, None) is not None:
+            self._unseat(sequence)
+            sequence.attaching = False
+
+    def worker_left(self, link: DraftLink) -> None:
+        """A draft worker is gone; what it had goes elsewhere."""
+        for sequence in link.sequences.values():
+            sequence.drafter = None
+        link.sequences.clear()
+        self._news.set()
+
+    def wake(self) -> None:
+        """A draft worker came, or its load changed."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Attaches and moves sequences until cancelled."""
+        async with self._tasks:
+            while True:
+                self._news.clear()
+                self._balance()
+                try:
+                    async with asyncio.timeout(BALANCE_SECONDS):
+                        await self._news.wait()
+                except TimeoutError:
+                    continue
+
+    # ------------------------------------------------------------ attaching
+
+    def _balance(self) -> None:
+        """Gives every sequence a drafter that will stay, and every drafter a fair share."""
+        now = time.monotonic()
+        batches: dict[DraftLink, list[Sequence]] = defaultdict(list)
+        for sequence in self._members.values():
+            leaving = sequence.drafter is not None and sequence.drafter.load.draining
+            if (sequence.drafter is not None and not leaving) or sequence.attaching or now < sequence.draft_retry_at:
+                continue
+            link = placement.choose_drafter(self._links.values(), sequence.model.info)
+            if link is not None:
+                self._assign(sequence, link, batches)
+        for sequence, link in placement.even_out(self._links.values()):
+            self._assign(sequence, link, batches)
+        for link, batch in batches.items():
+            self._tasks.start(self._attach(link, batch))
+
+    @staticmethod
+    def _assign(sequence: Sequence, link: DraftLink, batches: dict[DraftLink, list[Sequence]]) -> None:
+        sequence.attaching = True
+        link.attaching += 1
+        batches[link].append(sequence)
+
+    async def _attach(self, link: DraftLink, sequences: list[Sequence]) -> None:
+        requests = [s.attachment(s.cohort.link.address if s.cohort is not None else "") for s in sequences]
+        try:
+            answers = await link.attach(requests)
+        except DSparkError as error:
+            answers = [Attached(request.key, error) for request in requests]
+        finally:
+            link.attaching -= len(sequences)
+        for sequence, answer in zip(sequences, answers, strict=True):
+            self._settle(link, sequence, answer)
+
+    def _settle(self, link: DraftLink, sequence: Sequence, answer: Attached) -> None:
+        current = sequence.sequence_id in self._members and sequence.key == answer.key
+        if current:
+            sequence.attaching = False
+        if answer.error is not None:
+            if current:
+                self._refused(link, sequence, answer.error)
+        elif not current:
+            link.release(answer.key)
+        elif link.alive:
+            self._seat(sequence, link)
+
+    def _seat(self, sequence: Sequence, link: DraftLink) -> None:
+        self._unseat(sequence)  # the former drafter drafted until now
+        sequence.drafter = link
+        sequence.skip_rounds = sequence.misses = 0
+        link.sequences[sequence.sequence_id] = sequence
+
+    @staticmethod
+    def _unseat(sequence: Sequence) -> None:
+        link, sequence.drafter = sequence.drafter, None
+        if link is not None:
+            link.sequences.pop(sequence.sequence_id, None)
+            link.release(sequence.key)
+
+    def _refused(self, link: DraftLink, sequence: Sequence, error: DSparkError) -> None:
+        sequence.draft_retry_at = time.monotonic() + RETRY_SECONDS
+        if isinstance(error, Mismatch):  # no sequence of this model will do better there
+            link.refused.add(sequence.model.info.model_fingerprint)
+            _log.error("drafter does not fit", worker=link.worker_id, drafter=link.drafter.name, reason=str(error))
+        else:
+            request_id = sequence.request.request_id
+            _log.warning("not attached", request_id=request_id, worker=link.worker_id, reason=str(error))
+
+    # ------------------------------------------------------------ proposing
+
+    async def propose(self, sequences: Iterable[Sequence], verify_length: int) -> dict[str, Proposal]:
+        """This round's blocks by sequence id; sequences without one are missing."""
+        batches = self._asks(sequences, verify_length)
+        if not batches:
+            return {}
+        answers = await asyncio.gather(*(self._ask(link, batch) for link, batch in batches.items()))
+        return {proposal.key.sequence_id: proposal for answer in answers for proposal in answer}
+
+    def _asks(
+        self, sequences: Iterable[Sequence], verify_length: int
+    ) -> dict[DraftLink, list[tuple[Sequence, ProposeItem]]]:
+        batches: dict[DraftLink, list[tuple[Sequence, ProposeItem]]] = defaultdict(list)
+        for sequence in sequences:
+            want = wanted(sequence.left, sequence.request.max_verify_length, verify_length)
+            if not sequence.request.speculation or want == 0:
+                continue
+            link = sequence.drafter
+            if link is None or not link.alive:
+                self._metrics.missed("unattached")
+            elif link.late is not None:
+                self._metrics.missed("late")
+            elif sequence.skip_rounds > 0:
+                sequence.skip_rounds -= 1
+                self._metrics.missed("features")
+            else:
+                item = ProposeItem(sequence.key, sequence.committed_len, sequence.token_ids[-1], want)
+                batches[link].append((sequence, item))
+        return batches
+
+    async def _ask(self, link: DraftLink, batch: list[tuple[Sequence, ProposeItem]]) -> list[Proposal]:
+        """One worker's blocks, if they come in time. A late worker is asked again only once it has answered."""
+        items = [item for _, item in batch]
+        call = self._tasks.start(self._call(link, items))
+        await asyncio.wait([call], timeout=self._patience.round)
+        if not call.done():
+            link.late = call
+            call.add_done_callback(partial(_caught_up, link))
+        result = call.result() if call.done() and not call.cancelled() else None
+        if result is None:
+            self._metrics.missed("late", len(items))
+            return []
+        link.rounds += 1
+        self._metrics.drafted(result)
+        return [p for (s, item), p in zip(batch, result.proposals, strict=True) if self._use(link, s, item, p)]
+
+    async def _call(self, link: DraftLink, items: list[ProposeItem]) -> ProposeResult | None:
+        try:
+            return await link.propose(items, self._patience.features, self._patience.worker)
+        except DSparkError as error:
+            link.fail(f"propose: {error}")
+            return None
+
+    def _use(self, link: DraftLink, sequence: Sequence, item: ProposeItem, proposal: Proposal) -> bool:
+        """Whether the proposal can be verified; otherwise notes the miss and what to do about it."""
+        if proposal.error is None and (fault := _fault(sequence, item, proposal)) is None:
+            sequence.misses = 0
+            sequence.drafter_name = link.drafter.name
+            link.tokens += len(proposal.tokens)
+            return True
+        if proposal.error is None:
+            _log.error("unusable proposal", worker=link.worker_id, reason=fault)
+        self._missed(sequence, proposal.error)
+        return False
+
+    def _missed(self, sequence: Sequence, error: DSparkError | None) -> None:
+        lost = isinstance(error, UnknownSequence | StaleMessage)
+        self._metrics.missed("lost" if lost else "unusable" if error is None else "features")
+        sequence.misses += 1
+        sequence.skip_rounds = min(sequence.misses - 1, MAX_SKIPPED)
+        if lost or sequence.misses >= MAX_MISSES:
+            sequence.misses = 0
+            self._unseat(sequence)
+            self._news.set()
+
+
+def _caught_up(link: DraftLink, _call: asyncio.Task[ProposeResult | None]) -> None:
+    link.late = None
+
+
+def _fault(sequence: Sequence, item: ProposeItem, proposal: Proposal) -> str | None:
+    """What a drafter got wrong, if anything: a broken one must not break streams."""
+    if proposal.committed_len != item.committed_len:
+        return f"for committed_len {proposal.committed_len}, asked at {item.committed_len}"
+    if len(proposal.tokens) > item.max_tokens:
+        return f"{len(proposal.tokens)} tokens, asked for {item.max_tokens}"
+    if any(token >= sequence.model.info.vocab_size for token in proposal.tokens):
+        return "a token outside the vocabulary"
+    sampling = sequence.request.sampling
+    needs = sampling.mode is Mode.REJECTION and not sampling.greedy
+    if needs and len(proposal.distributions) != len(proposal.tokens):
+        return f"{len(proposal.distributions)} distributions for {len(proposal.tokens)} tokens"
+    return None

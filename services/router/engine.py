@@ -1,0 +1,334 @@
+"""Owns every sequence from submission to its end: brings queue, cohorts, drafting and rounds together.
+
+Runs in one event loop and never awaits a client, the store or an attachment; only workers' rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from dspark.errors import DeadlineExceeded, DSparkError, InternalError, InvalidRequest, OutOfPages, Unavailable
+from services.router import placement
+from services.router.catalog import Catalog
+from services.router.cohort import Cohort
+from services.router.dispatch import Dispatcher
+from services.router.drafting import Drafting, Patience
+from services.router.finish import FinishReason
+from services.router.links import DraftLink, VerifierLink, connect_draft, connect_verifier
+from services.router.metrics import Metrics
+from services.router.pools import Pool, Workers
+from services.router.requests import ServedModel
+from services.router.sequences import Sequence
+from services.router.step import Limits, Published, Rounds
+from services.router.tasks import Tasks
+
+__all__ = ["Engine", "Policy"]
+
+_log = structlog.get_logger(__name__)
+HOUSEKEEPING_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What an operator decides.
+
+    Attributes:
+        verify_length: draft tokens verified a round and sequence; 0 decodes plainly.
+        prefill_tokens: prompt positions in a step beside running sequences.
+        max_running: sequences of this router that one verify worker may have.
+        step_seconds: after which a verify worker that has not answered is given up.
+        worker_wait: seconds that a sequence waits while no worker could serve it.
+        stall_seconds: after which a client that reads nothing is given up.
+        patience: how long drafts are waited for.
+    """
+
+    verify_length: int = 5
+    prefill_tokens: int = 256
+    max_running: int = 64
+    step_seconds: float = 20.0
+    worker_wait: float = 30.0
+    stall_seconds: float = 120.0
+    patience: Patience = field(default_factory=Patience)
+
+
+class Engine:
+    """The router without its front, for `async with`."""
+
+    def __init__(self, workers: Workers, policy: Policy, metrics: Metrics) -> None:
+        self.policy = policy
+        self.metrics = metrics
+        self.catalog = Catalog()
+        self.verifiers = Pool(
+            "verify",
+            workers,
+            connect_verifier,
+            prepare=self.catalog.learn,
+            joined=self._verifier_joined,
+            left=self._verifier_left,
+        )
+        self.drafters = Pool(
+            "draft", workers, connect_draft, prepare=_ready, joined=self._draft_joined, left=self._draft_left
+        )
+        self.drafting = Drafting(self.drafters.links, patience=policy.patience, metrics=metrics)
+        self.dispatcher = Dispatcher(
+            self.verifiers.links,
+            max_running=policy.max_running,
+            worker_wait=policy.worker_wait,
+            features=policy.verify_length > 0,
+            opened=self._opened,
+            failed=self.cancel,
+        )
+        limits = Limits(policy.verify_length, policy.prefill_tokens, policy.step_seconds)
+        self._rounds = Rounds(self.drafting, limits, self, metrics)
+        self._active: dict[str, Sequence] = {}
+        self._cohorts: dict[VerifierLink, Cohort] = {}
+        self._serving: dict[VerifierLink, asyncio.Task[None]] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._tasks = Tasks()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._tasks)
+            await stack.enter_async_context(self.verifiers)
+            await stack.enter_async_context(self.drafters)
+            for work in (self.dispatcher.run(), self.drafting.run(), self._keep_house()):
+                self._tasks.start(work)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sequence in list(self._active.values()):
+            self.cancel(sequence, Unavailable("the router is shutting down"))
+        await asyncio.sleep(0.05)  # let the workers hear of it
+        await self._stack.__aexit__(kind, error, trace)
+
+    # ------------------------------------------------------------ for the front
+
+    @property
+    def active(self) -> int:
+        """Requests that have not ended."""
+        return len(self._active)
+
+    @property
+    def running(self) -> int:
+        """Sequences open at a verify worker."""
+        return sum(len(link.sequences) for link in self.verifiers.links.values())
+
+    async def until_idle(self) -> None:
+        """Returns when no request is active."""
+        await self._idle.wait()
+
+    def is_active(self, request_id: str) -> bool:
+        """Whether a request of that id has not ended."""
+        return request_id in self._active
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queues it; events come through its outlet. `InvalidRequest` for the id of an active request."""
+        request = sequence.request
+        if request.request_id in self._active:
+            raise InvalidRequest(f"request_id {request.request_id!r} is that of a request still running")
+        self._active[request.request_id] = sequence
+        self._idle.clear()
+        self.metrics.prompt_tokens.inc(len(request.prompt))
+        _log.info(
+            "accepted",
+            request_id=request.request_id,
+            sequence_id=sequence.sequence_id,
+            prompt_tokens=len(request.prompt),
+            max_tokens=request.max_tokens,
+            mode=request.sampling.mode.value,
+            temperature=request.sampling.temperature,
+        )
+        self.dispatcher.put(sequence)
+
+    def abort(self, request_id: str, error: DSparkError) -> bool:
+        """Ends a request by its id; whether there was one."""
+        sequence = self._active.get(request_id)
+        if sequence is not None:
+            self.cancel(sequence, error)
+        return sequence is not None
+
+    def cancel(self, sequence: Sequence, error: DSparkError) -> None:
+        """Ends a request before it is complete: frees it everywhere and tells its client why."""
+        if not sequence.ended:
+            self.retire(sequence)
+        if self._forget(sequence):
+            self.metrics.ended.labels(type(error).__name__).inc()
+            _log.info("ended early", request_id=sequence.request.request_id, reason=str(error), **_story(sequence))
+        sequence.outlet.end(error)
+
+    def capacity(self, model: ServedModel) -> int | None:
+        """Tokens of the longest sequence that a connected worker can hold; None while none is connected."""
+        fingerprint = model.info.model_fingerprint
+        links = [link for link in self.verifiers.links.values() if link.model.model_fingerprint == fingerprint]
+        return max((link.capacity for link in links), default=None)
+
+    # ------------------------------------------------------------ workers come and go
+
+    def _verifier_joined(self, link: VerifierLink) -> None:
+        cohort = self._cohorts[link] = Cohort(link)
+        link.on_load = self.dispatcher.wake
+        self._serving[link] = self._tasks.start(self._serve(cohort))
+        self.dispatcher.wake()
+
+    def _verifier_left(self, link: VerifierLink, reason: str) -> None:
+        cohort = self._cohorts.pop(link)
+        self._serving.pop(link).cancel()
+        for sequence in cohort.sequences:
+            self.reopen(sequence, Unavailable(f"{link.worker_id}: {reason}"))
+
+    def _draft_joined(self, link: DraftLink) -> None:
+        link.on_load = self.drafting.wake
+        self.drafting.wake()
+
+    def _draft_left(self, link: DraftLink, _reason: str) -> None:
+        self.drafting.worker_left(link)
+
+    async def _serve(self, cohort: Cohort) -> None:
+        """Steps a cohort until its worker fails; `_verifier_left` then takes its sequences."""
+        link = cohort.link
+        while link.alive:
+            await cohort.wait_ready()
+            began = time.perf_counter()
+            try:
+                self._evacuate(cohort)
+                await self._rounds.step(cohort)
+            except DSparkError as error:
+                link.fail(str(error))
+            except Exception:  # noqa: BLE001 - a fault of ours must not end every stream: they go on elsewhere
+                _log.exception("a round failed", worker=link.worker_id)
+                link.fail("the router failed in a round")
+            self.metrics.runnable_seconds.inc(time.perf_counter() - began)
+
+    def _evacuate(self, cohort: Cohort) -> None:
+        """Moves what fits elsewhere off a worker that is about to leave."""
+        if not cohort.link.load.draining or self.dispatcher.moving:
+            return
+        others = self.verifiers.links.values()
+        for sequence in placement.evacuees(cohort.link, others, max_running=self.policy.max_running):
+            self._move(sequence, "drain")
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+            for sequence in list(self._active.values()):
+                if sequence.outlet.full_seconds > self.policy.stall_seconds:
+                    reason = f"the client has read nothing for {self.policy.stall_seconds:g} s"
+                    self.cancel(sequence, DeadlineExceeded(reason))
+            for cohort in self._cohorts.values():
+                if not cohort.running() and not cohort.prompts():  # its rounds rest, and would not move anything
+                    self._evacuate(cohort)
+
+    # ------------------------------------------------------------ what happens to sequences
+
+    def _opened(self, sequence: Sequence, link: VerifierLink) -> None:
+        self._cohorts[link].join(sequence)
+        if sequence.request.speculation and self.policy.verify_length > 0:
+            self.drafting.enlist(sequence)
+
+    def publish(self, news: list[Published]) -> None:
+        """Hands tokens to their clients, and ends requests that are complete."""
+        with self.metrics.phase("publish"):
+            for published in news:
+                self._publish(published)
+
+    def _publish(self, published: Published) -> None:
+        sequence = published.sequence
+        first = sequence.first_token_seconds == 0.0
+        reason = sequence.publish(published.tokens, published.logprobs, published.reason)
+        if first:
+            self._note_first_token(sequence)
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _note_first_token(self, sequence: Sequence) -> None:
+        self.metrics.first_token.observe(sequence.first_token_seconds)
+        self.metrics.queue_time.observe(sequence.queue_seconds)
+        _log.info(
+            "first token",
+            request_id=sequence.request.request_id,
+            seconds=round(sequence.first_token_seconds, 4),
+            queue_seconds=round(sequence.queue_seconds, 4),
+            cached_tokens=sequence.cached_tokens,
+        )
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if not sequence.ended:  # ended by a stop string, which only its text shows
+            self.retire(sequence)
+        if self._forget(sequence):
+            end = sequence.finished(reason)
+            self.metrics.finished(end)
+            _log.info(
+                "finished", request_id=sequence.request.request_id, finish_reason=reason.value, **_story(sequence)
+            )
+            sequence.outlet.end(end)
+
+    def retire(self, sequence: Sequence) -> None:
+        """Frees it at its workers and in the queue."""
+        sequence.ended = True
+        self.dispatcher.remove(sequence)
+        self._leave(sequence)
+
+    def reopen(self, sequence: Sequence, error: DSparkError) -> None:
+        """Its worker does not go on with it: somewhere else, or there again, with everything committed so far."""
+        if not isinstance(error, OutOfPages):
+            sequence.failures += 1
+        _log.warning("reopening", request_id=sequence.request.request_id, epoch=sequence.epoch, reason=str(error))
+        if sequence.hopeless:
+            reason = f"the sequence failed {sequence.failures} times without a new token, the last time: {error}"
+            self.cancel(sequence, InternalError(reason))
+        else:
+            self._move(sequence, type(error).__name__)
+
+    def _move(self, sequence: Sequence, cause: str) -> None:
+        self.metrics.reopened.labels(cause).inc()
+        self._leave(sequence)
+        self.dispatcher.put(sequence, moved=True)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Off its workers, under the present epoch."""
+        self.drafting.dismiss(sequence)
+        if sequence.cohort is not None:
+            sequence.cohort.link.release(sequence.key)
+            sequence.cohort.leave(sequence)
+            self.dispatcher.wake()
+
+    def _forget(self, sequence: Sequence) -> bool:
+        """Off the list of active requests; whether it was there."""
+        if self._active.get(sequence.request.request_id) is not sequence:
+            return False
+        del self._active[sequence.request.request_id]
+        if not self._active:
+            self._idle.set()
+        return True
+
+
+async def _ready(_link: DraftLink) -> None:
+    """A draft worker needs no preparation."""
+
+
+def _story(sequence: Sequence) -> dict[str, object]:
+    """What a log line tells of a request that has ended."""
+    counts = sequence.counts
+    return {
+        "completion_tokens": sequence.completion_tokens,
+        "seconds": round(sequence.seconds, 4),
+        "rounds": counts.rounds,
+        "drafted": counts.drafted,
+        "verified": counts.verified,
+        "accepted": counts.accepted,
+        "missed_rounds": counts.missed_rounds,
+        "drafter": sequence.drafter_name,
+        "epoch": sequence.epoch,
+    }
