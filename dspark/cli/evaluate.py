@@ -1,0 +1,187 @@
+"""`dspark evaluate`: acceptance, speed and exactness over a file of prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from dspark.cli import common
+from dspark.cluster import DEFAULT_MODEL
+from dspark.errors import ConfigError
+from dspark.evaluation import Evaluation, Settings, evaluate, read_prompts
+from dspark.events import ServerInfo
+from dspark.messages import Mode
+
+app = typer.Typer(add_completion=False)
+
+
+class TemplateName(StrEnum):
+    """How a prompt is wrapped."""
+
+    qa = "qa"
+    none = "none"
+
+
+class CompareWith(StrEnum):
+    """What outputs are compared with."""
+
+    reference = "reference"
+
+
+@app.command("evaluate")
+def command(
+    prompts: Annotated[Path, typer.Option(help='JSON lines {"turns": ["…"]}; the first turn is the prompt.')],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens a prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Prompt i is sampled with seed + i.")] = 0,
+    mode: Annotated[common.ModeName, typer.Option(help="Sampling mode.")] = common.ModeName.coupled,
+    concurrency: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    template: Annotated[TemplateName, typer.Option(help="qa: `Question: …\\nAnswer:`.")] = TemplateName.none,
+    compare: Annotated[
+        CompareWith | None,
+        typer.Option(help="Compare token for token with plain decoding in a fresh process."),
+    ] = None,
+    no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode without the drafter.")] = False,
+    router: common.Router = None,
+    model: common.Model = DEFAULT_MODEL,
+    drafter: common.Drafter = "default",
+    draft: common.Draft = 1,
+    verify: common.Verify = 1,
+    verify_length: common.VerifyLength = None,
+    dtype: common.Dtype = None,
+    log_dir: common.LogDir = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as JSON.")] = None,
+) -> None:
+    """Run a file of prompts through a cluster and report acceptance, speed and exactness.
+
+    The reference of `--compare` is the same engine in a fresh process: one request at a time, one token a step, no
+    prefix cache, no drafter. With `--router` it needs the model that is served there, as `--model`.
+    """
+    cluster = common.ClusterSettings(router, model, drafter, draft, verify, verify_length, dtype, log_dir)
+    settings = Settings(max_tokens, temperature, seed, Mode(mode.value), not no_speculation, concurrency)
+    if compare is not None and temperature > 0 and settings.mode is not Mode.COUPLED:
+        raise typer.BadParameter("rejection mode draws anew with every run: compare at --temperature 0 or coupled")
+    texts = read_prompts(prompts, limit=limit, template=template.value)
+    report = common.run(_evaluate(cluster, texts, settings, compare=compare is not None))
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    common.results.print(_table(report))
+
+
+async def _evaluate(
+    cluster: common.ClusterSettings, prompts: Sequence[str], settings: Settings, *, compare: bool
+) -> dict[str, Any]:
+    async with common.open_client(cluster) as client:
+        info = await client.describe()
+        with _progress("evaluating", len(prompts)) as progress:
+            result = await evaluate(client, prompts, settings, progress=progress)
+    report = _report(result, settings, info)
+    if compare:
+        report |= _compared(result, await _reference(cluster, prompts, settings, info), prompts)
+    return report
+
+
+async def _reference(
+    cluster: common.ClusterSettings, prompts: Sequence[str], settings: Settings, served: ServerInfo
+) -> Evaluation:
+    """Started after the cluster under test has gone, so that neither slows the other."""
+    plain = replace(
+        cluster, router=None, drafter="none", draft=0, verify=1, verify_length=None, verify_args=("--no-prefix-cache",)
+    )
+    alone = replace(settings, speculation=False, concurrency=1)
+    async with common.open_client(plain) as client:
+        _check_same_model(served, await client.describe())
+        with _progress("reference", len(prompts)) as progress:
+            return await evaluate(client, prompts, alone, progress=progress)
+
+
+def _check_same_model(served: ServerInfo, reference: ServerInfo) -> None:
+    ours, theirs = served.model, reference.model
+    if ours.model_fingerprint != theirs.model_fingerprint:
+        raise ConfigError(
+            f"the router serves {ours.name!r} ({ours.model_fingerprint}), the reference would run {theirs.name!r} "
+            f"({theirs.model_fingerprint}): give the same model with --model"
+        )
+    if ours.numerics_fingerprint != theirs.numerics_fingerprint:
+        common.notes.print(
+            f"The router computes with numerics {ours.numerics_fingerprint}, the reference with "
+            f"{theirs.numerics_fingerprint}: near ties may come out differently.",
+            style="yellow",
+        )
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=common.notes, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda _: bar.advance(task)
+
+
+def _report(result: Evaluation, settings: Settings, info: ServerInfo) -> dict[str, Any]:
+    return {
+        **result.figures(),
+        "prompts": len(result.completions),
+        "compared": 0,
+        "equal": 0,
+        "seed": settings.seed,
+        "mode": settings.mode.value,
+        "temperature": settings.temperature,
+        "max_tokens": settings.max_tokens,
+        "concurrency": settings.concurrency,
+        "speculation": settings.speculation,
+        "model": info.model.name,
+        "model_fingerprint": info.model.model_fingerprint,
+        "numerics_fingerprint": info.model.numerics_fingerprint,
+        "drafter": result.counts.drafter or info.drafter,
+    }
+
+
+def _compared(result: Evaluation, reference: Evaluation, prompts: Sequence[str]) -> dict[str, Any]:
+    equal = result.equal_to(reference)
+    different = [
+        {
+            "prompt": prompts[index],
+            "token_ids": list(result.completions[index].token_ids),
+            "reference_token_ids": list(reference.completions[index].token_ids),
+        }
+        for index, same in enumerate(equal)
+        if not same
+    ]
+    return {
+        "compared": len(equal),
+        "equal": sum(equal),
+        "different": different,
+        "reference_tokens_per_second_per_stream": reference.tokens_per_second_per_stream,
+    }
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table("", "", show_header=False, title=f"{report['prompts']} prompts, {report['model']}")
+    rows = {
+        "drafter": report["drafter"] or "none: decoded plainly",
+        "accepted length τ": f"{report['tau']:.3f}",
+        "conditional acceptance": " ".join(f"{share:.3f}" for share in report["conditional_acceptance"]) or "-",
+        "verify length": f"{report['verify_length']:.2f}",
+        "drafted / verified": f"{report['drafted']} / {report['verified']}",
+        "accepted / rejected": f"{report['accepted']} / {report['rejected']}",
+        "rounds (without a proposal)": f"{report['rounds']} ({report['missed_rounds']})",
+        "tokens": str(report["tokens"]),
+        "tokens/s": f"{report['tokens_per_second']:.1f}",
+        "tokens/s a stream": f"{report['tokens_per_second_per_stream']:.1f}",
+    }
+    if report["compared"]:
+        rows["equal to the reference"] = f"{report['equal']} of {report['compared']}"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

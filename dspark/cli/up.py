@@ -1,0 +1,62 @@
+"""`dspark up`: a cluster on this machine until it is stopped."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from dspark.cli import common
+from dspark.cluster import DEFAULT_MODEL, Cluster
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def up(
+    model: common.Model = DEFAULT_MODEL,
+    drafter: common.Drafter = "default",
+    draft: common.Draft = 1,
+    verify: common.Verify = 1,
+    listen: Annotated[str, typer.Option(help="Where the router listens, HOST:PORT.")] = "127.0.0.1:50051",
+    store: Annotated[
+        str | None, typer.Option(help="URL of a running Redis or Valkey; none: one of our own.", envvar="DSPARK_STORE")
+    ] = None,
+    verify_length: common.VerifyLength = None,
+    dtype: common.Dtype = None,
+    log_dir: common.LogDir = None,
+    as_json: common.AsJson = False,
+) -> None:
+    """Start store, router, draft and verify workers on this machine, and serve until stopped (Ctrl-C)."""
+    settings = common.ClusterSettings(
+        model=model,
+        drafter=drafter,
+        draft=draft,
+        verify=verify,
+        verify_length=verify_length,
+        dtype=dtype,
+        log_dir=log_dir,
+    )
+    common.run(_serve(settings.cluster(listen=listen, store=store), as_json=as_json))
+
+
+async def _serve(cluster: Cluster, *, as_json: bool) -> None:
+    with common.notes.status("Starting the cluster …"):
+        await cluster.__aenter__()
+    try:
+        facts = {
+            "address": cluster.address,
+            "store": cluster.store_url,
+            "workers": list(cluster.workers),
+            "drafter": None if cluster.drafter is None else str(cluster.drafter),
+            "logs": str(cluster.log_dir),
+        }
+        if as_json:
+            typer.echo(json.dumps(facts))
+        else:
+            common.notes.print(f"Router on [bold]{cluster.address}[/], store {cluster.store_url}.")
+            common.notes.print(f"Workers: {', '.join(cluster.workers)}. Logs in {cluster.log_dir}. Ctrl-C stops.")
+        await cluster.watch()
+    finally:
+        await cluster.__aexit__(None, None, None)
