@@ -1,0 +1,110 @@
+"""Keyed noise: the counter-based random numbers that a drafter and its target share.
+
+This is the specification, and the reference that every other implementation must equal bit for bit.
+
+Generator: Philox-4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+- key: the request's 64-bit seed, low word first: `(seed & 0xffffffff, seed >> 32)`;
+- counter: `(item, position, stream, 0)`, each 32 bits: `position` is the position of the token being chosen, `stream`
+  says what the number is for (`Stream`), `item` tells apart the numbers of one stream and position;
+- of the four output words only word 0 is used.
+
+From bits to numbers, in float64: uniform `u = (bits + 0.5) / 2**32`, so never 0 or 1; Gumbel `-log(-log(u))`.
+
+Bits are carried in int64 tensors with values in [0, 2**32); seeds are int64 tensors that hold the 64-bit pattern.
+`dspark.kernels.noise_triton` computes the same bits on a GPU. What the numbers decide is left to `dspark.sampling`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+__all__ = ["KeyedBits", "Stream", "gumbel", "keyed_bits", "philox4x32", "signed_seed", "uniform"]
+
+MASK = 0xFFFFFFFF
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+KeyedBits = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""`keyed_bits` or another implementation of it: (seeds, items, positions, streams) -> bits."""
+
+
+class Stream(enum.IntEnum):
+    """What a number is for: third counter word. `item` is the token id for TOKEN, see each for the others."""
+
+    TOKEN = 0
+    """Gumbel of one token (item: target token id). Shared by drafter and target: the coupling itself."""
+    REST = 1
+    """Gumbel of all tokens outside the target's candidates taken as one (item 0)."""
+    REST_PICK = 2
+    """Uniform that picks inside the rest once it has won (item 0)."""
+    DRAFT = 3
+    """Uniform from which a drafter samples in rejection mode (item: the round's committed length)."""
+    ACCEPT = 4
+    """Uniform of the acceptance test (item: the round's committed length)."""
+    RESIDUAL = 5
+    """Uniform that picks from the residual after a rejection (item: the round's committed length)."""
+
+
+def signed_seed(seed: int) -> int:
+    """The int64 value with the bit pattern of an unsigned 64-bit seed."""
+    seed &= (1 << 64) - 1
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
+def philox4x32(seeds: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Four words of Philox-4x32-10 for every element.
+
+    Args:
+        seeds: int64 bit patterns, broadcastable to the counters' common shape.
+        counter: four int64 tensors of broadcastable shapes, values in [0, 2**32).
+
+    Returns:
+        Four int64 tensors of the common shape, values in [0, 2**32).
+    """
+    shape = np.broadcast_shapes(seeds.shape, *(c.shape for c in counter))
+    even, odd = (torch.stack([c.expand(shape) for c in counter[i::2]]) for i in (0, 1))
+    lead = (2, *[1] * len(shape))
+    multiplier = even.new_tensor(MULTIPLIERS).view(lead)
+    schedule = even.new_tensor([[w * i for w in WEYL] for i in range(ROUNDS)]).view(ROUNDS, *lead)
+    keys = torch.stack((seeds, seeds >> 32)).view(2, *[1] * (len(shape) - seeds.dim()), *seeds.shape)
+    for key in (schedule + keys).unbind(0):
+        # Products wrap modulo 2**64 and may turn negative: only the mask after the xor makes words of them again,
+        # so that a round takes six operations.
+        product = (even * multiplier).flip(0)
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(MASK)
+        odd = product
+    odd = odd & MASK
+    return even[0], odd[0], even[1], odd[1]
+
+
+def keyed_bits(
+    seeds: torch.Tensor, items: torch.Tensor, positions: torch.Tensor, streams: torch.Tensor
+) -> torch.Tensor:
+    """Word 0 for counter (item, position, stream, 0) under each seed.
+
+    Args:
+        seeds: int64 bit patterns; all four arguments broadcast against each other.
+        items: int64 in [0, 2**32); for `Stream.TOKEN` target token ids.
+        positions: int64, position of the token being chosen.
+        streams: int64 values of `Stream`.
+
+    Returns:
+        int64 tensor of the common shape, values in [0, 2**32).
+    """
+    return philox4x32(seeds, (items, positions, streams, torch.zeros_like(positions)))[0]
+
+
+def uniform(bits: torch.Tensor) -> torch.Tensor:
+    """float64 in (0, 1) from 32 random bits."""
+    return (bits.double() + 0.5) * 2.0**-32
+
+
+def gumbel(bits: torch.Tensor) -> torch.Tensor:
+    """float64 standard Gumbel from 32 random bits; lies in [-3.14, 22.88]."""
+    return uniform(bits).log_().neg_().log_().neg_()

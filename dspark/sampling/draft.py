@@ -1,0 +1,142 @@
+"""The drafter's choice: one draft token a sequence from its sequential head's logits (DSpark §3.1).
+
+A draft may be chosen in any way as long as the verifier knows how: coupled mode shares the target's noise to agree
+with it often, rejection mode ships exactly the truncated distribution it drew from. So both look at the drafter's most
+likely tokens only, and apply the request's filters to what those hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from dspark.kernels.noise import KeyedBits, Stream, gumbel, keyed_bits, uniform
+from dspark.messages import Mode, Sampling, SparseDistribution
+from dspark.sampling.processed import kept
+from dspark.sampling.rows import SamplingRows
+
+__all__ = ["Choice", "DraftChooser"]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One draft token a sequence."""
+
+    tokens: torch.Tensor
+    """int64 (b,) target token ids."""
+    draft_index: torch.Tensor
+    """int64 (b,) indices into the draft vocabulary."""
+    distributions: list[SparseDistribution | None]
+    """In rejection mode (and temperature > 0) what the token was drawn from, over target ids; else None."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """What stays the same while a block is drafted; bool tensors (b,)."""
+
+    rows: SamplingRows
+    greedy: torch.Tensor
+    rejection: torch.Tensor
+    all_greedy: bool
+    any_rejection: bool
+
+
+@lru_cache(maxsize=64)
+def _batch(samplings: tuple[Sampling, ...], device: torch.device) -> _Batch:
+    greedy = [s.greedy for s in samplings]
+    rejection = [s.mode is Mode.REJECTION and not s.greedy for s in samplings]
+    flags = torch.tensor([greedy, rejection], device=device)
+    return _Batch(SamplingRows.of(samplings, device), flags[0], flags[1], all(greedy), any(rejection))
+
+
+class DraftChooser:
+    """Chooses draft tokens. Stateless; one may serve any number of sequences and threads."""
+
+    def __init__(self, *, draft_top_k: int = 64, bits: KeyedBits = keyed_bits) -> None:
+        """`draft_top_k` most likely draft tokens take part in a choice at temperature > 0."""
+        self._top_k = draft_top_k
+        self._bits = bits
+
+    @torch.no_grad()
+    def choose(
+        self,
+        logits: torch.Tensor,
+        samplings: Sequence[Sampling],
+        positions: torch.Tensor,
+        d2t: torch.Tensor | None = None,
+        *,
+        committed: torch.Tensor | None = None,
+    ) -> Choice:
+        """One draft token for each sequence.
+
+        Args:
+            logits: bfloat16 or float32 (b, draft vocabulary) of the sequential head.
+            samplings: b settings.
+            positions: int64 (b,), of the tokens being drafted.
+            d2t: int64 (draft vocabulary,), target id = index + d2t[index]; None where the vocabularies are one.
+            committed: int64 (b,), the round's committed length N. Keys rejection mode's noise beside the position, so
+                that a verify length planned from an earlier round's confidences stays independent of these drafts;
+                without it only the present round's may be used (DSpark Appendix A).
+
+        Returns:
+            The choice.
+        """
+        batch = _batch(tuple(samplings), logits.device)
+        if batch.all_greedy:
+            index = logits.max(-1).indices
+            return Choice(index if d2t is None else index + d2t[index], index, [None] * len(index))
+        values, indices = logits.topk(min(self._top_k, logits.shape[1]), -1)
+        ids = indices if d2t is None else indices + d2t[indices]
+        log_weights = _log_weights(values, batch.rows)
+        committed = torch.zeros_like(positions) if committed is None else committed
+        at = self._draw(batch, log_weights, ids, positions.unsqueeze(-1), committed.unsqueeze(-1)).unsqueeze(-1)
+        tokens, index = (t.gather(1, at).squeeze(-1) for t in (ids, indices))
+        return Choice(tokens, index, _distributions(batch, ids, log_weights))
+
+    def _draw(
+        self,
+        batch: _Batch,
+        log_weights: torch.Tensor,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        committed: torch.Tensor,
+    ) -> torch.Tensor:
+        """Which of the listed tokens each sequence drafts: int64 (b,)."""
+        streams = positions.new_tensor([Stream.TOKEN] * ids.shape[1] + [Stream.DRAFT])
+        bits = self._bits(batch.rows.seed, torch.cat((ids, committed), 1), positions, streams)
+        if not batch.any_rejection:
+            at = (log_weights + gumbel(bits[:, :-1])).argmax(-1)
+        else:
+            running = log_weights.exp().cumsum(-1)
+            drawn = torch.searchsorted(running, uniform(bits[:, -1:]) * running[:, -1:], right=True).squeeze(-1)
+            coupled = (log_weights + gumbel(bits[:, :-1])).argmax(-1)
+            at = torch.where(batch.rejection, drawn, coupled)
+        return torch.where(batch.greedy, 0, at)
+
+
+def _log_weights(values: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """float64 log weights of logits (b, k), most likely first, relative to the first; -inf where a filter cuts."""
+    values = values.double()
+    log_weights = (values - values[:, :1]) / rows.temperature
+    if rows.filtered:
+        stays = kept(log_weights.exp(), rows, torch.zeros_like(rows.top_p))
+        log_weights = log_weights.masked_fill(~stays, -torch.inf)
+    return log_weights
+
+
+def _distributions(batch: _Batch, ids: torch.Tensor, log_weights: torch.Tensor) -> list[SparseDistribution | None]:
+    if not batch.any_rejection:
+        return [None] * len(ids)
+    shares = log_weights.softmax(-1).tolist()
+    return [
+        _support(row_ids, row_shares) if wanted else None
+        for row_ids, row_shares, wanted in zip(ids.tolist(), shares, batch.rejection.tolist(), strict=True)
+    ]
+
+
+def _support(ids: list[int], shares: list[float]) -> SparseDistribution:
+    pairs = [(i, p) for i, p in zip(ids, shares, strict=True) if p > 0.0]
+    return SparseDistribution(tuple(i for i, _ in pairs), tuple(p for _, p in pairs))

@@ -1,0 +1,288 @@
+"""From target logits to verdicts: which draft tokens stand, and the token that follows them.
+
+Every mode emits exactly the target's processed distribution (`dspark.messages.Sampling`):
+
+- coupled, and temperature 0: a draft token stands while it equals the target's own choice at its position, so that
+  the tokens do not depend on what was drafted or how much of it was verified;
+- rejection (Leviathan, Kalman, Matias 2023; Chen et al. 2023): draft token x stands with probability min(1, p(x)/q(x));
+  the first that falls is replaced by a draw from max(0, p - q), renormalised. A draft token that came without its
+  distribution has q = 1 on itself. After the last draft token, the next one is chosen as in coupled mode: its noise is
+  none that the drafter used. The verify length must not depend on the tokens it admits (DSpark Appendix A).
+
+Noise is keyed by the position of the token being chosen, and for rejection mode's own numbers by the round's committed
+length too: tokens of an earlier round, seen by a scheduler before they were thrown away, say nothing about the next.
+
+A row of a request is judged only once all before it stood: rows after the first difference cost nothing. Who computed
+the logits and what becomes of the verdicts is left to the engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dspark.errors import DSparkError, InternalError, InvalidRequest
+from dspark.kernels.noise import KeyedBits, Stream, keyed_bits, uniform
+from dspark.messages import Mode, PositionLogprobs, Sampling, SparseDistribution
+from dspark.sampling.choice import choose
+from dspark.sampling.drafted import certain, flaw, share
+from dspark.sampling.logprobs import logprobs
+from dspark.sampling.order import top
+from dspark.sampling.processed import Law, process, widened
+from dspark.sampling.residual import residual
+from dspark.sampling.rows import UNFILTERED, SamplingRows
+
+__all__ = ["EXACT", "AcceptanceRules", "Candidate", "Outcome", "verify"]
+
+_CHUNK_ELEMENTS = 1 << 21  # logits judged at a time: 8 rows of 262k, 8 MiB in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Draft tokens of one request and where their target logits lie.
+
+    Rows `first_row` … `first_row + len(draft_tokens)` of the logits are the request's: row i decides the token at
+    `position + i`, `position` being the committed length N. `draft_distributions` (rejection mode) has one entry per
+    draft token or none at all; an empty entry, or none, means that the token was proposed with certainty.
+    """
+
+    sampling: Sampling
+    first_row: int
+    position: int
+    draft_tokens: tuple[int, ...] = ()
+    draft_distributions: tuple[SparseDistribution, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How many draft tokens stand, and the target's token after them.
+
+    `logprobs` has `accepted + 1` entries when asked for (`dspark.sampling.logprobs`). With `error` set the rest means
+    nothing: the request was refused, or its logits are broken; other requests of the call are not affected.
+    """
+
+    accepted: int
+    token: int
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    error: DSparkError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptanceRules:
+    """When a draft token stands, as tensors of one element a token -> bool tensor.
+
+    `coupled(drafts, choices)`: token ids. `rejection(p, q, u)`: float64 probabilities under target and drafter, and a
+    uniform in (0, 1). Only `EXACT` is lossless; others measure what losslessness is worth, or prove that a test bites.
+    """
+
+    coupled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.eq
+    rejection: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = lambda p, q, u: u * q < p
+
+
+EXACT = AcceptanceRules()
+
+
+@dataclass(eq=False, slots=True)
+class _Walk:
+    """A request on its way through its rows: `at` draft tokens have stood so far."""
+
+    index: int
+    request: Candidate
+    at: int = 0
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+
+    @property
+    def row(self) -> int:
+        return self.request.first_row + self.at
+
+    @property
+    def draft(self) -> int:
+        """The token on trial, or -1 past the last."""
+        tokens = self.request.draft_tokens
+        return tokens[self.at] if self.at < len(tokens) else -1
+
+    @property
+    def tested(self) -> bool:
+        """Whether a draft token is on trial by rejection."""
+        return self.draft >= 0 and self.request.sampling.mode is Mode.REJECTION
+
+    @property
+    def drafted(self) -> SparseDistribution:
+        """q: what could have been proposed instead of the token on trial."""
+        known = self.request.draft_distributions
+        sparse = known[self.at] if known else None
+        return sparse if sparse and sparse.token_ids else certain(self.draft)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ruling:
+    """What became of one row: the emitted token, whether it is the draft token, and whether the logits were sound."""
+
+    token: int
+    stands: bool
+    sound: bool
+    logprobs: PositionLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Court:
+    """What stays the same during a call."""
+
+    logits: torch.Tensor
+    noise_candidates: int
+    rules: AcceptanceRules
+    bits: KeyedBits
+
+
+@torch.inference_mode()
+def verify(
+    logits: torch.Tensor,
+    requests: Sequence[Candidate],
+    *,
+    noise_candidates: int = 256,
+    rules: AcceptanceRules = EXACT,
+    bits: KeyedBits = keyed_bits,
+) -> list[Outcome]:
+    """Judge the draft tokens of many requests against the target.
+
+    Args:
+        logits: bfloat16 or float32 (rows, vocabulary) of the target, before temperature.
+        requests: any mix of modes, verify lengths and samplings. Token ids out of range and distributions that are none
+            get an Outcome with InvalidRequest.
+        noise_candidates: tokens a row with noise of their own. Part of the numerics: another number gives other,
+            equally distributed, tokens.
+        rules: when a draft token stands.
+        bits: the noise generator.
+
+    Returns:
+        One Outcome a request, in order, each the same whatever else is in the call.
+
+    Raises:
+        InternalError: a request names rows that the logits do not have.
+    """
+    court = _Court(logits, noise_candidates, rules, bits)
+    outcomes: list[Outcome | None] = [_refused(request, *logits.shape) for request in requests]
+    walks = [_Walk(i, request) for i, request in enumerate(requests) if outcomes[i] is None]
+    at_once = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    while walks:
+        going: list[_Walk] = []
+        walks.sort(key=lambda walk: walk.request.sampling.greedy)
+        for greedy, group in itertools.groupby(walks, key=lambda walk: walk.request.sampling.greedy):
+            members = list(group)
+            for start in range(0, len(members), at_once):
+                chunk = members[start : start + at_once]
+                for walk, ruling in zip(chunk, _judge(court, chunk, greedy=greedy), strict=True):
+                    outcomes[walk.index] = _advance(walk, ruling)
+                going += [walk for walk in chunk if outcomes[walk.index] is None]
+        walks = going
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _refused(request: Candidate, rows: int, vocab: int) -> Outcome | None:
+    drafts = request.draft_tokens
+    if request.first_row < 0 or request.first_row + len(drafts) >= rows:
+        raise InternalError(f"rows {request.first_row} to {request.first_row + len(drafts)} of {rows} logits")
+    problem = _problem(request, vocab)
+    return Outcome(0, -1, error=InvalidRequest(problem)) if problem else None
+
+
+def _problem(request: Candidate, vocab: int) -> str | None:
+    drafts = request.draft_tokens
+    for token in drafts:
+        if not 0 <= token < vocab:
+            return f"draft_tokens: {token} is outside the vocabulary of {vocab}"
+    if request.sampling.greedy or request.sampling.mode is not Mode.REJECTION or not request.draft_distributions:
+        return None
+    if len(request.draft_distributions) != len(drafts):
+        return f"draft_distributions: {len(request.draft_distributions)} for {len(drafts)} draft tokens"
+    flaws = (flaw(q, x, vocab) for q, x in zip(request.draft_distributions, drafts, strict=True) if q.token_ids)
+    return next((f"draft_distributions: {found}" for found in flaws if found), None)
+
+
+def _advance(walk: _Walk, ruling: _Ruling) -> Outcome | None:
+    """Take a ruling in; the outcome once the walk has ended."""
+    if not ruling.sound:
+        position = walk.request.position + walk.at
+        return Outcome(0, -1, error=InternalError(f"the target's logits for position {position} are not finite"))
+    if ruling.logprobs:
+        walk.logprobs.append(ruling.logprobs)
+    if not ruling.stands:
+        return Outcome(walk.at, ruling.token, tuple(walk.logprobs))
+    walk.at += 1
+    return None
+
+
+def _judge(court: _Court, walks: Sequence[_Walk], *, greedy: bool) -> list[_Ruling]:
+    """Rule on the present row of each walk."""
+    logits = widened(court.logits, [walk.row for walk in walks])
+    sound = logits.amax(-1).isfinite()
+    if not bool(sound.all()):
+        logits.masked_fill_(~sound.unsqueeze(-1), 0.0)
+    drafts = torch.tensor([walk.draft for walk in walks], device=logits.device)
+    if greedy:
+        law, tokens = None, top(logits, 1)[0].squeeze(-1)
+        stands = court.rules.coupled(drafts, tokens) & (drafts >= 0)
+    else:
+        law, tokens, stands = _sampled(court, logits, walks, drafts)
+    emitted = torch.where(stands, drafts, tokens).tolist()
+    reports = _reports(court, law, logits, walks, emitted)
+    return [_Ruling(*ruling) for ruling in zip(emitted, stands.tolist(), sound.tolist(), reports, strict=True)]
+
+
+def _sampled(
+    court: _Court, logits: torch.Tensor, walks: Sequence[_Walk], drafts: torch.Tensor
+) -> tuple[Law, torch.Tensor, torch.Tensor]:
+    """Laws, target tokens and which drafts stand, of rows with temperature > 0."""
+    rows = SamplingRows.of([walk.request.sampling for walk in walks], logits.device)
+    positions = drafts.new_tensor([[walk.request.position + walk.at] for walk in walks])
+    law = process(logits, rows, court.noise_candidates)
+    tokens = choose(law, rows.seed, positions, court.bits)
+    stands = court.rules.coupled(drafts, tokens) & (drafts >= 0)
+    tested = [i for i, walk in enumerate(walks) if walk.tested]
+    if tested:
+        at = torch.tensor(tested, device=logits.device)
+        some = [walks[i] for i in tested]
+        stands[at], tokens[at] = _tested(court, law, at, some, rows.seed[at], positions[at], drafts[at], tokens[at])
+    return law, tokens, stands
+
+
+def _tested(
+    court: _Court,
+    law: Law,
+    at: torch.Tensor,
+    walks: Sequence[_Walk],
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    drafts: torch.Tensor,
+    choices: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which drafts of the rows `at` stand by rejection, and the target's tokens where they do not."""
+    drafted = [walk.drafted for walk in walks]
+    rounds = positions.new_tensor([[walk.request.position] for walk in walks])
+    streams = positions.new_tensor([Stream.ACCEPT, Stream.RESIDUAL])
+    uniforms = uniform(court.bits(seeds, rounds, positions, streams))
+    p = law.weights_of(drafts.unsqueeze(-1), at).squeeze(-1) / law.total[at, 0]
+    q = torch.tensor([share(d, walk.draft) for d, walk in zip(drafted, walks, strict=True)], dtype=p.dtype)
+    stands = court.rules.rejection(p, q.to(p.device), uniforms[:, 0])
+    tokens = choices.clone()
+    fallen = (~stands).nonzero().flatten()
+    if len(fallen):
+        possible = [drafted[i] for i in fallen.tolist()]
+        tokens[fallen] = residual(law, at[fallen], possible, uniforms[fallen, 1], choices[fallen])
+    return stands, tokens
+
+
+def _reports(
+    court: _Court, law: Law | None, logits: torch.Tensor, walks: Sequence[_Walk], emitted: Sequence[int]
+) -> list[PositionLogprobs | None]:
+    """Log-probabilities of the emitted tokens, where asked for."""
+    counts = [walk.request.sampling.logprobs for walk in walks]
+    if law is None and any(count is not None for count in counts):
+        law = process(logits, SamplingRows.of([UNFILTERED] * len(walks), logits.device), court.noise_candidates)
+    return [
+        None if count is None or law is None else logprobs(law, logits, row, token, count)
+        for row, (count, token) in enumerate(zip(counts, emitted, strict=True))
+    ]
