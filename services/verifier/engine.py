@@ -1,0 +1,281 @@
+"""The verify engine: opens sequences, runs steps, serves taps and features. Synchronous, for one thread.
+
+A step is one ragged forward over prompt pieces and draft prefixes together (`step.py`); what it commits is decided in
+`verification.py`. Transport, queueing and logs are other modules' business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from dspark.errors import DSparkError, InvalidRequest, OutOfPages, StaleMessage, Unavailable, UnknownSequence
+from dspark.messages import (
+    ModelInfo,
+    Opened,
+    OpenSequence,
+    SequenceKey,
+    StepItem,
+    StepResult,
+    TapInfo,
+    Verdict,
+    WorkerLoad,
+)
+from dspark.models.config import FULL
+from dspark.models.kv_cache import CachedSequence, KVCache
+from dspark.models.target import TargetModel
+from services.verifier.backfill import Backfill
+from services.verifier.features import FeatureStore
+from services.verifier.feed import FeatureStream, Feed, refused
+from services.verifier.metrics import Metrics
+from services.verifier.sequences import Limits, SequenceState, Work, check_open, describe, plan, refusal
+from services.verifier.step import Computed, Stepper, split
+from services.verifier.taps import Tap, check_info
+
+__all__ = ["EngineSettings", "VerifyEngine"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What an operator may choose."""
+
+    max_step_tokens: int = 512  # rows of one forward
+    noise_candidates: int = 256  # of coupled sampling; part of the numerics
+    backfill_rows: int = 32  # of one background piece
+    max_taps: int = 4  # feature buffers kept at once
+
+
+class VerifyEngine:
+    """A target model with its K/V cache, open sequences, taps and feature subscriptions."""
+
+    def __init__(
+        self,
+        model: TargetModel,
+        cache: KVCache,
+        settings: EngineSettings | None = None,
+        *,
+        info: ModelInfo | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """`info`: as the worker describes its model, by default the model's own."""
+        self.settings = settings or EngineSettings()
+        self.info = info or model.info
+        self.metrics = metrics or Metrics()
+        self.draining = False
+        self._cache = cache
+        self._limits = Limits(self.info.vocab_size, self.info.max_context, self.settings.max_step_tokens)
+        self._sequences: dict[str, SequenceState] = {}
+        self._features = FeatureStore(
+            pages=_page_ids(cache), page_size=cache.page_size, device=cache.device, max_taps=self.settings.max_taps
+        )
+        cache.on_evict(self._features.forget)
+        self._stepper = Stepper(model, cache, self._features, noise_candidates=self.settings.noise_candidates)
+        self._backfill = Backfill(model, cache, self._features, rows=self.settings.backfill_rows)
+        self._feed = Feed(self._features, self._backfill.want)
+        self._unpublished: list[Computed] = []
+        self._load = WorkerLoad()
+        self._note_load()
+
+    # ------------------------------------------------------------ sequences
+
+    def open(self, requests: Sequence[OpenSequence]) -> list[Opened]:
+        """Reserve pages and take what the prefix cache has; each request fails alone."""
+        self.publish()
+        opened = [self._answer_open(request) for request in requests]
+        self._note_load()
+        return opened
+
+    def close(self, keys: Iterable[SequenceKey]) -> None:
+        """Free pages and end subscriptions. What is unknown or of another epoch is closed already: no error."""
+        self.publish()
+        for key in keys:
+            state = self._sequences.get(key.sequence_id)
+            if state is not None and state.key == key:
+                self._close(state)
+        self._note_load()
+
+    def step(self, items: Sequence[StepItem]) -> StepResult:
+        """Compute, verify and commit. Features of what was committed wait for `publish`.
+
+        Verdicts come in the order of the items. An item that cannot be served gets an error and hurts no other; of
+        two items about one sequence the second is refused. Rows past max_step_tokens go into a further forward.
+        """
+        began = time.perf_counter()
+        self.publish()
+        planned = self._plan(items)
+        work = [entry for entry in planned if isinstance(entry, Work)]
+        computed = [self._stepper.run(part) for part in split(work, self.settings.max_step_tokens, _rows)]
+        self._unpublished = computed
+        verdicts = self._collect(planned, computed)
+        result = StepResult(
+            verdicts,
+            sum(part.forward_seconds for part in computed),
+            sum(part.sample_seconds for part in computed),
+            time.perf_counter() - began,
+        )
+        self._count(computed, result)
+        return result
+
+    def publish(self) -> None:
+        """Compute features of what the last step committed and send them to subscribers.
+
+        Apart from `step` so that verdicts can leave first; every other call does it before anything else.
+        """
+        computed, self._unpublished = self._unpublished, []
+        for part in computed:
+            self._stepper.keep_features(part)
+            for work in part.work:
+                self._feed.push(work.state)
+
+    def load(self) -> WorkerLoad:
+        """What the worker is doing; any thread may ask."""
+        return replace(self._load, draining=self.draining)
+
+    # ------------------------------------------------------------ features
+
+    @property
+    def tap_ids(self) -> tuple[str, ...]:
+        """Registered taps."""
+        return self._features.tap_ids
+
+    def register_tap(self, info: TapInfo, tensors: Mapping[str, Tensor]) -> None:
+        """Compute this tap's features from now on; a known tap stays. `Mismatch`, `InvalidRequest`, `Overloaded`."""
+        self.publish()
+        check_info(info, self.info)
+        self._features.add(Tap(info, tensors, self._cache.device), in_use=self._feed.taps_in_use)
+
+    def subscribe(self, stream: FeatureStream, key: SequenceKey, tap_id: str, position: int) -> None:
+        """Send a sequence's features from a position on; what is wrong with the request is sent to the stream."""
+        self.publish()
+        try:
+            self._feed.subscribe(stream, self._find(key), tap_id, position)
+        except DSparkError as error:
+            stream.put(refused(key, error, position))
+
+    def unsubscribe(self, stream: FeatureStream, key: SequenceKey) -> None:
+        """Stop sending a sequence's features to the stream."""
+        self._feed.unsubscribe(stream, key)
+
+    def resume(self, stream: FeatureStream) -> None:
+        """The stream has room again: go on where it was left behind."""
+        self.publish()
+        for sequence_id in self._feed.followed(stream):
+            self._feed.push(self._sequences[sequence_id])
+
+    def leave(self, stream: FeatureStream) -> None:
+        """The stream has ended."""
+        for sequence_id in self._feed.followed(stream):
+            self._feed.unsubscribe(stream, self._sequences[sequence_id].key)
+
+    @property
+    def has_background_work(self) -> bool:
+        """Whether `run_background` would do something."""
+        return self._backfill.ready
+
+    def run_background(self) -> None:
+        """One bounded piece of recomputing missing features."""
+        self.publish()
+        finished = self._backfill.run_piece()
+        if finished is not None:
+            self.metrics.recomputed.inc(finished.end)
+            self._feed.push(finished.state)
+        self._note_load()
+
+    # ------------------------------------------------------------ inside
+
+    def _find(self, key: SequenceKey) -> SequenceState:
+        state = self._sequences.get(key.sequence_id)
+        if state is None:
+            raise UnknownSequence(f"{describe(key)} is not open here")
+        if state.key.epoch != key.epoch:
+            raise StaleMessage(f"{describe(key)}: the sequence is at epoch {state.key.epoch}")
+        return state
+
+    def _answer_open(self, request: OpenSequence) -> Opened:
+        try:
+            return Opened(request.key, self._open(request).computed_len)
+        except DSparkError as error:
+            self.metrics.refused.labels(type(error).__name__).inc()
+            return Opened(request.key, error=error)
+
+    def _open(self, request: OpenSequence) -> SequenceState:
+        check_open(request, self._limits)
+        present = self._sequences.get(request.key.sequence_id)
+        if present is not None and present.request == request and present.answered is None:
+            return present  # a repeat
+        if present is not None and present.key.epoch >= request.key.epoch:
+            raise StaleMessage(f"{describe(request.key)}: the sequence is at epoch {present.key.epoch}")
+        if self.draining:
+            raise Unavailable("this worker is draining and opens nothing new")
+        if present is not None:
+            self._close(present)
+        cached = self._reserve(request)
+        state = SequenceState(request, cached, list(request.token_ids), cached.computed_len)
+        self._sequences[request.key.sequence_id] = state
+        self.metrics.prefix_queries.inc(state.committed_len)
+        self.metrics.prefix_hits.inc(state.computed_len)
+        return state
+
+    def _reserve(self, request: OpenSequence) -> CachedSequence:
+        try:
+            return self._cache.open(request.token_ids, request.max_len)
+        except OutOfPages:
+            if not self._backfill.yield_pages():
+                raise
+            return self._cache.open(request.token_ids, request.max_len)
+
+    def _close(self, state: SequenceState) -> None:
+        del self._sequences[state.key.sequence_id]
+        self._feed.end(state)
+        self._cache.close(state.cached)
+        self._backfill.cancel(state)
+
+    def _plan(self, items: Sequence[StepItem]) -> list[Work | Verdict]:
+        seen: set[str] = set()
+        planned: list[Work | Verdict] = []
+        for item in items:
+            try:
+                if item.key.sequence_id in seen:
+                    raise InvalidRequest(f"{describe(item.key)}: a second item about one sequence in one step")
+                seen.add(item.key.sequence_id)
+                planned.append(plan(item, self._find(item.key), self._limits))
+            except DSparkError as error:
+                self.metrics.refused.labels(type(error).__name__).inc()
+                planned.append(refusal(item, error))
+        return planned
+
+    @staticmethod
+    def _collect(planned: Sequence[Work | Verdict], computed: Sequence[Computed]) -> tuple[Verdict, ...]:
+        """Every item's verdict: the computed ones come in the order of their work."""
+        fresh = iter([verdict for part in computed for verdict in part.verdicts])
+        return tuple(next(fresh) if isinstance(entry, Work) else entry for entry in planned)
+
+    def _count(self, computed: Sequence[Computed], result: StepResult) -> None:
+        rows = 0
+        for part in computed:
+            rows += sum(map(_rows, part.work))
+            for work, verdict in zip(part.work, part.verdicts, strict=True):
+                self.metrics.committed(work, verdict)
+        if computed:
+            self.metrics.stepped(result, rows)
+            self._load = replace(self._load, tokens_in_flight=rows, step_seconds=result.total_seconds)
+
+    def _note_load(self) -> None:
+        self._load = replace(
+            self._load,
+            running=len(self._sequences),
+            free_pages=self._cache.free_pages + self._backfill.held_pages,
+            total_pages=self._cache.total_pages,
+        )
+
+
+def _page_ids(cache: KVCache) -> int:
+    """Ids of full-attention pages are below this."""
+    return int(cache.layer(cache.config.layer_types.index(FULL)).shape[1])
+
+
+def _rows(work: Work) -> int:
+    return work.rows

@@ -1,0 +1,174 @@
+"""Who gets which features: subscriptions of draft workers, and the bounded queue of each worker's stream.
+
+After every step the feed pushes newly committed positions to whoever subscribed. Nothing is kept twice: a stream whose
+queue is full is left behind, its features stay in their pages, and the feed goes on from the first position not yet
+sent once there is room. So the verifier never waits for a drafter, and a slow drafter costs one bounded queue.
+
+What a subscriber is told by `FeatureBlock.error` (then `count` is 0 and `start` the first position concerned):
+`FeaturesMissing`: these positions are being recomputed and will follow, the subscription stays. Anything else ends it:
+`UnknownSequence` (never opened, or closed), `StaleMessage` (another epoch), `Mismatch` (unknown tap), `InvalidRequest`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dspark.errors import DSparkError, FeaturesMissing, InvalidRequest, Mismatch, UnknownSequence
+from dspark.messages import FeatureBlock, SequenceKey
+from services.verifier.features import FeatureStore
+from services.verifier.sequences import SequenceState, describe
+
+__all__ = ["FeatureStream", "Feed", "refused"]
+
+PIECE_BYTES = 1 << 20
+
+
+class FeatureStream:
+    """One draft worker's queue: filled by the engine's thread, emptied by the event loop."""
+
+    def __init__(self, *, limit_bytes: int, on_block: Callable[[], None], on_room: Callable[[], None]) -> None:
+        """`on_block`: called when something was queued; `on_room`: when one that was full is half empty again."""
+        self._limit = limit_bytes
+        self._on_block = on_block
+        self._on_room = on_room
+        self._lock = threading.Lock()
+        self._blocks: deque[FeatureBlock] = deque()
+        self._bytes = 0
+        self._refused = False
+
+    @property
+    def queued_bytes(self) -> int:
+        """Feature bytes waiting to be sent."""
+        return self._bytes
+
+    def has_room(self) -> bool:
+        """Whether another piece may be queued; if not, `on_room` will be called."""
+        with self._lock:
+            self._refused = self._bytes >= self._limit
+            return not self._refused
+
+    def put(self, block: FeatureBlock) -> None:
+        """Queue a block. One piece over the limit may come after `has_room`; errors carry no data and always fit."""
+        with self._lock:
+            self._blocks.append(block)
+            self._bytes += len(block.data)
+        self._on_block()
+
+    def take(self) -> FeatureBlock | None:
+        """The oldest block, or None."""
+        with self._lock:
+            block = self._blocks.popleft() if self._blocks else None
+            resume = self._count(-len(block.data) if block else 0)
+        if resume:
+            self._on_room()
+        return block
+
+    def drop(self, key: SequenceKey) -> None:
+        """Forget what is queued for a sequence: nobody wants it any more, or it is asked for from elsewhere."""
+        with self._lock:
+            dropped = sum(len(block.data) for block in self._blocks if block.key == key)
+            self._blocks = deque(block for block in self._blocks if block.key != key)
+            resume = self._count(-dropped)
+        if resume:
+            self._on_room()
+
+    def _count(self, change: int) -> bool:
+        """Whether the feed, once refused, may go on."""
+        self._bytes += change
+        resume = self._refused and self._bytes <= self._limit // 2
+        self._refused = self._refused and not resume
+        return resume
+
+
+@dataclass(slots=True)
+class Subscription:
+    """One sequence on one stream, and the first position not yet sent."""
+
+    stream: FeatureStream
+    tap_id: str
+    position: int
+    told_missing: bool = False
+
+
+class Feed:
+    """All subscriptions of a verify worker. For the engine's thread; sequences come in as arguments."""
+
+    def __init__(self, features: FeatureStore, want: Callable[[SequenceState], None]) -> None:
+        """`want`: asks for the recomputation of what a sequence lacks."""
+        self._features = features
+        self._want = want
+        self._subscriptions: dict[str, list[Subscription]] = {}
+
+    @property
+    def taps_in_use(self) -> frozenset[str]:
+        """Taps that somebody reads now."""
+        return frozenset(s.tap_id for subscriptions in self._subscriptions.values() for s in subscriptions)
+
+    def subscribe(self, stream: FeatureStream, state: SequenceState, tap_id: str, position: int) -> None:
+        """Send features of a sequence from `position` on. Replaces an earlier subscription of the same stream."""
+        _check(state, tap_id, position, self._features)
+        self.unsubscribe(stream, state.key)
+        subscription = Subscription(stream, tap_id, position)
+        self._subscriptions.setdefault(state.key.sequence_id, []).append(subscription)
+        self._send(subscription, state)
+
+    def unsubscribe(self, stream: FeatureStream, key: SequenceKey) -> None:
+        """Stop sending a sequence's features to a stream; harmless where there is no subscription."""
+        kept = [s for s in self._subscriptions.pop(key.sequence_id, ()) if s.stream is not stream]
+        stream.drop(key)
+        if kept:
+            self._subscriptions[key.sequence_id] = kept
+
+    def push(self, state: SequenceState) -> None:
+        """Send what is new of a sequence to everybody who wants it."""
+        for subscription in self._subscriptions.get(state.key.sequence_id, ()):
+            self._send(subscription, state)
+
+    def followed(self, stream: FeatureStream) -> list[str]:
+        """Sequences that a stream is subscribed to."""
+        return [sid for sid, own in self._subscriptions.items() if any(s.stream is stream for s in own)]
+
+    def end(self, state: SequenceState) -> None:
+        """The sequence is closed: tell its subscribers."""
+        for subscription in self._subscriptions.pop(state.key.sequence_id, ()):
+            subscription.stream.drop(state.key)
+            subscription.stream.put(refused(state.key, UnknownSequence(f"{describe(state.key)} was closed")))
+
+    def _send(self, subscription: Subscription, state: SequenceState) -> None:
+        step = max(1, PIECE_BYTES // (2 * self._features.info(subscription.tap_id).feature_size))
+        while subscription.position < state.computed_len and subscription.stream.has_room():
+            start, pages = subscription.position, state.cached.full_pages
+            wanted = min(start + step, state.computed_len)
+            end = self._features.known_until(subscription.tap_id, pages, start, wanted)
+            if end == start:
+                self._missing(subscription, state)
+                return
+            data = self._features.read(subscription.tap_id, pages, start, end)
+            subscription.position = end
+            subscription.stream.put(FeatureBlock(state.key, start, end - start, data))
+
+    def _missing(self, subscription: Subscription, state: SequenceState) -> None:
+        self._want(state)
+        if not subscription.told_missing:
+            subscription.told_missing = True
+            error = FeaturesMissing(
+                f"{describe(state.key)}: features from {subscription.position} are being recomputed"
+            )
+            subscription.stream.put(refused(state.key, error, subscription.position))
+
+
+def refused(key: SequenceKey, error: DSparkError, start: int = 0) -> FeatureBlock:
+    """The answer that carries no features."""
+    return FeatureBlock(key, start, 0, error=error)
+
+
+def _check(state: SequenceState, tap_id: str, position: int, features: FeatureStore) -> None:
+    if not state.request.features:
+        raise InvalidRequest(f"{describe(state.key)} was opened without features")
+    if tap_id not in features.tap_ids:
+        raise Mismatch(f"tap {tap_id[:12]!r} is not registered here")
+    if position >= state.request.max_len:
+        raise InvalidRequest(f"from_position {position} is past max_len {state.request.max_len}")

@@ -1,0 +1,151 @@
+"""One forward and what it commits: rows to hidden states, logits, outcomes, verdicts, and later features.
+
+Knows the model, the cache and the arithmetic of rows. Which items are served is decided before (`sequences.plan`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dspark.messages import Sampling, Verdict
+from dspark.models.batch import RaggedBatch
+from dspark.models.kv_cache import KVCache
+from dspark.models.target import TargetModel
+from services.verifier.features import FeatureStore
+from services.verifier.sequences import Work
+from services.verifier.verification import Candidate, Outcome, verify
+
+__all__ = ["Computed", "Stepper", "split", "warm_up"]
+
+SAMPLED_ROWS = 128  # rows of logits at a time: 64 MiB in bfloat16 over 262k tokens
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """One forward done: its work in row order, verdicts in the same order, and the states that features come from."""
+
+    work: tuple[Work, ...]
+    verdicts: tuple[Verdict, ...]
+    captured: Mapping[int, Tensor]
+    forward_seconds: float
+    sample_seconds: float
+
+
+class Stepper:
+    """Runs admitted work through the model and commits what it came to."""
+
+    def __init__(self, model: TargetModel, cache: KVCache, features: FeatureStore, *, noise_candidates: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._features = features
+        self._noise_candidates = noise_candidates
+
+    @torch.inference_mode()
+    def run(self, work: Sequence[Work]) -> Computed:
+        """One forward over all the work (rows together at most what the model should see at once)."""
+        began = time.perf_counter()
+        batch = RaggedBatch.build([(own.state.cached, own.row_ids, own.start) for own in work])
+        wanted = any(own.state.request.features for own in work)
+        forward = self._model.forward(batch, self._cache, capture=self._features.layers if wanted else frozenset())
+        self._wait()
+        sampled = time.perf_counter()
+        outcomes = self._sample(forward.hidden, work)
+        verdicts = tuple(self._commit(own, outcomes.get(own)) for own in work)
+        ended = time.perf_counter()
+        return Computed(tuple(work), verdicts, forward.captured, sampled - began, ended - sampled)
+
+    @torch.inference_mode()
+    def keep_features(self, computed: Computed) -> None:
+        """Compute and store the features of the rows that were committed, for sequences that may be drafted for."""
+        wanted = [(own, first) for own, first in _first_rows(computed.work) if own.state.request.features]
+        self._features.write(
+            computed.captured,
+            [(_kept_rows(own, first), own.state.cached.full_pages, own.start) for own, first in wanted],
+        )
+
+    def _sample(self, hidden: Tensor, work: Sequence[Work]) -> dict[Work, Outcome]:
+        """What the items that reach their anchor came to."""
+        anchored = [(own, first + own.count - 1) for own, first in _first_rows(work) if own.reaches_anchor]
+        outcomes: dict[Work, Outcome] = {}
+        for part in split(anchored, SAMPLED_ROWS, lambda entry: 1 + len(entry[0].draft_tokens)):
+            rows = [row for own, first in part for row in range(first, first + 1 + len(own.draft_tokens))]
+            logits = self._model.logits(hidden[torch.tensor(rows, device=hidden.device)])
+            chosen = verify(logits, _candidates(part), noise_candidates=self._noise_candidates)
+            outcomes |= zip((own for own, _ in part), chosen, strict=True)
+        return outcomes
+
+    def _commit(self, work: Work, outcome: Outcome | None) -> Verdict:
+        state = work.state
+        if outcome is None:
+            verdict = state.advance(work)
+        elif outcome.error is not None:
+            return state.refuse(outcome.error)
+        else:
+            verdict = state.extend(work, outcome.accepted, outcome.token, outcome.logprobs)
+        self._cache.commit(state.cached, state.token_ids, state.computed_len)
+        return verdict
+
+    def _wait(self) -> None:
+        """So that times are those of the work and not of its launch."""
+        if self._cache.device.type == "cuda":
+            torch.cuda.synchronize(self._cache.device)
+
+
+def _first_rows(work: Sequence[Work]) -> Iterator[tuple[Work, int]]:
+    """Each item with the index of its first row."""
+    first = 0
+    for own in work:
+        yield own, first
+        first += own.rows
+
+
+def _kept_rows(work: Work, first: int) -> Tensor:
+    """Rows of the forward whose positions were committed: all of the item's but rejected drafts."""
+    return torch.arange(first, first + work.state.computed_len - work.start)
+
+
+def _candidates(part: Sequence[tuple[Work, int]]) -> list[Candidate]:
+    candidates, first = [], 0
+    for own, _ in part:
+        state = own.state
+        position = state.committed_len
+        candidates.append(Candidate(state.request.sampling, first, position, own.draft_tokens, own.draft_distributions))
+        first += 1 + len(own.draft_tokens)
+    return candidates
+
+
+def split(entries: Sequence[T], limit: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Runs of entries of at most `limit` together, in order; a larger entry is a run of its own."""
+    part: list[T] = []
+    room = limit
+    for entry in entries:
+        if part and size(entry) > room:
+            yield part
+            part, room = [], limit
+        part.append(entry)
+        room -= size(entry)
+    if part:
+        yield part
+
+
+@torch.inference_mode()
+def warm_up(model: TargetModel, cache: KVCache, noise_candidates: int, rows: Sequence[int] = (32, 8, 1)) -> None:
+    """Run every part once at several sizes, so that the first request does not pay for what is done lazily.
+
+    Nothing stays behind: the pages are given back and none is hashed.
+    """
+    for count in rows:
+        sequence = cache.open([0] * count, count + 1)
+        batch = RaggedBatch.build([(sequence, [0] * count, 0)])
+        logits = model.logits(model.forward(batch, cache).hidden[-8:])
+        for sampling in (Sampling(temperature=0.0), Sampling(seed=1)):
+            verify(logits[-1:], [Candidate(sampling, 0, count)], noise_candidates=noise_candidates)
+        cache.close(sequence)

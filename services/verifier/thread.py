@@ -1,0 +1,190 @@
+"""The one thread that may touch the engine, and the queue in front of it. Knows when to run what, not what it does.
+
+Calls run in the order in which they came. Steps that wait next to each other (of several routers) run as one, since
+a forward over all their rows costs less than one each and no row depends on its company. While nothing waits, the
+engine's background work runs piece by piece; between two steps there is at most one piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import structlog
+
+from dspark.errors import DSparkError, InternalError, Unavailable
+from dspark.messages import StepItem, StepResult, WorkerLoad
+from services.verifier.engine import VerifyEngine
+
+__all__ = ["EngineThread"]
+
+STARVED_CALLS = 32  # in a row, after which one piece of background work runs although others wait
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+
+def _nothing() -> None:
+    """The function of a call that is a step."""
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A queued call: a function, or the items of a step."""
+
+    function: Callable[[], Any] = _nothing
+    items: tuple[StepItem, ...] | None = None
+    answer: Future[Any] = field(default_factory=Future)
+    queued_at: float = field(default_factory=time.perf_counter)
+
+    @property
+    def rows(self) -> int:
+        return sum(item.count + len(item.draft_tokens) for item in self.items or ())
+
+    @property
+    def sequences(self) -> set[str]:
+        return {item.key.sequence_id for item in self.items or ()}
+
+
+class EngineThread:
+    """Runs an engine in a thread of its own, for `with`. `submit` and `step` may be called from any thread."""
+
+    def __init__(self, engine: VerifyEngine) -> None:
+        self.engine = engine
+        self._calls: deque[_Call] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._busy = 0  # calls since background work last ran
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finishes the call that runs and refuses what still waits."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        self._thread.join()
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Queue a call of the engine."""
+        return self._queue(_Call(function))
+
+    def step(self, items: Sequence[StepItem]) -> Future[StepResult]:
+        """Queue a step."""
+        return self._queue(_Call(items=tuple(items)))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """`submit`, awaited."""
+        return await asyncio.wrap_future(self.submit(function))
+
+    def load(self) -> WorkerLoad:
+        """The engine's load and how many calls wait for it."""
+        return replace(self.engine.load(), waiting=len(self._calls))
+
+    def wait_empty(self, seconds: float) -> bool:
+        """Wait until no sequence is open, at most so long. Not for the event loop."""
+        with self._wake:
+            return self._wake.wait_for(lambda: self.engine.load().running == 0, seconds)
+
+    def _queue(self, call: _Call) -> Future[Any]:
+        with self._wake:
+            if self._stopping:
+                call.answer.set_exception(Unavailable("this worker is stopping"))
+            else:
+                self._calls.append(call)
+                self._wake.notify_all()
+        return call.answer
+
+    # ------------------------------------------------------------ in the thread
+
+    def _run(self) -> None:
+        while calls := self._take():
+            if calls[0].items is None:
+                self._execute(calls[0])
+            else:
+                self._step(calls)
+            self._guard(self.engine.publish)
+        for call in self._calls:
+            _fail(call, Unavailable("this worker is stopping"))
+
+    def _take(self) -> list[_Call]:
+        """The next call with what may run together with it; empty at the end. Background work runs meanwhile."""
+        while True:
+            with self._wake:
+                self._wake.notify_all()  # whoever waits for sequences to close
+                self._wake.wait_for(lambda: self._calls or self._stopping or self.engine.has_background_work)
+                if self._stopping:
+                    return []
+                starved = self._busy >= STARVED_CALLS and self.engine.has_background_work
+                if self._calls and not starved:
+                    self._busy += 1
+                    return self._group()
+            self._busy = 0
+            self._guard(self.engine.run_background)
+
+    def _group(self) -> list[_Call]:
+        taken = [self._calls.popleft()]
+        while self._calls and self._joins(taken, self._calls[0]):
+            taken.append(self._calls.popleft())
+        return taken
+
+    def _joins(self, taken: Sequence[_Call], other: _Call) -> bool:
+        """Whether a waiting step fits into one forward with those taken: no sequence twice, not too many rows."""
+        if taken[0].items is None or other.items is None:
+            return False
+        rows = other.rows + sum(call.rows for call in taken)
+        fits = rows <= self.engine.settings.max_step_tokens
+        return fits and other.sequences.isdisjoint(*(call.sequences for call in taken))
+
+    def _step(self, calls: Sequence[_Call]) -> None:
+        live = [call for call in calls if call.answer.set_running_or_notify_cancel()]
+        began = time.perf_counter()
+        try:
+            result = self.engine.step([item for call in live for item in call.items or ()])
+        except Exception as error:  # noqa: BLE001 - the thread must outlive any fault in it
+            _log.exception("a step failed")
+            for call in live:
+                call.answer.set_exception(InternalError(f"the step failed: {type(error).__name__}: {error}"))
+            return
+        verdicts = iter(result.verdicts)
+        for call in live:
+            own = tuple(itertools.islice(verdicts, len(call.items or ())))
+            call.answer.set_result(replace(result, verdicts=own, queue_seconds=began - call.queued_at))
+
+    def _execute(self, call: _Call) -> None:
+        if not call.answer.set_running_or_notify_cancel():
+            return
+        try:
+            call.answer.set_result(call.function())
+        except DSparkError as error:
+            call.answer.set_exception(error)
+        except Exception as error:  # noqa: BLE001 - the thread must outlive any fault in it
+            _log.exception("a call of the engine failed")
+            call.answer.set_exception(InternalError(f"{type(error).__name__}: {error}"))
+
+    @staticmethod
+    def _guard(function: Callable[[], None]) -> None:
+        """Runs what nobody waits for: a fault there is logged and must not end the thread."""
+        try:
+            function()
+        except Exception:  # noqa: BLE001 - the thread must outlive any fault in it
+            _log.exception("background work failed")
+
+
+def _fail(call: _Call, error: DSparkError) -> None:
+    if call.answer.set_running_or_notify_cancel():
+        call.answer.set_exception(error)

@@ -1,0 +1,163 @@
+"""A verify worker's life: load, warm up, serve, tell the store, drain, end. Puts the parts together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import structlog
+import torch
+from dspark.models.pull import resolve_model
+from prometheus_client import CollectorRegistry
+
+from dspark.errors import ConfigError
+from dspark.kernels import select_kernels
+from dspark.models.fingerprint import numerics_fingerprint
+from dspark.models.kv_cache import KVCache
+from dspark.models.target import load_target
+from dspark.rpc.server import Servicer, serve
+from dspark.store import Heartbeat, Usage, WorkerRecord, check_store, cpu_usage, gpu_usage
+from dspark.telemetry import start_metrics_server
+from dspark.v1.verifier_pb2_grpc import add_VerifierServicer_to_server
+from services.verifier.engine import EngineSettings, VerifyEngine
+from services.verifier.metrics import Metrics
+from services.verifier.service import VerifierService
+from services.verifier.settings import Settings
+from services.verifier.step import warm_up
+from services.verifier.thread import EngineThread
+from services.verifier.tokenizer_files import chat_template, tokenizer_files
+
+__all__ = ["serve_until_told"]
+
+_log = structlog.get_logger(__name__)
+
+
+async def serve_until_told(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. `StartupError` where it cannot start."""
+    check_store(settings.store)  # before the long part
+    stop = _stop_signal()
+    engine, files = _prepare(settings)
+    with contextlib.ExitStack() as stack:
+        thread = stack.enter_context(EngineThread(engine))
+        metrics = stack.enter_context(
+            start_metrics_server(settings.metrics_port, host=settings.metrics_host, registry=engine.metrics.registry)
+        )
+        engine.metrics.follow(thread.load)
+        service = VerifierService(
+            thread,
+            worker_id=settings.worker_id,
+            page_size=settings.page_size,
+            files=files,
+            feature_queue_bytes=settings.feature_queue_mib << 20,
+        )
+        servicer: Servicer = (add_VerifierServicer_to_server, service, "dspark.v1.Verifier")
+        async with serve(settings.listen, [servicer]) as server:
+            record = _record(settings, thread, _address(settings, server.port), metrics.port)
+            with Heartbeat(settings.store, record, usage=_usage(settings)) as beat:
+                _log.info("ready", address=record().address, metrics_port=metrics.port, model=engine.info.name)
+                await stop.wait()
+                await _drain(thread, beat, settings.drain_seconds)
+
+
+def _stop_signal() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+async def _drain(thread: EngineThread, beat: Heartbeat, seconds: float) -> None:
+    """Open nothing new and wait until the routers have moved or finished what is open."""
+    thread.engine.draining = True
+    beat.beat()
+    _log.info("draining", sequences=thread.load().running, seconds=seconds)
+    await asyncio.to_thread(thread.wait_empty, seconds)
+    _log.info("stopping", sequences=thread.load().running)
+
+
+# ------------------------------------------------------------ parts
+
+
+def _prepare(settings: Settings) -> tuple[VerifyEngine, dict[str, bytes]]:
+    """The engine, warm, and the files that routers fetch."""
+    began = time.perf_counter()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = _device(settings.device)
+    dtype = getattr(torch, settings.dtype)
+    kernels = select_kernels(settings.kernels, device)
+    path = resolve_model(settings.model)
+    model = load_target(path, dtype=dtype, device=device, kernels=kernels)
+    info = replace(
+        model.info,
+        numerics_fingerprint=numerics_fingerprint(
+            dtype, kernels, device, model=model.info.model_fingerprint, noise_candidates=settings.noise_candidates
+        ),
+        has_chat_template=chat_template(path) is not None,
+    )
+    cache = KVCache(
+        model.config,
+        pages=settings.pages,
+        page_size=settings.page_size,
+        dtype=dtype,
+        device=device,
+        max_step_rows=settings.max_step_tokens,
+        prefix_cache=settings.prefix_cache,
+    )
+    warm_up(model, cache, settings.noise_candidates)
+    engine = VerifyEngine(
+        model,
+        cache,
+        EngineSettings(max_step_tokens=settings.max_step_tokens, noise_candidates=settings.noise_candidates),
+        info=info,
+        metrics=Metrics(CollectorRegistry()),
+    )
+    _log.info("model loaded", model=info.name, path=str(path), seconds=round(time.perf_counter() - began, 2))
+    return engine, tokenizer_files(path, info)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r}: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: this torch sees no GPU")
+    return device
+
+
+def _usage(settings: Settings) -> Callable[[], Usage]:
+    device = _device(settings.device)
+    return gpu_usage(device.index or 0) if device.type == "cuda" else cpu_usage()
+
+
+def _address(settings: Settings, port: int) -> str:
+    """Where others reach us: a listening address of all interfaces is nobody's address."""
+    host = settings.listen.rpartition(":")[0]
+    if host in ("0.0.0.0", "[::]", ""):  # noqa: S104 - recognised, not bound
+        host = socket.gethostname()
+    return f"{settings.advertise or host}:{port}"
+
+
+def _record(settings: Settings, thread: EngineThread, address: str, metrics_port: int) -> Callable[[], WorkerRecord]:
+    def record() -> WorkerRecord:
+        return WorkerRecord(
+            worker_id=settings.worker_id,
+            role="verify",
+            address=address,
+            metrics_port=metrics_port,
+            model=thread.engine.info,
+            load=thread.load(),
+            tap_ids=thread.engine.tap_ids,
+            page_size=settings.page_size,
+            max_step_tokens=settings.max_step_tokens,
+        )
+
+    return record
