@@ -1,0 +1,124 @@
+"""Context K/V of the sequences a draft worker serves: room, growth and the cap on it. Leaves their making to the model.
+
+A drafter never runs on the context: each target feature row becomes one K/V row a draft layer (DSpark §2.2, "KV
+injection"), appended once and never changed. The present block's own rows are written right behind the context, where
+the next features will land, so attention reads one contiguous tensor and nothing is ever copied or rolled back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dspark.errors import OutOfPages
+
+__all__ = ["PAGE_SIZE", "ContextKV", "ContextRoom", "KVShape"]
+
+PAGE_SIZE = 16  # positions; only the unit in which room is reported
+
+_FIRST_ROOM = 256  # positions; doubled whenever it is full
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """Shapes of the K/V rows of one position, and the rows of one block."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+
+
+class ContextKV:
+    """K/V of one sequence's context in every draft layer: (layers, 2, kv_heads, room, head_dim).
+
+    `length` counts context positions 0 … length - 1. `limit` is the most it may ever hold, the block's rows included.
+    """
+
+    def __init__(self, shape: KVShape, limit: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.length = 0
+        self._shape = shape
+        self._limit = limit
+        self._rows = self._allocate(min(limit, _FIRST_ROOM), dtype, device)
+
+    def append(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int, count: int) -> None:
+        """Take rows first … first + count - 1 of each layer's (K, V), both (n, kv_heads, head_dim)."""
+        end = self.length + count
+        self.require(end)
+        for own, (keys, values) in zip(self._rows, layers, strict=True):
+            own[0, :, self.length : end] = keys[first : first + count].transpose(0, 1)
+            own[1, :, self.length : end] = values[first : first + count].transpose(0, 1)
+        self.length = end
+
+    def require(self, positions: int) -> None:
+        """Make room for this many positions and a block behind them. `OutOfPages` past the limit."""
+        needed = positions + self._shape.block_size
+        if needed > self._limit:
+            raise OutOfPages(
+                f"{positions} context positions are over the {self._limit - self._shape.block_size} reserved"
+            )
+        room = self._rows.shape[3]
+        if needed > room:
+            grown = self._allocate(min(self._limit, max(needed, 2 * room)), self._rows.dtype, self._rows.device)
+            grown[:, :, :, : self.length] = self._rows[:, :, :, : self.length]
+            self._rows = grown
+
+    def with_block(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's context followed by the block's own rows.
+
+        Args:
+            layer: draft layer, from 0.
+            keys: (kv_heads, block, head_dim), normed and rotated.
+            values: (kv_heads, block, head_dim).
+
+        Returns:
+            K and V, (1, kv_heads, length + block, head_dim), views that the next call overwrites.
+        """
+        end = self.length + keys.shape[1]
+        own_keys, own_values = self._rows[layer, :, None, :, :end].unbind()
+        own_keys[0, :, self.length :] = keys
+        own_values[0, :, self.length :] = values
+        return own_keys, own_values
+
+    def _allocate(self, room: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        shape = self._shape
+        return torch.empty(shape.layers, 2, shape.kv_heads, room, shape.head_dim, dtype=dtype, device=device)
+
+
+class ContextRoom:
+    """Hands out contexts up to a cap on positions. Room is promised in full at the start and filled as it is used."""
+
+    def __init__(self, shape: KVShape, positions: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._shape = shape
+        self._positions = positions
+        self._reserved = 0
+        self._dtype = dtype
+        self._device = device
+
+    def open(self, max_len: int) -> ContextKV:
+        """A context that may grow to max_len positions. `OutOfPages` if that is not free."""
+        limit = self._limit(max_len)
+        free = self._positions - self._reserved
+        if limit > free:
+            raise OutOfPages(f"max_len {max_len} needs room for {limit} context positions, {free} are free")
+        self._reserved += limit
+        return ContextKV(self._shape, limit, dtype=self._dtype, device=self._device)
+
+    def close(self, max_len: int) -> None:
+        """Give back what `open(max_len)` reserved."""
+        self._reserved -= self._limit(max_len)
+
+    @property
+    def free_pages(self) -> int:
+        """Unreserved room in pages of PAGE_SIZE positions."""
+        return (self._positions - self._reserved) // PAGE_SIZE
+
+    @property
+    def total_pages(self) -> int:
+        """All room in pages of PAGE_SIZE positions."""
+        return self._positions // PAGE_SIZE
+
+    def _limit(self, max_len: int) -> int:
+        return max_len + self._shape.block_size

@@ -1,0 +1,252 @@
+"""Serves many sequences' drafts (DSpark §3.1). Synchronous; lives in one thread.
+
+Knows which sequences are attached, their contexts, and what a request may ask for. Leaves to others how features get
+here, who waits for them and every kind of message.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark.errors import DSparkError, FeaturesMissing, InvalidRequest, StaleMessage, UnknownSequence
+from dspark.kernels import Kernels
+from dspark.messages import (
+    AttachSequence,
+    FeatureBlock,
+    Proposal,
+    ProposeItem,
+    ProposeResult,
+    SequenceKey,
+    SparseDistribution,
+    WorkerLoad,
+)
+from dspark.models.drafters import DSparkDrafter
+from dspark.sampling import DraftChooser
+from services.draft.context import ContextKV, ContextRoom
+from services.draft.drafting import Block, BlockDrafter, Drafted
+
+__all__ = ["DraftEngine"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    request: AttachSequence
+    context: ContextKV
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Feature rows that continue a sequence: rows `skip` … of `block`, for positions from the context's end on."""
+
+    sequence: _Sequence
+    block: FeatureBlock
+    skip: int
+
+    @property
+    def count(self) -> int:
+        return self.block.count - self.skip
+
+    @property
+    def positions(self) -> range:
+        return range(self.block.start + self.skip, self.block.start + self.block.count)
+
+
+class DraftEngine:
+    """Attach sequences, append their features, propose blocks: all from one thread. `load`, `length` from any."""
+
+    def __init__(
+        self, drafter: DSparkDrafter, chooser: DraftChooser, kernels: Kernels, *, context_positions: int
+    ) -> None:
+        """`context_positions`: room for context K/V of all sequences together."""
+        self._drafter = drafter
+        self._blocks = BlockDrafter(drafter, chooser, kernels)
+        forward = self._blocks.forward
+        self._room = ContextRoom(forward.shape, context_positions, dtype=forward.dtype, device=forward.device)
+        self._sequences: dict[str, _Sequence] = {}
+        self._last_tokens = 0
+        self._last_seconds = 0.0
+
+    # ------------------------------------------------------------ sequences
+
+    def attach(self, request: AttachSequence) -> None:
+        """Draft for a sequence from now on; a repeat changes nothing, a newer epoch starts over.
+
+        Raises `StaleMessage` for an older epoch, `InvalidRequest` and `OutOfPages` for a max_len without room.
+        """
+        if request.max_len < 1:
+            raise InvalidRequest(f"max_len {request.max_len}: a sequence has at least one token")
+        present = self._sequences.get(request.key.sequence_id)
+        if present is not None:
+            if present.request == request:
+                return
+            if present.request.key.epoch > request.key.epoch:
+                raise StaleMessage(f"{_describe(request.key)}: epoch {present.request.key.epoch} is attached here")
+            self.detach([present.request.key])
+        context = self._room.open(request.max_len)
+        self._sequences[request.key.sequence_id] = _Sequence(request, context)
+
+    def detach(self, keys: Iterable[SequenceKey]) -> None:
+        """Forget sequences; unknown ones and other epochs are passed over."""
+        for key in keys:
+            sequence = self._sequences.get(key.sequence_id)
+            if sequence is not None and sequence.request.key == key:
+                del self._sequences[key.sequence_id]
+                self._room.close(sequence.request.max_len)
+
+    def length(self, key: SequenceKey) -> int | None:
+        """Context positions 0 … length - 1 are here; None for a sequence that is not attached."""
+        sequence = self._sequences.get(key.sequence_id)
+        return sequence.context.length if sequence is not None and sequence.request.key == key else None
+
+    def load(self) -> WorkerLoad:
+        """What the engine is doing."""
+        return WorkerLoad(
+            running=len(self._sequences),
+            tokens_in_flight=self._last_tokens,
+            free_pages=self._room.free_pages,
+            total_pages=self._room.total_pages,
+            step_seconds=self._last_seconds,
+        )
+
+    # ------------------------------------------------------------ features
+
+    def append_features(self, blocks: Sequence[FeatureBlock]) -> list[SequenceKey]:
+        """Compute context K/V of features that continue their sequences; what is here already is passed over.
+
+        Returns the attached sequences whose blocks left a gap: features from `length(key)` on have to come again.
+        Blocks of sequences or epochs that are not attached are ignored.
+        """
+        pieces, gaps = self._continuing(blocks)
+        if pieces:
+            size = 2 * self._drafter.config.hidden_size
+            data = bytearray().join(memoryview(piece.block.data)[piece.skip * size :] for piece in pieces)
+            self._extend(pieces, torch.frombuffer(data, dtype=torch.bfloat16).view(-1, size // 2))
+        return gaps
+
+    def extend(self, key: SequenceKey, features: Tensor) -> None:
+        """Append features (n, d) of any floating dtype. `UnknownSequence` or `StaleMessage` if it is not attached."""
+        sequence = self._sequence(key)
+        start = sequence.context.length
+        self._extend([_Piece(sequence, FeatureBlock(key, start, len(features)), 0)], features)
+
+    def _continuing(self, blocks: Sequence[FeatureBlock]) -> tuple[list[_Piece], list[SequenceKey]]:
+        lengths: dict[SequenceKey, int] = {}
+        pieces: list[_Piece] = []
+        gaps: dict[SequenceKey, None] = {}
+        for block in blocks:
+            sequence = self._sequences.get(block.key.sequence_id)
+            if sequence is None or sequence.request.key != block.key:
+                continue
+            length = lengths.get(block.key, sequence.context.length)
+            if block.start > length:
+                gaps[block.key] = None
+            elif block.start + block.count > length:
+                pieces.append(_Piece(sequence, block, length - block.start))
+                lengths[block.key] = block.start + block.count
+        return pieces, list(gaps)
+
+    @torch.inference_mode()
+    def _extend(self, pieces: Sequence[_Piece], features: Tensor) -> None:
+        forward = self._blocks.forward
+        positions = torch.tensor([position for piece in pieces for position in piece.positions], device=forward.device)
+        end = max(piece.positions.stop for piece in pieces)
+        layers = forward.context_kv(features.to(forward.device, forward.dtype), positions, end)
+        first = 0
+        for piece in pieces:
+            piece.sequence.context.append(layers, first, piece.count)
+            first += piece.count
+
+    # ------------------------------------------------------------ blocks
+
+    def propose(self, items: Sequence[ProposeItem]) -> ProposeResult:
+        """One proposal for each item, in order; an item that cannot be served carries its error instead.
+
+        The batch is as long as its longest item wants, each proposal as long as its own.
+        """
+        began = time.perf_counter()
+        errors = [self._refusal(item) for item in items]
+        wanted = [item for item, error in zip(items, errors, strict=True) if error is None and item.max_tokens > 0]
+        drafted = self.draft(wanted) if wanted else None
+        forward_seconds = time.perf_counter() - began
+        rows = _rows(drafted) if drafted is not None else iter(())
+        proposals = tuple(
+            _proposal(item, next(rows) if error is None and item.max_tokens > 0 else _NOTHING, error)
+            for item, error in zip(items, errors, strict=True)
+        )
+        self._last_tokens = sum(len(proposal.tokens) for proposal in proposals)
+        self._last_seconds = time.perf_counter() - began
+        return ProposeResult(proposals, forward_seconds=forward_seconds, total_seconds=self._last_seconds)
+
+    def draft(self, items: Sequence[ProposeItem]) -> Drafted:
+        """The blocks of items that can be served, as tensors: as many tokens as the longest item wants."""
+        count = min(max(item.max_tokens for item in items), self._drafter.config.block_size)
+        sequences = [self._sequence(item.key) for item in items]
+        blocks = [
+            Block(item.anchor, sequence.context, sequence.request.sampling)
+            for item, sequence in zip(items, sequences, strict=True)
+        ]
+        return self._blocks.draft(blocks, count)
+
+    def _refusal(self, item: ProposeItem) -> DSparkError | None:
+        try:
+            self._check(item)
+        except DSparkError as error:
+            return error
+        return None
+
+    def _check(self, item: ProposeItem) -> None:
+        length = self._sequence(item.key).context.length
+        if item.committed_len < 1:
+            raise InvalidRequest(f"{_describe(item.key)}: committed_len 0 has no anchor")
+        if not 0 <= item.anchor < self._drafter.config.vocab_size:
+            raise InvalidRequest(
+                f"{_describe(item.key)}: anchor {item.anchor} is outside the vocabulary, "
+                f"0 to {self._drafter.config.vocab_size - 1}"
+            )
+        if length > item.committed_len - 1:
+            raise StaleMessage(f"{_describe(item.key)}: committed_len {item.committed_len}, {length + 1} here")
+        if length < item.committed_len - 1:
+            raise FeaturesMissing(
+                f"{_describe(item.key)}: features of {length} positions are here, {item.committed_len - 1} are needed"
+            )
+
+    def _sequence(self, key: SequenceKey) -> _Sequence:
+        sequence = self._sequences.get(key.sequence_id)
+        if sequence is None:
+            raise UnknownSequence(f"{_describe(key)} is not attached here")
+        if sequence.request.key.epoch != key.epoch:
+            raise StaleMessage(f"{_describe(key)}: epoch {sequence.request.key.epoch} is attached here")
+        return sequence
+
+
+_Row = tuple[list[int], list[float], list[SparseDistribution | None]]
+_NOTHING: _Row = ([], [], [])
+
+
+def _rows(drafted: Drafted) -> Iterator[_Row]:
+    """Tokens, confidences and distributions of one block after another."""
+    tokens = drafted.tokens.tolist()
+    logits = drafted.confidence_logits
+    confidences = logits.sigmoid().tolist() if logits is not None else [[] for _ in tokens]
+    yield from zip(tokens, confidences, map(list, zip(*drafted.distributions, strict=True)), strict=True)
+
+
+def _proposal(item: ProposeItem, row: _Row, error: DSparkError | None) -> Proposal:
+    tokens, confidences, distributions = row
+    return Proposal(
+        item.key,
+        item.committed_len,
+        tuple(tokens[: item.max_tokens]),
+        tuple(confidences[: item.max_tokens]),
+        tuple(entry for entry in distributions[: item.max_tokens] if entry is not None),
+        error,
+    )
+
+
+def _describe(key: SequenceKey) -> str:
+    return f"sequence {key.sequence_id!r} epoch {key.epoch}"

@@ -1,0 +1,107 @@
+"""Features on their way into the engine: what has come for which sequence, and who waits for it. Runs on the loop.
+
+Knows positions only; the engine computes K/V from what `take` hands over, and finds gaps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dspark.messages import FeatureBlock, SequenceKey
+
+__all__ = ["FeatureInbox"]
+
+
+@dataclass(eq=False, slots=True)
+class _Wait:
+    """One waiter: the lengths it needs, sequences leaving as theirs are reached."""
+
+    missing: dict[SequenceKey, int]
+    done: asyncio.Future[None]
+
+
+class FeatureInbox:
+    """Feature blocks not yet in the engine, and per sequence the length that is here without a gap."""
+
+    def __init__(self, arrived: Callable[[], None]) -> None:
+        """`arrived` is called whenever there is something to take."""
+        self._arrived = arrived
+        self._lengths: dict[SequenceKey, int] = {}
+        self._blocks: list[FeatureBlock] = []
+        self._waits: dict[SequenceKey, set[_Wait]] = defaultdict(set)
+
+    def open(self, key: SequenceKey) -> None:
+        """Expect features of this sequence from position 0 on; those of unknown ones are dropped."""
+        self._lengths.setdefault(key, 0)
+
+    def close(self, key: SequenceKey) -> None:
+        """Forget a sequence; nobody waits for it any longer."""
+        self._lengths.pop(key, None)
+        for wait in self._waits.pop(key, set()):
+            _reached(wait, key)
+
+    def length(self, key: SequenceKey) -> int | None:
+        """Positions 0 … length - 1 are here; None for a sequence that is not open."""
+        return self._lengths.get(key)
+
+    def rewind(self, key: SequenceKey, length: int) -> None:
+        """The engine has only this much: what came after it was lost."""
+        if key in self._lengths:
+            self._lengths[key] = length
+
+    def feed(self, block: FeatureBlock) -> None:
+        """Take a block from a verifier; one that leaves a gap is handed on for the engine to refuse."""
+        length = self._lengths.get(block.key)
+        end = block.start + block.count
+        if length is None or end <= length:
+            return
+        self._blocks.append(block)
+        if block.start <= length:
+            self._lengths[block.key] = end
+            self._wake(block.key, end)
+        self._arrived()
+
+    def take(self) -> list[FeatureBlock]:
+        """Everything that came since the last call, oldest first."""
+        blocks, self._blocks = self._blocks, []
+        return blocks
+
+    def __len__(self) -> int:
+        """Blocks waiting to be taken."""
+        return len(self._blocks)
+
+    async def wait(self, needs: Mapping[SequenceKey, int], seconds: float) -> None:
+        """Return once every sequence has the length it needs or is closed, at the latest after `seconds`."""
+        missing = {key: need for key, need in needs.items() if self._lengths.get(key, need) < need}
+        if not missing or seconds <= 0:
+            return
+        wait = _Wait(missing, asyncio.get_running_loop().create_future())
+        for key in missing:
+            self._waits[key].add(wait)
+        try:
+            await asyncio.wait([wait.done], timeout=seconds)
+        finally:
+            self._forget(wait)
+
+    def _wake(self, key: SequenceKey, length: int) -> None:
+        for wait in tuple(self._waits.get(key, ())):
+            if wait.missing[key] <= length:
+                _reached(wait, key)
+                self._waits[key].discard(wait)
+
+    def _forget(self, wait: _Wait) -> None:
+        for key in wait.missing:
+            waits = self._waits.get(key)
+            if waits is not None:
+                waits.discard(wait)
+                if not waits:
+                    del self._waits[key]
+
+
+def _reached(wait: _Wait, key: SequenceKey) -> None:
+    wait.missing.pop(key, None)
+    if not wait.missing and not wait.done.done():
+        wait.done.set_result(None)

@@ -1,0 +1,247 @@
+"""One verify worker, seen from a draft worker: our tap registered there and one stream of features, kept alive.
+
+Whatever breaks (connection, registration, a subscription) is tried again with growing pauses for as long as somebody
+wants the sequence; asking again always starts at the first position that is not here yet. Knows no tensors and no
+engine: blocks go to the inbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import grpc
+import structlog
+
+from dspark.errors import DSparkError, FeaturesMissing, InvalidRequest, Mismatch, Unavailable
+from dspark.messages import DrafterInfo, FeatureBlock, ModelInfo, SequenceKey, TapInfo
+from dspark.rpc.channel import connect, error_from_call
+from dspark.rpc.codec import decode, encode
+from dspark.rpc.pieces import split
+from dspark.v1 import verifier_pb2 as pb
+from dspark.v1.verifier_pb2_grpc import VerifierStub
+from services.draft.inbox import FeatureInbox
+
+__all__ = ["TapOffer", "VerifierLink"]
+
+_RPC_SECONDS = 10.0
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 2.0
+_LONGEST_ASK_PAUSE = 1.0
+_PULL_PAUSE = 0.2  # a pull under way answers every gap that is seen meanwhile
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TapOffer:
+    """A drafter and its tap: what a verify worker must fit, and the float32 bytes it is given."""
+
+    drafter: DrafterInfo
+    tap: TapInfo
+    tensors: Mapping[str, bytes] = field(repr=False)
+
+    def check(self, model: ModelInfo) -> None:
+        """`Mismatch`, naming both values, unless this drafter belongs to that target."""
+        theirs = f"target {model.name!r}"
+        wanted = self.drafter.model_fingerprint
+        if wanted and wanted != model.model_fingerprint:
+            raise Mismatch(
+                f"drafter {self.drafter.name!r} is for the target with fingerprint {wanted}, "
+                f"{theirs} has {model.model_fingerprint}"
+            )
+        if self.drafter.vocab_size != model.vocab_size:
+            raise Mismatch(f"drafter vocabulary {self.drafter.vocab_size}, {theirs} has {model.vocab_size}")
+        if self.tap.target_hidden_size != model.hidden_size:
+            raise Mismatch(f"drafter reads hidden size {self.tap.target_hidden_size}, {theirs} has {model.hidden_size}")
+        if max(self.tap.layer_ids) >= model.num_layers - 1:
+            raise Mismatch(
+                f"drafter reads layers {list(self.tap.layer_ids)}, "
+                f"{theirs} offers -1 to {model.num_layers - 2} of its {model.num_layers}"
+            )
+
+    def fits(self, model: ModelInfo) -> bool:
+        """Whether `check` passes."""
+        try:
+            self.check(model)
+        except Mismatch:
+            return False
+        return True
+
+    async def messages(self) -> AsyncIterator[pb.RegisterTapRequest]:
+        """What registers the tap."""
+        yield pb.RegisterTapRequest(info=encode(self.tap))
+        for name, data in self.tensors.items():
+            for piece in split(name, data):
+                yield pb.RegisterTapRequest(piece=piece)
+
+
+@dataclass(slots=True)
+class _Want:
+    """One sequence wanted from the verify worker."""
+
+    pause: float = _FIRST_PAUSE
+    asked_at: float = -1.0
+    retry: asyncio.TimerHandle | None = None
+
+
+class VerifierLink:
+    """For `async with`: connected from entry to exit, reconnecting as needed."""
+
+    def __init__(self, address: str, offer: TapOffer, inbox: FeatureInbox) -> None:
+        self.address = address
+        self._offer = offer
+        self._inbox = inbox
+        self._wants: dict[SequenceKey, _Want] = {}
+        self._outbox: asyncio.Queue[pb.FeatureRequest] | None = None
+        self._settled = asyncio.Event()
+        self._refusal: DSparkError | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._task.cancel()
+        for key in tuple(self._wants):
+            self.drop(key)
+        await asyncio.wait([self._task])
+
+    @property
+    def idle(self) -> bool:
+        """Whether no sequence is wanted from here."""
+        return not self._wants
+
+    @property
+    def connected(self) -> bool:
+        """Whether the tap is registered and the stream open."""
+        return self._outbox is not None
+
+    async def ready(self, seconds: float) -> None:
+        """Returns once connected. `Mismatch` where the drafter does not fit, `Unavailable` if it takes too long."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._settled.wait()
+        except TimeoutError as error:
+            raise Unavailable(f"verify worker {self.address} was not reached within {seconds:g} s") from error
+        if self._refusal is not None:
+            raise self._refusal
+
+    def want(self, key: SequenceKey) -> None:
+        """Have a sequence's features sent, from the first position that the inbox lacks."""
+        self._wants.setdefault(key, _Want())
+        self._ask(key)
+
+    def pull(self, key: SequenceKey) -> None:
+        """Ask again: something is missing. Repeats within a short while are one."""
+        want = self._wants.get(key)
+        now = asyncio.get_running_loop().time()
+        if want is not None and now - want.asked_at >= _PULL_PAUSE:
+            self._ask(key)
+
+    def drop(self, key: SequenceKey) -> None:
+        """Stop wanting a sequence."""
+        want = self._wants.pop(key, None)
+        if want is not None and want.retry is not None:
+            want.retry.cancel()
+        if want is not None and self._outbox is not None:
+            request = pb.Unsubscribe(sequence_id=key.sequence_id, epoch=key.epoch)
+            self._outbox.put_nowait(pb.FeatureRequest(unsubscribe=request))
+
+    # ------------------------------------------------------------ connection
+
+    async def _run(self) -> None:
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                await self._connected()
+                pause = _FIRST_PAUSE
+            except grpc.aio.AioRpcError as error:
+                pause = self._failed(error_from_call(error, worker=True), pause)
+            except DSparkError as error:
+                pause = self._failed(error, pause)
+            finally:
+                self._outbox = None
+            await asyncio.sleep(pause)
+
+    def _failed(self, error: DSparkError, pause: float) -> float:
+        """Note why there is no stream; returns the next pause."""
+        refused = isinstance(error, (Mismatch, InvalidRequest))
+        if refused != (self._refusal is not None) or pause == _FIRST_PAUSE:
+            _log.warning("no features from verify worker", verifier=self.address, reason=str(error))
+        self._refusal = error if refused else None
+        if refused:
+            self._settled.set()
+        else:
+            self._settled.clear()
+        return _LONGEST_PAUSE if refused else min(2 * pause, _LONGEST_PAUSE)
+
+    async def _connected(self) -> None:
+        """Register, subscribe what is wanted and pass blocks on until the stream ends."""
+        async with connect(self.address) as channel:
+            stub = VerifierStub(channel)
+            await self._register(stub)
+            outbox: asyncio.Queue[pb.FeatureRequest] = asyncio.Queue()
+            stream = stub.Features(_drain(outbox))
+            await stream.wait_for_connection()
+            self._outbox, self._refusal = outbox, None
+            self._settled.set()
+            _log.info("features stream open", verifier=self.address, sequences=len(self._wants))
+            for key in self._wants:
+                self._ask(key)
+            async for reply in stream:
+                self._receive(decode(reply))
+        raise Unavailable("the verify worker ended the stream")
+
+    async def _register(self, stub: VerifierStub) -> None:
+        described = await stub.Describe(pb.DescribeVerifierRequest(), timeout=_RPC_SECONDS)
+        self._offer.check(decode(described.model))
+        if self._offer.tap.tap_id not in described.tap_ids:
+            await stub.RegisterTap(self._offer.messages(), timeout=_RPC_SECONDS)
+
+    # ------------------------------------------------------------ sequences
+
+    def _ask(self, key: SequenceKey) -> None:
+        """Subscribe from our position; without a connection this happens once there is one."""
+        want, position = self._wants.get(key), self._inbox.length(key)
+        if want is None or position is None or self._outbox is None:
+            return
+        want.retry = None
+        want.asked_at = asyncio.get_running_loop().time()
+        request = pb.Subscribe(
+            sequence_id=key.sequence_id, epoch=key.epoch, tap_id=self._offer.tap.tap_id, from_position=position
+        )
+        self._outbox.put_nowait(pb.FeatureRequest(subscribe=request))
+
+    def _receive(self, block: FeatureBlock) -> None:
+        if block.error is not None:
+            self._refused(block.key, block.error)
+        elif len(block.data) != 2 * block.count * self._offer.tap.feature_size:
+            raise Unavailable(f"{len(block.data)} feature bytes for {block.count} positions")
+        elif (want := self._wants.get(block.key)) is not None:
+            want.pause = _FIRST_PAUSE
+            self._inbox.feed(block)
+
+    def _refused(self, key: SequenceKey, error: DSparkError) -> None:
+        """A subscription was refused or ended: the sequence is not open there (yet), or the tap was forgotten."""
+        want = self._wants.get(key)
+        if isinstance(error, Mismatch):
+            raise error
+        if want is None or isinstance(error, (FeaturesMissing, Unavailable)):  # recomputed there, and on its way
+            return
+        if isinstance(error, InvalidRequest):
+            _log.error("features refused", sequence=key.sequence_id, epoch=key.epoch, reason=str(error))
+            return
+        if want.retry is None:
+            want.retry = asyncio.get_running_loop().call_later(want.pause, self._ask, key)
+            want.pause = min(2 * want.pause, _LONGEST_ASK_PAUSE)
+
+
+async def _drain(outbox: asyncio.Queue[pb.FeatureRequest]) -> AsyncIterator[pb.FeatureRequest]:
+    while True:
+        yield await outbox.get()
