@@ -64,7 +64,7 @@ def target_tensors(target_path: Path, vocab_size: int, hidden_size: int, dtype: 
     """A target's embedding and output head, each (vocab, d); one tensor twice where they are tied."""
     if target_path.is_file():
         return _embedding_and_head(GgufSource(target_path), vocab_size, hidden_size, dtype)
-    with SafetensorsSource(target_path, prefixes=("", "model.", "language_model.")) as source:
+    with SafetensorsSource(target_path) as source:
         return _embedding_and_head(source, vocab_size, hidden_size, dtype)
 
 

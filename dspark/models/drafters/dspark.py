@@ -152,10 +152,10 @@ class DSparkDrafter(nn.Module):
         block, t = self.config.block_size, captured.shape[1]
         positions = torch.arange(t, device=captured.device).expand(s, t)
         context = self.context_kv(self.features(captured), positions)
-        inputs = self._block_inputs(token_ids.gather(1, anchors).flatten()).unflatten(0, (s, a)).flatten(1, 2)
+        inputs = self._block_inputs(token_ids.gather(1, anchors).flatten()).view(s, a * block, -1)
         rows = self._block_positions(anchors.flatten()).view(s, a * block)
         mask = block_mask(anchors, block, t)
-        return self._run(inputs, rows, context, mask).unflatten(1, (a, block))
+        return self._run(inputs, rows, context, mask).view(s, a, block, -1)
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """U: (…, d) -> (…, draft vocabulary)."""
