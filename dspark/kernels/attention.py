@@ -4,10 +4,11 @@ A plan is made once per batch and layer group. It cuts every sequence's rows int
 rows (a token has one query row per head of its key/value group) and puts tiles of like shape into one bucket: one
 product per bucket, whatever the number of sequences.
 
-A row's bits do not depend on the batch because every shape that the reduction order depends on is fixed: keys are
-taken in blocks of `KEY_BLOCK` aligned to the sequence's start, the last one filled up with masked keys, and tiles have
-at least `MIN_ROWS` and at most `TILE_ROWS` query rows. Measured with torch 2.13: with keys padded to 64 or 256 some
-bf16 rows differ; with fewer than 8 query rows, or more than 191, some float32 rows do.
+A row's bits do not depend on the batch because every shape that a reduction's order depends on is a function of the
+row's position alone: tiles do not cross multiples of `KEY_BLOCK` positions, and take their keys in whole blocks up to
+the next multiple, the rest masked. What is left is the number of query rows, kept between `MIN_ROWS` and `TILE_ROWS`.
+Measured with torch 2.13 on a CPU: over more or fewer masked keys some rows differ, in bf16 as in float32; with fewer
+than 8 query rows, or more than 191, some float32 rows do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
-KEY_BLOCK = 512
+KEY_BLOCK = 128
 TILE_ROWS = 128
 MIN_ROWS = 8
 NULL_PAGE = 0
@@ -106,11 +107,14 @@ def plan_attention(
 
 def _tiles(span: Span, owner: int, window: int | None, group: int) -> Iterable[_Tile]:
     step = max(1, TILE_ROWS // group)
-    for offset in range(0, span.count, step):
-        start, count = span.start + offset, min(step, span.count - offset)
-        first_key = 0 if window is None else max(0, start - window + 1) // KEY_BLOCK * KEY_BLOCK
-        length = -(-(start + count - first_key) // KEY_BLOCK) * KEY_BLOCK
-        yield _Tile(span.first_row + offset, start, count, first_key, length, span.pages, owner)
+    start, end = span.start, span.start + span.count
+    while start < end:
+        block = start // KEY_BLOCK * KEY_BLOCK
+        count = min(step, end - start, block + KEY_BLOCK - start)
+        first_key = 0 if window is None else max(0, block - window + 1) // KEY_BLOCK * KEY_BLOCK
+        length = block + KEY_BLOCK - first_key
+        yield _Tile(span.first_row + start - span.start, start, count, first_key, length, span.pages, owner)
+        start += count
 
 
 def _shape(tile: _Tile, span: Span, group: int) -> tuple[int, ...]:

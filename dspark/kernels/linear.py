@@ -30,16 +30,17 @@ _PLAIN: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 class Linear(Protocol):
     """x (rows, in) ↦ (rows, out), both contiguous and of the weight's dtype."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, in) ↦ (rows, out)."""
 
 
 def linear(weight: torch.Tensor) -> Linear:
-    """x ↦ x · weightᵀ for a weight (out, in); the weight may be freed afterwards where it was packed."""
+    """The layer x ↦ x · weightᵀ for a weight (out, in); the weight may be freed afterwards where it was packed."""
     return PackedLinear(weight) if _packable(weight) else PlainLinear(weight)
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> Linear:
-    """x ↦ activation(x · gateᵀ) * (x · upᵀ), the first half of a gated feed-forward layer."""
+    """The layer x ↦ activation(x · gateᵀ) * (x · upᵀ), the first half of a gated feed-forward layer."""
     return PackedGated(gate, up, activation) if _packable(gate) else PlainGated(gate, up, activation)
 
 

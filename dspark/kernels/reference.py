@@ -10,7 +10,7 @@ import torch
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension.
+    """RMSNorm over the last dimension: x / sqrt(mean(x²) + eps) · weight.
 
     `x` (..., d) of any floating dtype, `weight` float32, broadcastable to x (Gemma's added 1 is already in it);
     the result has x's dtype.

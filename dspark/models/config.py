@@ -138,7 +138,12 @@ class _Reader:
         )
 
     def _refuse_unsupported(self) -> None:
-        for key in ("attention_bias", "use_bidirectional_attention", "final_logit_softcapping", "attn_logit_softcapping"):
+        for key in (
+            "attention_bias",
+            "use_bidirectional_attention",
+            "final_logit_softcapping",
+            "attn_logit_softcapping",
+        ):
             if self.config.get(key):
                 raise self.error(f"{key} = {self.config[key]!r} is not supported")
         if self.config.get("quantization_config"):

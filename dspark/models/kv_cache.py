@@ -100,9 +100,7 @@ class KVCache:
         for layer, kind in enumerate(config.layer_types):
             group = self._groups[kind]
             # Zeros, because masked garbage must be finite.
-            group.storage[layer] = torch.zeros(
-                shape[0], group.pool.total + 1, shape[1], dtype=dtype, device=device
-            )
+            group.storage[layer] = torch.zeros(shape[0], group.pool.total + 1, shape[1], dtype=dtype, device=device)
 
     @staticmethod
     def page_bytes(config: TargetConfig, dtype: torch.dtype, page_size: int = 16) -> int:
@@ -165,7 +163,9 @@ class KVCache:
     def extend(self, sequence: CachedSequence, length: int) -> None:
         """Make sure that positions below `length` have pages (out of the sequence's reservation)."""
         if length > sequence.max_len + self.lookahead or sequence.closed:
-            raise InternalError(f"position {length - 1} is past the sequence's reservation of {sequence.max_len} tokens")
+            raise InternalError(
+                f"position {length - 1} is past the sequence's reservation of {sequence.max_len} tokens"
+            )
         needed = self._pages_for(length)
         for kind, group in self._groups.items():
             pages = sequence.pages[kind]
