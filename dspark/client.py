@@ -24,6 +24,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
+from dspark.errors import DSparkError, Unavailable
 from dspark.events import (
     Completion,
     Delta,
@@ -53,8 +54,9 @@ class Stream:
     Leaving the `async with` block, `cancel()` and forgetting the stream all end it at the router within a round.
     """
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, address: str) -> None:
         self._call = call
+        self._address = address
         self._events: list[Event] = []
 
     def __aiter__(self) -> Self:
@@ -97,7 +99,7 @@ class Stream:
         try:
             return await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise error_from_call(error) from error
+            raise _named(error, self._address) from error
 
 
 class Client:
@@ -126,7 +128,8 @@ class Client:
         """Starts a completion and streams it: one `Started`, then `Delta`s, then one `Finished`."""
         request = request_of(prompt, params)
         metadata = [(REQUEST_ID, request.request_id)] if request.request_id else []
-        return Stream(self._stub.Generate(request, timeout=params.get("timeout"), metadata=self._metadata(metadata)))
+        call = self._stub.Generate(request, timeout=params.get("timeout"), metadata=self._metadata(metadata))
+        return Stream(call, self.address)
 
     async def complete(self, prompt: Prompt, **params: Unpack[GenerateParams]) -> Completion:
         """The whole completion at once."""
@@ -156,10 +159,15 @@ class Client:
         try:
             return await method(request, timeout=30.0, metadata=self._metadata([]))
         except grpc.aio.AioRpcError as error:
-            raise error_from_call(error) from error
+            raise _named(error, self.address) from error
 
     def _metadata(self, entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
         return [*entries, (API_KEY, self._api_key)] if self._api_key else entries
+
+
+def _named(error: grpc.aio.AioRpcError, address: str) -> DSparkError:
+    found = error_from_call(error)
+    return Unavailable(f"router {address}: {found}") if isinstance(found, Unavailable) else found
 
 
 class SyncClient:

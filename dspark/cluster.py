@@ -24,14 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 import dspark
 from dspark.client import Client
 from dspark.errors import ConfigError, StartupError, Unavailable
 from dspark.processes import Child, read_json_lines, spawn
-from dspark.rpc.channel import connect
+from dspark.rpc.probe import serving
 from dspark.store import Directory, EmbeddedStore, Role, check_store
 
 __all__ = ["DEFAULT_MODEL", "Cluster", "find_drafter"]
@@ -252,7 +249,7 @@ class Cluster:
             self._check_alive(self._children)
             ready = (line for line in read_json_lines(self._logs / "router.log") if line.get("event") == "ready")
             address = address or next((str(line["address"]) for line in ready), "")
-            if address and await _serving(address):
+            if address and await serving(address):
                 return address
             await asyncio.sleep(_POLL_SECONDS)
 
@@ -274,12 +271,3 @@ def _ending(child: Child) -> str:
     status = child.returncode or 0
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
     return f"{child.name} {how}: {child.last_line() or 'it said nothing'}"
-
-
-async def _serving(address: str) -> bool:
-    async with connect(address) as channel:
-        try:
-            reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1.0)
-        except grpc.aio.AioRpcError:
-            return False
-        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)

@@ -119,7 +119,7 @@ async def test_failures_are_one_line(router: str, tmp_path: Path) -> None:
     assert "error: queue is full (2) (try again in 0.25 s)" in one_line(
         await dspark("generate", "full", "--router", router)
     )
-    assert "mode" not in one_line(await dspark("generate", "hello", "--router", "127.0.0.1:1"))
+    assert "router 127.0.0.1:1: " in one_line(await dspark("generate", "hello", "--router", "127.0.0.1:1"))
     assert "top_k is -1" in one_line(await dspark("generate", "hello", "--top-k", "-1", "--router", router))
     missing = await dspark("evaluate", "--prompts", str(tmp_path / "none.jsonl"), "--router", router)
     assert "none.jsonl" in one_line(missing)

@@ -17,6 +17,7 @@ from dspark.rpc import codec
 from dspark.rpc.channel import connect, error_from_call
 from dspark.rpc.options import RETRY_AFTER
 from dspark.rpc.pieces import join, split
+from dspark.rpc.probe import serving
 from dspark.rpc.server import Server, serve
 from dspark.rpc.session import Session, answer
 from dspark.v1 import types_pb2, verifier_pb2, verifier_pb2_grpc
@@ -177,8 +178,10 @@ async def test_health_and_reflection() -> None:
         health = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service="dspark.v1.Verifier")
         assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert not await serving(f"127.0.0.1:{server.port}")
         await server.set_serving(True)
         assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+        assert await serving(f"127.0.0.1:{server.port}")
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
         listed = [reply async for reply in stub.ServerReflectionInfo(iter(asked))]
