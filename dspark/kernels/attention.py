@@ -69,7 +69,6 @@ class AttentionPlan:
 
     slots: torch.Tensor
     buckets: tuple[Bucket, ...]
-    page_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ def plan_attention(
     buckets = [_bucket(tiles, page_size, window, group, dtype, device) for tiles in shapes.values()]
     if len(buckets) == 1 and buckets[0].rows is not None and buckets[0].rows.tolist() == list(range(len(slots))):
         buckets = [replace(buckets[0], rows=None)]
-    return AttentionPlan(torch.tensor(slots, device=device), tuple(buckets), page_size)
+    return AttentionPlan(torch.tensor(slots, device=device), tuple(buckets))
 
 
 def _tiles(span: Span, owner: int, window: int | None, group: int) -> Iterable[_Tile]:
@@ -177,16 +176,16 @@ def paged_attention(q: torch.Tensor, storage: torch.Tensor, plan: AttentionPlan,
     heads = q.shape[1]
     if len(plan.buckets) == 1:
         bucket = plan.buckets[0]
-        result = _attend(q, storage, bucket, plan.page_size, scale)
+        result = _attend(q, storage, bucket, scale)
         return result if bucket.rows is None else result.index_select(0, bucket.valid)
     result = torch.empty(q.shape[0], heads * q.shape[2], dtype=q.dtype, device=q.device)
     for bucket in plan.buckets:
-        rows = _attend(q, storage, bucket, plan.page_size, scale)
+        rows = _attend(q, storage, bucket, scale)
         result.index_copy_(0, bucket.target, rows.index_select(0, bucket.valid))
     return result
 
 
-def _attend(q: torch.Tensor, storage: torch.Tensor, bucket: Bucket, page_size: int, scale: float) -> torch.Tensor:
+def _attend(q: torch.Tensor, storage: torch.Tensor, bucket: Bucket, scale: float) -> torch.Tensor:
     """Attention of one bucket: (tiles · width, heads · D)."""
     heads, dim = q.shape[1], q.shape[2]
     kv_heads = storage.shape[0] // 2

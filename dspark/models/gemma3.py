@@ -30,7 +30,7 @@ class Gemma3Layer:
         self._rms_norm = kernels.rms_norm
 
     def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
-        """x (rows, d), the residual stream, ↦ the residual stream after this layer."""
+        """The residual stream (rows, d) ↦ the residual stream after this layer."""
         attended = self._attention(self._rms_norm(x, self._before_attention, self._eps), step, storage)
         x = x + self._rms_norm(attended, self._after_attention, self._eps)
         fed = self._feed_forward(self._rms_norm(x, self._before_feed_forward, self._eps))

@@ -33,7 +33,7 @@ class RotaryTable:
         self._cos = self._sin = torch.empty(0, 1, head_dim // 2, device=device)
 
     def __call__(self, positions: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (rows, 1, D/2) float32 of `positions` (rows,), all of them below `length`."""
+        """Cosines and sines (rows, 1, D/2) float32 of `positions` (rows,), all of them below `length`."""
         while length > self._cos.shape[0]:
             self._grow()
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
@@ -81,7 +81,7 @@ class SelfAttention:
         self._norm = torch.cat((q_norm.expand(heads, dim), k_norm.expand(kv_heads, dim)))
 
     def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
-        """x (rows, d) ↦ (rows, d); writes the rows' keys and values into `storage`, the layer's pages."""
+        """(rows, d) ↦ (rows, d); writes the rows' keys and values into `storage`, the layer's pages."""
         config, kernels = self._config, self._kernels
         turned = config.num_heads + config.num_kv_heads
         qkv = self._qkv(x).view(x.shape[0], -1, config.head_dim)

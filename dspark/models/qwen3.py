@@ -22,6 +22,6 @@ class Qwen3Layer:
         self._rms_norm = kernels.rms_norm
 
     def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
-        """x (rows, d), the residual stream, ↦ the residual stream after this layer."""
+        """The residual stream (rows, d) ↦ the residual stream after this layer."""
         x = x + self._attention(self._rms_norm(x, self._before_attention, self._eps), step, storage)
         return x + self._feed_forward(self._rms_norm(x, self._before_feed_forward, self._eps))

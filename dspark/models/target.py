@@ -37,7 +37,8 @@ class Forward:
 class DecoderLayer(Protocol):
     """One decoder layer: residual stream (rows, d) ↦ residual stream (rows, d)."""
 
-    def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
+        """Run the layer, which writes the rows' keys and values into `storage`."""
 
 
 @dataclass(frozen=True, slots=True)
