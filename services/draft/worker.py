@@ -7,6 +7,7 @@ one forward, and K/V of the context is computed as it arrives, outside any call'
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,8 @@ class DraftWorker:
         self._sequences: dict[str, AttachSequence] = {}
         self._calls: list[_Call] = []
         self._busy = False
+        self._closed = False
+        self._empty = asyncio.Event()
         self.draining = False
 
     async def __aenter__(self) -> Self:
@@ -90,13 +93,18 @@ class DraftWorker:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closed = True
         await self._intake.__aexit__(kind, error, trace)
         await asyncio.to_thread(self._executor.shutdown)
 
-    @property
-    def idle(self) -> bool:
-        """Whether no sequence is attached."""
-        return not self._sequences
+    async def drain(self, seconds: float) -> None:
+        """Attach nothing new; returns when nothing is attached any more, at the latest after so many seconds."""
+        self.draining = True
+        self._empty.clear()
+        self._note_empty()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._empty.wait()
 
     def load(self) -> WorkerLoad:
         """What the worker is doing now; may be read from any thread."""
@@ -127,14 +135,14 @@ class DraftWorker:
             return
         if present is not None:
             self._check_newer(present, request)
-            await self.detach([present.key])
+            self.detach([present.key])
         self._sequences[request.key.sequence_id] = request
         self._inbox.open(request.key)
         try:
             await self._in_engine(lambda: self._engine.attach(request))
             await self._intake.subscribe(request.key, request.verifier_address)
         except BaseException:
-            await self.detach([request.key])
+            self.detach([request.key])
             raise
 
     @staticmethod
@@ -142,15 +150,20 @@ class DraftWorker:
         if request.key.epoch < present.key.epoch:
             raise StaleMessage(f"{_describe(request.key)}: epoch {present.key.epoch} is attached here")
 
-    async def detach(self, keys: Iterable[SequenceKey]) -> None:
+    def detach(self, keys: Iterable[SequenceKey]) -> None:
         """Forget sequences; unknown and already replaced ones are passed over."""
         gone = [key for key in keys if self._attached(key)]
         for key in gone:
             del self._sequences[key.sequence_id]
             self._intake.unsubscribe(key)
             self._inbox.close(key)
-        if gone:
-            await self._in_engine(lambda: self._engine.detach(gone))
+        if gone and not self._closed:
+            self._in_engine(lambda: self._engine.detach(gone))
+        self._note_empty()
+
+    def _note_empty(self) -> None:
+        if not self._sequences:
+            self._empty.set()
 
     def _attached(self, key: SequenceKey) -> bool:
         request = self._sequences.get(key.sequence_id)
@@ -205,7 +218,7 @@ class DraftWorker:
 
     def _kick(self) -> None:
         """Start a job with all that waits, unless one is running: it will be followed by another."""
-        if self._busy or not (self._calls or len(self._inbox)):
+        if self._busy or self._closed or not (self._calls or len(self._inbox)):
             return
         self._busy = True
         calls, self._calls = self._calls, []
