@@ -58,8 +58,10 @@ class _Call:
 class EngineThread:
     """Runs an engine in a thread of its own, for `with`. `submit` and `step` may be called from any thread."""
 
-    def __init__(self, engine: VerifyEngine) -> None:
+    def __init__(self, engine: VerifyEngine, *, on_end: Callable[[], None] = _nothing) -> None:
+        """`on_end`: called in the thread as it ends, whatever ends it."""
         self.engine = engine
+        self._on_end = on_end
         self._calls: deque[_Call] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -112,14 +114,19 @@ class EngineThread:
     # ------------------------------------------------------------ in the thread
 
     def _run(self) -> None:
-        while calls := self._take():
-            if calls[0].items is None:
-                self._execute(calls[0])
-            else:
-                self._step(calls)
-            self._guard(self.engine.publish)
-        for call in self._calls:
-            _fail(call, Unavailable("this worker is stopping"))
+        try:
+            while calls := self._take():
+                if calls[0].items is None:
+                    self._execute(calls[0])
+                else:
+                    self._step(calls)
+                self._guard(self.engine.publish)
+        finally:  # also where a fault of this module ends the thread: nobody may wait for it
+            with self._wake:
+                self._stopping = True
+            for call in self._calls:
+                _fail(call, Unavailable("this worker is stopping"))
+            self._on_end()
 
     def _take(self) -> list[_Call]:
         """The next call with what may run together with it; empty at the end. Background work runs meanwhile."""
@@ -148,7 +155,7 @@ class EngineThread:
             return False
         rows = other.rows + sum(call.rows for call in taken)
         fits = rows <= self.engine.settings.max_step_tokens
-        return fits and other.sequences.isdisjoint(*(call.sequences for call in taken))
+        return fits and all(other.sequences.isdisjoint(call.sequences) for call in taken)
 
     def _step(self, calls: Sequence[_Call]) -> None:
         live = [call for call in calls if call.answer.set_running_or_notify_cancel()]

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import structlog
 import torch
-from dspark.models.pull import resolve_model
 from prometheus_client import CollectorRegistry
 
 from dspark.errors import ConfigError
 from dspark.kernels import select_kernels
 from dspark.models.fingerprint import numerics_fingerprint
 from dspark.models.kv_cache import KVCache
+from dspark.models.pull import resolve_model
 from dspark.models.target import load_target
 from dspark.rpc.server import Servicer, serve
 from dspark.store import Heartbeat, Usage, WorkerRecord, check_store, cpu_usage, gpu_usage
@@ -43,7 +43,7 @@ async def serve_until_told(settings: Settings) -> None:
     stop = _stop_signal()
     engine, files = _prepare(settings)
     with contextlib.ExitStack() as stack:
-        thread = stack.enter_context(EngineThread(engine))
+        thread = stack.enter_context(EngineThread(engine, on_end=_from_another_thread(stop.set)))
         metrics = stack.enter_context(
             start_metrics_server(settings.metrics_port, host=settings.metrics_host, registry=engine.metrics.registry)
         )
@@ -69,6 +69,16 @@ def _stop_signal() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     return stop
+
+
+def _from_another_thread(function: Callable[[], None]) -> Callable[[], None]:
+    """The function, run on this event loop wherever it is called."""
+    loop = asyncio.get_running_loop()
+
+    def call() -> None:
+        loop.call_soon_threadsafe(function)
+
+    return call
 
 
 async def _drain(thread: EngineThread, beat: Heartbeat, seconds: float) -> None:

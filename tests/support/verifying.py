@@ -114,13 +114,14 @@ class Stream:
         return self.output
 
 
-def drive(engine: VerifyEngine, streams: Sequence[Stream]) -> None:
-    """All of them, each step one batch of those not done; closed at their ends."""
+def drive(engine: VerifyEngine, streams: Sequence[Stream], *, close: bool = True) -> None:
+    """All of them, each step one batch of those not done; closed at their ends unless `close` is false."""
     while live := [stream for stream in streams if not stream.done]:
         result = engine.step([stream.item() for stream in live])
         for stream, verdict in zip(live, result.verdicts, strict=True):
             stream.take(verdict)
-        engine.close([stream.key for stream in live if stream.done])
+        engine.close([stream.key for stream in live if stream.done and close])
+    engine.publish()
 
 
 def garbage(length: int, vocab: int = 512) -> Drafts:

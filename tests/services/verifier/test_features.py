@@ -25,39 +25,45 @@ PROMPT = [2, *range(40, 75), 9, 9, 17, 300, 41]
 
 
 class Reader:
-    """A draft worker's end of a stream, without the wire."""
+    """A draft worker's end of a stream, without the wire. Keeps every block it has read."""
 
     def __init__(self, engine: VerifyEngine, limit: int = 1 << 20) -> None:
         self.engine = engine
+        self.log: list[FeatureBlock] = []
         self.wants_more = False
         self.stream = FeatureStream(limit_bytes=limit, on_block=lambda: None, on_room=self._room)
 
     def _room(self) -> None:
         self.wants_more = True
 
-    def blocks(self) -> list[FeatureBlock]:
+    def read(self) -> list[FeatureBlock]:
         """Everything queued, going on as the engine's thread would."""
-        taken = []
+        read = []
         while True:
             while (block := self.stream.take()) is not None:
-                taken.append(block)
+                read.append(block)
             if not self.wants_more:
-                return taken
+                self.log += read
+                return read
             self.wants_more = False
             self.engine.resume(self.stream)
 
-    def rows(self, key: SequenceKey, size: int, start: int = 0) -> torch.Tensor:
-        """Blocks of one sequence joined; they must follow each other."""
-        own = [block for block in self.blocks() if block.key == key and block.error is None]
+    def rows(self, key: SequenceKey, size: int) -> torch.Tensor:
+        """All blocks of one sequence joined; they must follow each other from 0 on."""
+        self.read()
+        own = [block for block in self.log if block.key == key and block.error is None]
+        position = 0
         for block in own:
-            assert block.start == start
+            assert block.start == position
             assert len(block.data) == 2 * size * block.count <= 1 << 20
-            start += block.count
+            position += block.count
         data = bytearray(b"".join(block.data for block in own))
-        return torch.frombuffer(data, dtype=torch.bfloat16).view(-1, size) if data else torch.empty(0, size)
+        assert data
+        return torch.frombuffer(data, dtype=torch.bfloat16).view(-1, size)
 
     def errors(self) -> list[DSparkError]:
-        return [block.error for block in self.blocks() if block.error is not None]
+        """Of what is queued now."""
+        return [block.error for block in self.read() if block.error is not None]
 
 
 def reference(path: Path, ids: list[int], info: TapInfo, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -118,7 +124,7 @@ def test_features_do_not_depend_on_the_batch(tiny_gemma: Path) -> None:
         crowd = [Stream(engine, f"o{i}", [2, 7 + i, 9], drafts=garbage(i)) for i in range(others)]
         reader = Reader(engine)
         engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
-        drive(engine, [stream, *crowd])
+        drive(engine, [stream, *crowd], close=False)
         found.append(reader.rows(stream.key, info.feature_size))
     assert torch.equal(*found)
 
@@ -132,11 +138,12 @@ def test_features_come_with_prefix_cached_pages(tiny_gemma: Path) -> None:
     assert stream.cached >= 32
     reader = Reader(engine)
     engine.subscribe(reader.stream, stream.key, info.tap_id, 5)
-    (block,) = reader.blocks()
+    (block,) = reader.read()
     assert (block.start, block.count) == (5, stream.cached - 5)
     assert not engine.has_background_work
+    reader.log.clear()
     engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
-    drive(engine, [stream])
+    drive(engine, [stream], close=False)
     rows = reader.rows(stream.key, info.feature_size)
     assert close(rows, reference(tiny_gemma, stream.ids[:-1], info, tensors))
 
@@ -177,11 +184,12 @@ def test_a_tap_registered_late_is_recomputed_in_pieces(request: pytest.FixtureRe
         engine.run_background()
         pieces += 1
     assert pieces == -(-(len(prompt) + 5) // 16)
-    drive(engine, [stream])
+    drive(engine, [stream], close=False)
     rows = reader.rows(stream.key, info.feature_size)
     assert close(rows, reference(path, stream.ids[:-1], info, tensors))
-    assert [type(e) for e in reader.errors()] == []
-    assert engine.load().free_pages >= free
+    assert [type(block.error) for block in reader.log if block.error] == [FeaturesMissing]
+    assert engine.load().free_pages == free
+    engine.close([stream.key])
     assert engine.load().free_pages == engine.load().total_pages
     assert plain != stream.output
     assert Stream(engine, "b", [4, *prompt], sampling=Sampling(seed=1)).run() == stream.output
@@ -221,7 +229,7 @@ def test_closing_ends_a_recomputation(tiny_gemma: Path) -> None:
 
 
 def test_a_request_takes_the_shadow_s_pages(tiny_gemma: Path) -> None:
-    engine = make_engine(tiny_gemma, pages=13, backfill_rows=8, prefix_cache=False)
+    engine = make_engine(tiny_gemma, pages=14, backfill_rows=8, prefix_cache=False)
     stream = Stream(engine, "a", PROMPT * 2, features=True, new=8)
     stream.take(engine.step([stream.item()]).verdicts[0])
     info, tensors = TAPS[0]
@@ -256,20 +264,10 @@ def test_a_slow_reader_is_left_behind_and_gets_everything_later(tiny_gemma: Path
             stream.take(verdict)
     engine.publish()
     assert limit <= reader.stream.queued_bytes <= limit + len(PROMPT) * 128  # one piece over the limit, no more
-    slow = reader.blocks()
     for stream in streams:
-        rows = quick_rows(quick, stream.key, info.feature_size)
+        rows = quick.rows(stream.key, info.feature_size)
         assert len(rows) == stream.computed
-        late = b"".join(block.data for block in slow if block.key == stream.key)
-        assert late == rows.view(torch.uint8).numpy().tobytes()
-
-
-def quick_rows(reader: Reader, key: SequenceKey, size: int) -> torch.Tensor:
-    if not hasattr(reader, "kept"):
-        reader.kept = reader.blocks()  # type: ignore[attr-defined]
-    kept: list[FeatureBlock] = reader.kept  # type: ignore[attr-defined]
-    data = bytearray(b"".join(block.data for block in kept if block.key == key))
-    return torch.frombuffer(data, dtype=torch.bfloat16).view(-1, size)
+        assert torch.equal(reader.rows(stream.key, info.feature_size), rows)
 
 
 def test_a_new_subscription_replaces_the_old(tiny_gemma: Path) -> None:
@@ -282,11 +280,11 @@ def test_a_new_subscription_replaces_the_old(tiny_gemma: Path) -> None:
     stream.take(engine.step([stream.item()]).verdicts[0])
     engine.publish()
     engine.subscribe(reader.stream, stream.key, info.tap_id, 30)
-    assert [(block.start, block.count) for block in reader.blocks()] == [(30, len(PROMPT) - 30)]
+    assert [(block.start, block.count) for block in reader.read()] == [(30, len(PROMPT) - 30)]
     engine.unsubscribe(reader.stream, stream.key)
     stream.take(engine.step([stream.item()]).verdicts[0])
     engine.publish()
-    assert reader.blocks() == []
+    assert reader.read() == []
     assert not engine._feed.taps_in_use
 
 
@@ -379,7 +377,7 @@ def test_drafting_with_right_drafts_keeps_features_of_accepted_positions(tiny_ge
     stream = Stream(engine, "a", PROMPT, features=True, drafts=oracle(PROMPT, expected, 5, wrong_every=4))
     reader = Reader(engine)
     engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
-    drive(engine, [stream])
+    drive(engine, [stream], close=False)
     assert 0 < stream.accepted < stream.proposed
     rows = reader.rows(stream.key, info.feature_size)
     assert close(rows, reference(tiny_gemma, stream.ids[:-1], info, tensors))

@@ -147,7 +147,6 @@ def test_one_bad_item_hurts_no_other(engine: VerifyEngine) -> None:
         StepItem(key, n, n + 1),
         StepItem(key, n, 1, (5,)),
         StepItem(key, n, n - cached(engine, "bystander"), (512,)),
-        StepItem(key, n, n - cached(engine, "bystander"), tuple(range(512)) * 2),
     ):
         (verdict,) = engine.step([item]).verdicts
         assert isinstance(verdict.error, InvalidRequest), item
@@ -230,8 +229,11 @@ def plain_after(engine: VerifyEngine) -> list[int]:
 
 def test_steps_larger_than_a_forward_are_split(tiny_gemma: Path) -> None:
     engine = make_engine(tiny_gemma, max_step_tokens=20)
-    streams = [Stream(engine, f"s{i}", [2, 30 + i, *PROMPT[:14]], drafts=garbage(7)) for i in range(4)]
+    streams = [Stream(engine, f"s{i}", [2, 30 + i, *PROMPT[:14]], drafts=garbage(7), piece=11) for i in range(4)]
     drive(engine, streams)
+    open_one(engine, "large", PROMPT)
+    with pytest.raises(InvalidRequest, match="max_step_tokens is 20"):
+        step_one(engine, "large", len(PROMPT), 21)
     alone = make_engine(tiny_gemma)
     assert [stream.output for stream in streams] == [
         Stream(alone, "a", [2, 30 + i, *PROMPT[:14]]).run() for i in range(4)

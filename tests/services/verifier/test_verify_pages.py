@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.verifying import Stream, garbage, make_engine, open_one
 
@@ -65,18 +65,20 @@ class Player:
 
     def nonsense(self) -> None:
         name = f"s{self.rng.randrange(10)}"
-        (verdict,) = self.engine.step([StepItem(SequenceKey(name, self.rng.randrange(2)), 3, 9, (1,))]).verdicts
+        (verdict,) = self.engine.step([StepItem(SequenceKey(name, self.rng.randrange(2)), 1, 9, (1,))]).verdicts
         assert verdict.error is not None
         self.engine.close([SequenceKey(name, 5)])
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_no_page_leaks_over_random_operations(engine: VerifyEngine, seed: int) -> None:
     player = Player(engine, random.Random(seed))
-    for _ in range(120):
-        player.play()
-    engine.close([stream.key for stream in player.streams.values()])
+    try:
+        for _ in range(120):
+            player.play()
+    finally:
+        engine.close([stream.key for stream in player.streams.values()])
     load = engine.load()
     assert load.running == 0
     assert load.free_pages == load.total_pages
