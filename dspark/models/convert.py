@@ -45,7 +45,9 @@ def write_converted(source: Path, directory: Path, *, report: Report = lambda *_
     for done, name in enumerate(names):
         report("weights", done, len(names))
         tensors[name] = gguf.get(name, gguf.shape(name), torch.bfloat16)
+    report("weights", len(names), len(names))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
     _write_json(directory / "config.json", {**gguf.config, "dtype": "bfloat16"})
     report("tokenizer", 0, 1)
     _write_tokenizer(source, directory)
