@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -12,7 +13,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from dspark.errors import DSparkError, InternalError, InvalidRequest, Overloaded, status_code
+from dspark.errors import DSparkError, InternalError, InvalidRequest, Overloaded, Unavailable, status_code
 from dspark.rpc.options import REQUEST_ID, RETRY_AFTER
 
 __all__ = ["ErrorInterceptor"]
@@ -44,6 +45,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     Handlers take their requests from the request iterator, never from `context.read()`.
     """
 
+    def __init__(self) -> None:
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._sessions: set[asyncio.Task[Any]] = set()
+        self._stopping = False
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
@@ -51,26 +57,72 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """The method's handler, wrapped."""
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        return _wrap(handler, handler_call_details.method)
+        return None if handler is None else self._wrap(handler, handler_call_details.method)
 
+    def end_sessions(self) -> None:
+        """Ends calls that stream both ways with UNAVAILABLE: they have no end of their own to wait for."""
+        self._stopping = True
+        for task in self._sessions:
+            task.cancel()
 
-def _wrap(handler: Any, method: str) -> Handler:
-    streams = (bool(handler.request_streaming), bool(handler.response_streaming))
-    behaviour = {
-        (False, False): handler.unary_unary,
-        (False, True): handler.unary_stream,
-        (True, False): handler.stream_unary,
-        (True, True): handler.stream_stream,
-    }[streams]
-    check = _checked_stream if handler.request_streaming else _checked
-    guard = _guard_generator if inspect.isasyncgenfunction(behaviour) else _guard_coroutine
-    return _FACTORIES[streams](
-        guard(behaviour, check, method),
-        request_deserializer=_tolerant(handler.request_deserializer, method),
-        response_serializer=handler.response_serializer,
-    )
+    async def wait(self, seconds: float) -> None:
+        """Returns when no handler runs any more, or after so many seconds."""
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=seconds)
+
+    def _wrap(self, handler: Any, method: str) -> Handler:
+        streams = (bool(handler.request_streaming), bool(handler.response_streaming))
+        behaviour = {
+            (False, False): handler.unary_unary,
+            (False, True): handler.unary_stream,
+            (True, False): handler.stream_unary,
+            (True, True): handler.stream_stream,
+        }[streams]
+        check = _checked_stream if handler.request_streaming else _checked
+        guard = self._guard_generator if inspect.isasyncgenfunction(behaviour) else self._guard_coroutine
+        return _FACTORIES[streams](
+            guard(behaviour, check, method, all(streams)),
+            request_deserializer=_tolerant(handler.request_deserializer, method),
+            response_serializer=handler.response_serializer,
+        )
+
+    def _guard_coroutine(self, behaviour: Any, check: Any, method: str, session: bool) -> Any:
+        async def call(request: Any, context: Any) -> Any:
+            async with self._call(context, method, session=session):
+                return await behaviour(check(request), context)
+
+        return call
+
+    def _guard_generator(self, behaviour: Any, check: Any, method: str, session: bool) -> Any:
+        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+            async with (
+                self._call(context, method, session=session),
+                aclosing(behaviour(check(request), context)) as replies,
+            ):
+                async for reply in replies:
+                    yield reply
+
+        return call
+
+    @asynccontextmanager
+    async def _call(self, context: Any, method: str, *, session: bool) -> AsyncIterator[None]:
+        """Around a handler's body: its request id, its place among the running, and what becomes of its errors."""
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(self._calls.discard)
+        self._calls.add(task)
+        if session:
+            task.add_done_callback(self._sessions.discard)
+            self._sessions.add(task)
+        _bind_request_id(context)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not (session and self._stopping):
+                raise
+            await _abort(context, Unavailable("the server is stopping"), method)
+        except Exception as error:  # noqa: BLE001 - the edge of the process: everything becomes a status
+            await _abort(context, error, method)
 
 
 def _tolerant(deserialize: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]:
@@ -94,30 +146,6 @@ def _checked(request: Any) -> Any:
 async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         yield _checked(request)
-
-
-def _guard_coroutine(behaviour: Any, check: Any, method: str) -> Any:
-    async def call(request: Any, context: Any) -> Any:
-        _bind_request_id(context)
-        try:
-            return await behaviour(check(request), context)
-        except Exception as error:  # noqa: BLE001 - the edge of the process: everything becomes a status
-            await _abort(context, error, method)
-
-    return call
-
-
-def _guard_generator(behaviour: Any, check: Any, method: str) -> Any:
-    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-        _bind_request_id(context)
-        try:
-            async with aclosing(behaviour(check(request), context)) as replies:
-                async for reply in replies:
-                    yield reply
-        except Exception as error:  # noqa: BLE001 - the edge of the process: everything becomes a status
-            await _abort(context, error, method)
-
-    return call
 
 
 def _bind_request_id(context: Any) -> None:

@@ -31,7 +31,8 @@ class Server:
         self._servicers = servicers
         self._grace = grace
         self._serving = serving
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes))
+        self._calls = ErrorInterceptor()
+        self._server = grpc.aio.server(interceptors=[self._calls], options=server_options(max_message_bytes))
         self._health = health.aio.HealthServicer()
         self.port = 0
 
@@ -50,7 +51,9 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._health.enter_graceful_shutdown()
+        self._calls.end_sessions()
         await self._server.stop(self._grace)
+        await self._calls.wait(self._grace)
 
     async def set_serving(self, serving: bool) -> None:
         """What health checks of the whole server and of each service answer from now on."""
@@ -82,8 +85,8 @@ def serve(
 ) -> Server:
     """A server for `async with`: listens on `host:port` (port 0: a free one), with health and reflection.
 
-    `grace` is how many seconds calls may still run once the block is left. With `serving=False` health checks fail
-    until `set_serving(True)`. `ConfigError` where the address cannot be bound.
+    Once the block is left, sessions (calls that stream both ways) end, and others may run `grace` seconds more. With
+    `serving=False` health checks fail until `set_serving(True)`. `ConfigError` where the address cannot be bound.
     """
     return Server(address, servicers, max_message_bytes=max_message_bytes, grace=grace, serving=serving)
 

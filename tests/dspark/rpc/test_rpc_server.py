@@ -235,6 +235,18 @@ async def test_a_broken_session_fails_everything_pending() -> None:
             await session.call(open_request("s"))
 
 
+async def test_a_stopping_server_ends_its_sessions_at_once() -> None:
+    async with running(Verifier(), grace=30) as server:
+        address = f"127.0.0.1:{server.port}"
+        async with session_at(address) as session:
+            await session.call(open_request("s"))
+            pending = asyncio.create_task(session.call(open_request("slow")))
+            await asyncio.sleep(0.05)
+            await asyncio.wait_for(server.__aexit__(None, None, None), 1)
+            with pytest.raises(errors.Unavailable, match="the server is stopping"):
+                await pending
+
+
 async def test_a_session_with_nobody_there_is_unavailable() -> None:
     async with session_at("127.0.0.1:1") as session:
         with pytest.raises(errors.Unavailable, match="v1"):
