@@ -76,5 +76,5 @@ async def _answer(client: Client, messages: list[dict[str, str]], params: Genera
             sys.stdout.flush()
         typer.echo()
         completion = await stream.completion()
-    common.notes.print(summary(completion), style="dim")
+    common.notes.print(summary(completion), style="dim", soft_wrap=True)
     return completion.text

@@ -81,7 +81,7 @@ async def show(
     if as_json:
         typer.echo(json.dumps(_facts(first, plain)))
     elif plain is None:
-        common.notes.print(summary(first), style="dim")
+        common.notes.print(summary(first), style="dim", soft_wrap=True)
     else:
         common.notes.print(comparison(first, plain))
     return first, plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -89,11 +88,3 @@ def serve(
     `serving=False` health checks fail until `set_serving(True)`. `ConfigError` where the address cannot be bound.
     """
     return Server(address, servicers, max_message_bytes=max_message_bytes, grace=grace, serving=serving)
-
-
-async def run_until(stop: asyncio.Event, server: Server) -> None:
-    """Returns when `stop` is set or the server ended by itself."""
-    waits = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(server.wait())]
-    _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for task in pending:
-        task.cancel()

@@ -1,0 +1,117 @@
+"""A whole embedded cluster of tiny random models: real processes, store and connections."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from support import drafters, tiny
+
+from dspark.client import Client
+from dspark.cluster import Cluster, find_drafter
+from dspark.errors import ConfigError, StartupError
+from dspark.events import Completion, Delta
+from dspark.store import EmbeddedStore
+
+PROMPT = [2, *range(5, 40)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random target, and a random drafter of its shapes."""
+    target = tiny.save_qwen3(
+        tmp_path_factory.mktemp("target"), vocab_size=drafters.VOCAB, hidden_size=drafters.HIDDEN, num_hidden_layers=5
+    )
+    drafter = tmp_path_factory.mktemp("drafter")
+    drafters.save_published(drafter)
+    return target, drafter
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    del os.environ["OMP_NUM_THREADS"]
+
+
+def cluster_of(models: tuple[Path, Path], **settings: object) -> Cluster:
+    exact = ["--dtype", "float32", "--threads", "1"]
+    return Cluster(models[0], models[1], draft_args=exact, verify_args=exact, **settings)  # type: ignore[arg-type]
+
+
+async def complete(client: Client, *, speculation: bool = True, tokens: int = 60) -> Completion:
+    return await client.complete(
+        PROMPT, max_tokens=tokens, temperature=1.0, seed=3, ignore_eos=True, speculation=speculation
+    )
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+async def test_workers_come_go_and_die_and_the_tokens_stay(models: tuple[Path, Path], tmp_path: Path) -> None:
+    before = children()
+    async with cluster_of(models, log_dir=tmp_path) as cluster, cluster.client() as client:
+        assert ",".join(cluster.workers) == "verify-1,draft-1"
+        plain = await complete(client, speculation=False)
+        drafted = await complete(client)
+        assert plain.speculation.drafted == 0
+        assert drafted.speculation.drafted > 0
+        assert drafted.token_ids == plain.token_ids
+
+        assert await cluster.add_draft() == "draft-2"
+        assert await cluster.stop("draft-1") == 0
+        assert (await complete(client)).token_ids == plain.token_ids
+
+        assert await cluster.add_verify() == "verify-2"
+        assert ",".join(cluster.workers) == "verify-1,draft-2,verify-2"
+        async with client.generate(PROMPT, max_tokens=60, temperature=1.0, seed=3, ignore_eos=True) as stream:
+            while not isinstance(await anext(stream), Delta):
+                pass
+            assert await cluster.stop("verify-1", signal.SIGKILL) == -signal.SIGKILL
+            assert (await stream.completion()).token_ids == plain.token_ids
+
+        with pytest.raises(ConfigError, match="no worker 'verify-9'"):
+            await cluster.stop("verify-9")
+        logs = {path.name for path in tmp_path.iterdir()}
+        assert {"router.log", "store.log", "draft-2.log", "verify-1.log"} <= logs
+    assert children() == before
+
+
+async def test_without_a_drafter_it_decodes_plainly_and_a_given_store_is_used(models: tuple[Path, Path]) -> None:
+    async with EmbeddedStore() as url, cluster_of((models[0], Path("none")), store=url) as cluster:
+        assert (cluster.store_url, cluster.drafter, cluster.workers) == (url, None, ("verify-1",))
+        with pytest.raises(ConfigError, match="no drafter"):
+            await cluster.add_draft()
+        async with cluster.client() as client:
+            assert (await client.describe()).drafter == ""
+            assert (await complete(client, tokens=5)).speculation.rounds > 0
+        watching = asyncio.create_task(cluster.watch())
+        os.kill(cluster.pid("router"), signal.SIGKILL)
+        with pytest.raises(Exception, match="router was ended by SIGKILL"):
+            await watching
+
+
+async def test_a_failed_start_says_why_and_leaves_nothing(models: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    before = children()
+    with pytest.raises(StartupError, match=r"verify-1 ended with exit status 1: .*config\.json"):
+        await cluster_of((tmp_path / "broken", Path("none")), log_dir=tmp_path / "logs").__aenter__()
+    with pytest.raises(StartupError, match="cannot reach the store"):
+        await cluster_of(models, store="redis://127.0.0.1:1", log_dir=tmp_path / "logs").__aenter__()
+    with pytest.raises(StartupError, match=r"was not ready within 0\.1 s"):
+        await cluster_of(models, start_seconds=0.1, log_dir=tmp_path / "logs").__aenter__()
+    assert children() == before
+
+
+def test_drafters_by_name(tmp_path: Path) -> None:
+    assert find_drafter("none", "gemma-3-270m") is None
+    assert find_drafter("default", "a-model-without-one") is None
+    (tmp_path / "config.json").write_text("{}")
+    assert find_drafter(tmp_path, "m") == tmp_path
+    with pytest.raises(ConfigError, match="is no directory with a config"):
+        find_drafter(tmp_path / "nowhere", "m")
