@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 
 from dspark.errors import StartupError
+from dspark.models.pull import resolve_model
+from dspark.store import check_store
 from dspark.telemetry import configure_logging
 from services.verifier.settings import Settings
 
@@ -33,11 +35,13 @@ def main() -> int:
 
 
 def _serve(settings: Settings) -> int:
+    check_store(settings.store)  # what can be told at once is told before the long part
+    path = resolve_model(settings.model)
     for name, value in WAIT_POLICY.items():
         os.environ.setdefault(name, value)
     from services.verifier.worker import serve_until_told  # noqa: PLC0415 - loads torch, which reads the environment
 
-    asyncio.run(serve_until_told(settings))
+    asyncio.run(serve_until_told(settings, path))
     return 0
 
 

@@ -15,13 +15,18 @@ from dspark.messages import ModelInfo
 __all__ = ["chat_template", "tokenizer_files"]
 
 
-def tokenizer_files(directory: Path, info: ModelInfo) -> dict[str, bytes]:
-    """Both files' bytes by name. `ModelFileError` where the model's directory has no readable tokenizer.json."""
+def tokenizer_files(model: Path, info: ModelInfo) -> dict[str, bytes]:
+    """Both files' bytes by name, of a model directory or of the directory that a GGUF file lies in.
+
+    `ModelFileError` where it has no readable tokenizer.json.
+    """
+    directory = model if model.is_dir() else model.parent
     path = directory / "tokenizer.json"
     try:
         tokenizer = path.read_bytes()
     except OSError as error:
-        raise ModelFileError(f"{path}: {error.strerror or error}") from error
+        hint = "" if model.is_dir() else f"; {model.name} needs one beside it"
+        raise ModelFileError(f"{path}: {error.strerror or error}{hint}") from error
     facts = {
         "name": info.name,
         "architecture": info.architecture,
@@ -29,13 +34,14 @@ def tokenizer_files(directory: Path, info: ModelInfo) -> dict[str, bytes]:
         "max_context": info.max_context,
         "eos_token_ids": list(info.eos_token_ids),
         "bos_token_id": info.bos_token_id,
-        "chat_template": chat_template(directory),
+        "chat_template": chat_template(model),
     }
     return {"tokenizer.json": tokenizer, "model.json": json.dumps(facts).encode()}
 
 
-def chat_template(directory: Path) -> str | None:
+def chat_template(model: Path) -> str | None:
     """The model's chat template: its own file, or the entry in tokenizer_config.json; None where it has none."""
+    directory = model if model.is_dir() else model.parent
     own = directory / "chat_template.jinja"
     if own.is_file():
         return _text(own)

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import structlog
 import torch
@@ -18,10 +19,9 @@ from dspark.errors import ConfigError
 from dspark.kernels import select_kernels
 from dspark.models.fingerprint import numerics_fingerprint
 from dspark.models.kv_cache import KVCache
-from dspark.models.pull import resolve_model
 from dspark.models.target import load_target
 from dspark.rpc.server import Servicer, serve
-from dspark.store import Heartbeat, Usage, WorkerRecord, check_store, cpu_usage, gpu_usage
+from dspark.store import Heartbeat, Usage, WorkerRecord, cpu_usage, gpu_usage
 from dspark.telemetry import start_metrics_server
 from dspark.v1.verifier_pb2_grpc import add_VerifierServicer_to_server
 from services.verifier.engine import EngineSettings, VerifyEngine
@@ -32,16 +32,15 @@ from services.verifier.step import warm_up
 from services.verifier.thread import EngineThread
 from services.verifier.tokenizer_files import chat_template, tokenizer_files
 
-__all__ = ["serve_until_told"]
+__all__ = ["prepare", "serve_until_told"]
 
 _log = structlog.get_logger(__name__)
 
 
-async def serve_until_told(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. `StartupError` where it cannot start."""
-    check_store(settings.store)  # before the long part
+async def serve_until_told(settings: Settings, path: Path) -> None:
+    """Serve the model at `path` until SIGTERM or SIGINT, then drain. `StartupError` where it cannot start."""
     stop = _stop_signal()
-    engine, files = _prepare(settings)
+    engine, files = prepare(settings, path)
     with contextlib.ExitStack() as stack:
         thread = stack.enter_context(EngineThread(engine, on_end=_from_another_thread(stop.set)))
         metrics = stack.enter_context(
@@ -93,7 +92,7 @@ async def _drain(thread: EngineThread, beat: Heartbeat, seconds: float) -> None:
 # ------------------------------------------------------------ parts
 
 
-def _prepare(settings: Settings) -> tuple[VerifyEngine, dict[str, bytes]]:
+def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, bytes]]:
     """The engine, warm, and the files that routers fetch."""
     began = time.perf_counter()
     if settings.threads:
@@ -101,7 +100,6 @@ def _prepare(settings: Settings) -> tuple[VerifyEngine, dict[str, bytes]]:
     device = _device(settings.device)
     dtype = getattr(torch, settings.dtype)
     kernels = select_kernels(settings.kernels, device)
-    path = resolve_model(settings.model)
     model = load_target(path, dtype=dtype, device=device, kernels=kernels)
     info = replace(
         model.info,
