@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import structlog
 
@@ -30,6 +31,8 @@ BALANCE_SECONDS = 0.25
 RETRY_SECONDS = 1.0  # after a refused attachment
 MAX_SKIPPED = 8
 MAX_MISSES = 6  # in a row, before the sequence is attached anew
+
+_Ask: TypeAlias = tuple[Sequence, ProposeItem]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +173,13 @@ class Drafting:
         batches = self._asks(sequences, verify_length)
         if not batches:
             return {}
-        answers = await asyncio.gather(*(self._ask(link, batch) for link, batch in batches.items()))
-        return {proposal.key.sequence_id: proposal for answer in answers for proposal in answer}
+        calls = {link: self._tasks.start(self._call(link, batch)) for link, batch in batches.items()}
+        await asyncio.wait(calls.values(), timeout=self._patience.round)
+        usable = [p for link, call in calls.items() for p in self._take(link, batches[link], call)]
+        return {proposal.key.sequence_id: proposal for proposal in usable}
 
-    def _asks(
-        self, sequences: Iterable[Sequence], verify_length: int
-    ) -> dict[DraftLink, list[tuple[Sequence, ProposeItem]]]:
-        batches: dict[DraftLink, list[tuple[Sequence, ProposeItem]]] = defaultdict(list)
+    def _asks(self, sequences: Iterable[Sequence], verify_length: int) -> dict[DraftLink, list[_Ask]]:
+        batches: dict[DraftLink, list[_Ask]] = defaultdict(list)
         for sequence in sequences:
             want = wanted(sequence.left, sequence.request.max_verify_length, verify_length)
             if not sequence.request.speculation or want == 0:
@@ -194,28 +197,25 @@ class Drafting:
                 batches[link].append((sequence, item))
         return batches
 
-    async def _ask(self, link: DraftLink, batch: list[tuple[Sequence, ProposeItem]]) -> list[Proposal]:
-        """One worker's blocks, if they come in time. A late worker is asked again only once it has answered."""
-        items = [item for _, item in batch]
-        call = self._tasks.start(self._call(link, items))
-        await asyncio.wait([call], timeout=self._patience.round)
+    async def _call(self, link: DraftLink, batch: list[_Ask]) -> ProposeResult | None:
+        try:
+            return await link.propose([item for _, item in batch], self._patience.features, self._patience.worker)
+        except DSparkError as error:
+            link.fail(f"propose: {error}")
+            return None
+
+    def _take(self, link: DraftLink, batch: list[_Ask], call: asyncio.Task[ProposeResult | None]) -> list[Proposal]:
+        """One worker's blocks, if they came in time. A late worker is asked again only once it has answered."""
         if not call.done():
             link.late = call
             call.add_done_callback(partial(_caught_up, link))
         result = call.result() if call.done() and not call.cancelled() else None
         if result is None:
-            self._metrics.missed("late", len(items))
+            self._metrics.missed("late", len(batch))
             return []
         link.rounds += 1
         self._metrics.drafted(result)
         return [p for (s, item), p in zip(batch, result.proposals, strict=True) if self._use(link, s, item, p)]
-
-    async def _call(self, link: DraftLink, items: list[ProposeItem]) -> ProposeResult | None:
-        try:
-            return await link.propose(items, self._patience.features, self._patience.worker)
-        except DSparkError as error:
-            link.fail(f"propose: {error}")
-            return None
 
     def _use(self, link: DraftLink, sequence: Sequence, item: ProposeItem, proposal: Proposal) -> bool:
         """Whether the proposal can be verified; otherwise notes the miss and what to do about it."""

@@ -109,7 +109,12 @@ class Rounds:
                 if entry.round:
                     rounds.append((len(entry.item.draft_tokens), verdict.accepted))
         self._count(cohort, result, news, rounds)
-        asyncio.get_running_loop().call_soon(self._owner.publish, news)
+        self._publish_later(news)
+
+    def _publish_later(self, news: list[Published]) -> None:
+        """Two turns of the loop from now: by then the next round's request has left."""
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._owner.publish, news)
 
     def _accept(self, entry: Entry, verdict: Verdict, token: int) -> Published:
         """Commits accepted drafts and the token after them, as far as the request goes."""
