@@ -27,7 +27,7 @@ from typing import Self
 import dspark
 from dspark.client import Client
 from dspark.errors import ConfigError, StartupError, Unavailable
-from dspark.processes import Child, read_json_lines, spawn
+from dspark.processes import Child, spawn
 from dspark.rpc.probe import serving
 from dspark.store import Directory, EmbeddedStore, Role, check_store
 
@@ -201,8 +201,8 @@ class Cluster:
         names = [await self._spawn_worker(role) for role, count in self._counts.items() for _ in range(count)]
         async with asyncio.timeout(self._start_seconds) as limit:
             try:
-                await self._wait_for_workers(names)
                 self.address = await self._wait_for_router()
+                await self._wait_for_workers(names)
             except asyncio.CancelledError:
                 if limit.expired():
                     raise StartupError(self._late()) from None
@@ -237,17 +237,28 @@ class Cluster:
         return await spawn(name, line, log_path=self._logs / f"{name}.log", env=env)
 
     async def _wait_for_workers(self, names: Sequence[str]) -> None:
+        await self._wait_for_records(names)
+        await self._wait_until_known(names)
+
+    async def _wait_for_records(self, names: Sequence[str]) -> None:
         while True:
             self._check_alive(["router", *names])
             if set(names) <= {record.worker_id for record in self._directory.workers()}:
                 return
             await asyncio.sleep(_POLL_SECONDS)
 
+    async def _wait_until_known(self, names: Sequence[str]) -> None:
+        """A worker is in the store a moment before the router has seen it there."""
+        async with self.client() as client:
+            while not set(names) <= {worker.worker_id for worker in (await client.loads()).workers}:
+                self._check_alive(["router", *names])
+                await asyncio.sleep(_POLL_SECONDS)
+
     async def _wait_for_router(self) -> str:
         address = ""
         while True:
             self._check_alive(self._children)
-            ready = (line for line in read_json_lines(self._logs / "router.log") if line.get("event") == "ready")
+            ready = (line for line in self._children["router"].json_lines() if line.get("event") == "ready")
             address = address or next((str(line["address"]) for line in ready), "")
             if address and await serving(address):
                 return address

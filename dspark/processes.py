@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Child", "read_json_lines", "spawn"]
+__all__ = ["Child", "spawn"]
 
 # Runs in the child before the program replaces it: asks the kernel to kill it with its parent (PR_SET_PDEATHSIG = 1),
 # then makes sure that the parent did not die in between. Survives the exec; done here because a preexec function is
@@ -38,6 +38,8 @@ class Child:
     name: str
     process: asyncio.subprocess.Process
     log_path: Path
+    log_start: int
+    """Where its own lines begin: the file may hold those of an earlier program."""
 
     @property
     def pid(self) -> int:
@@ -56,6 +58,12 @@ class Child:
             lines = log.read().decode(errors="replace").strip().splitlines()
             return _readable(lines[-1].strip()) if lines else ""
         return ""
+
+    def json_lines(self) -> list[dict[str, Any]]:
+        """The JSON objects among the complete lines that it wrote."""
+        text = self.log_path.read_bytes()[self.log_start :].decode(errors="replace")
+        lines = (line for line in text.splitlines(keepends=True) if line.startswith("{") and line.endswith("\n"))
+        return [value for line in lines if isinstance(value := _loads(line), dict)]
 
     def send(self, number: int) -> None:
         """Sends a signal to the program alone; nothing happens if it has ended."""
@@ -77,15 +85,6 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         return status if status is not None else await self.process.wait()
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects among a log's complete lines; empty if it is not there yet."""
-    if not path.exists():
-        return []
-    text = path.read_bytes().decode(errors="replace")
-    lines = (line for line in text.splitlines(keepends=True) if line.startswith("{") and line.endswith("\n"))
-    return [value for line in lines if isinstance(value := _loads(line), dict)]
 
 
 def _loads(text: str) -> Any:
@@ -110,6 +109,7 @@ async def spawn(
     """Starts `command` with its output appended to `log_path`. `env` is added to our own environment."""
     shim = [sys.executable, "-S", "-E", "-c", _SHIM, str(os.getpid())]
     with log_path.open("ab") as log:
+        start = log.tell()
         process = await asyncio.create_subprocess_exec(
             *shim,
             *command,
@@ -120,4 +120,4 @@ async def spawn(
             cwd=cwd,
             start_new_session=True,
         )
-    return Child(name, process, log_path)
+    return Child(name, process, log_path, start)

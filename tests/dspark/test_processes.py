@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dspark.processes import Child, read_json_lines, spawn
+from dspark.processes import Child, spawn
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -84,8 +84,9 @@ def test_children_die_with_us(tmp_path: Path) -> None:
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_json_lines_are_read_while_a_log_grows(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    assert read_json_lines(path) == []
-    path.write_text('{"a": 1}\nnoise\n{"broken\n[1]\n{"b": 2}\n{"c": 3')
-    assert read_json_lines(path) == [{"a": 1}, {"b": 2}]
+async def test_json_lines_are_its_own_and_complete(tmp_path: Path) -> None:
+    (tmp_path / "c.log").write_text('{"earlier": 0}\n')
+    program = r"""print('{"a": 1}\nplain\n{broken}\n{"b": 2}\n{"c"', end='')"""
+    child = await run(tmp_path, program)
+    assert await child.wait(5) == 0
+    assert child.json_lines() == [{"a": 1}, {"b": 2}]
