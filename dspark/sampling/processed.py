@@ -2,7 +2,7 @@
 
 Rows of 262k logits meet few full passes: the most likely `size` tokens are taken exactly (the head) and carry
 everything in float64; all other tokens of the support (the rest) are float32 weights with one float64 sum. Filters
-nearly always cut inside the head; only where they do not is a longer list sorted.
+nearly always cut inside the head; `dspark.sampling.cut` does it where they do not.
 
 A row's results do not depend on what else is in the batch: sums are taken in an order fixed by the row alone (`sum`
 over a whole row is not: it splits by batch size), and `exp2` is avoided, whose last elements of an array differ from
@@ -11,25 +11,19 @@ the others in the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dspark.sampling.order import BLOCK, padded_width, top
+from dspark.sampling.cut import Limit, cut
+from dspark.sampling.order import BLOCK, LogitRows, top
 from dspark.sampling.rows import SamplingRows
-from dspark.sampling.scratch import Scratch
+from dspark.sampling.scratch import scratch
 
-__all__ = ["Law", "block_sums", "kept", "process", "scratch", "widened"]
+__all__ = ["Law", "block_sums", "kept", "process"]
 
-_MAX_SCALE = (
-    1e30  # keeps 1 / temperature finite in float32; differences of logits times this are 0 or -inf all the same
-)
-_WIDEN = 8
-_SHORT = 8192
-
-scratch = Scratch()
-"""Buffers of this package; see `Law` for how long they hold."""
+_MAX_SCALE = 1e30  # keeps logits / temperature finite in float32, where 0 * inf would be NaN
+_SORTED = 4096  # rows up to this width are filtered by sorting them whole
 
 
 @dataclass(eq=False)
@@ -55,6 +49,11 @@ class Law:
     """float64 (rows, 1)."""
 
     @property
+    def head(self) -> torch.Tensor:
+        """float64 (rows, 1): total weight of the head."""
+        return self.log_weights.exp().cumsum(-1)[:, -1:]
+
+    @property
     def rest(self) -> torch.Tensor:
         """float64 (rows, 1): total weight of the rest."""
         return self.rest_sums[:, -1:] * self.unit
@@ -62,7 +61,7 @@ class Law:
     @property
     def total(self) -> torch.Tensor:
         """float64 (rows, 1): total weight, what a weight is divided by to be a probability."""
-        return self.log_weights.exp().cumsum(-1)[:, -1:] + self.rest
+        return self.head + self.rest
 
     def weights_of(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """float64 (n, 1): the weight of one token in each of some rows, both int64, ids (n, 1) and rows (n,)."""
@@ -80,52 +79,37 @@ class Law:
         return weights.scatter_(1, self.ids[rows], (self.log_weights[rows].exp() / self.unit[rows]).float())
 
 
-def widened(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """float32 (n, padded vocabulary) copy of some rows of logits in a thread-wide buffer; padding is -inf."""
-    vocab = logits.shape[1]
-    buffer = scratch.take("logits", len(rows), padded_width(vocab), logits.device)
-    if vocab < _SHORT or logits.is_cuda:
-        buffer[:, :vocab] = logits[torch.tensor(rows, device=logits.device)]
-    else:  # a gathered copy would cost more in page faults than all that follows
-        for into, row in zip(buffer, rows, strict=True):
-            into[:vocab] = logits[row]
-    buffer[:, vocab:] = -torch.inf
-    return buffer
-
-
-def process(logits: torch.Tensor, rows: SamplingRows, size: int) -> Law:
+def process(logits: LogitRows, rows: SamplingRows, size: int) -> Law:
     """The processed distribution of each row.
 
     Args:
-        logits: float32 (rows, width) as `widened` gives them; each row has a finite maximum.
+        logits: sound rows.
         rows: the rows' settings.
         size: length of the head. Part of the numerics: another size gives other last bits.
 
     Returns:
         The laws, on thread-wide buffers.
     """
-    size = min(size, logits.shape[1])
+    width = logits.values.shape[1]
+    size = min(size, width)
     ids, values = top(logits, size)
     maximum = values[:, :1].double()
     log_weights = (values.double() - maximum) / rows.temperature
-    narrow = (rows.top_k > 0) & (rows.top_k <= size)
-    rest_weights = scratch.take("weights", len(logits), logits.shape[1], logits.device)
-    if rows.filtered and bool(narrow.all()):
+    rest_weights = scratch.take("weights", len(ids), width, ids.device)
+    if width > _SORTED and bool(((rows.top_k > 0) & (rows.top_k <= size)).all()):
         rest_weights.zero_()
     else:
-        _softmax(logits, maximum, rows.temperature, rest_weights)
+        scale = rows.temperature.reciprocal().clamp(max=_MAX_SCALE).float()
+        scaled = logits.values if bool((scale == 1.0).all()) else torch.mul(logits.values, scale, out=rest_weights)
+        torch.softmax(scaled, -1, out=rest_weights)
     unit = rest_weights.gather(1, ids[:, :1]).double().reciprocal()
     rest_weights.scatter_(1, ids, 0.0)
     law = Law(ids, log_weights, rest_weights, block_sums(rest_weights), unit, maximum, rows.temperature)
-    if rows.filtered:
+    if rows.filtered and width <= _SORTED:
+        _filter_sorted(law, logits, rows)
+    elif rows.filtered:
         _filter(law, logits, rows)
     return law
-
-
-def _softmax(logits: torch.Tensor, maximum: torch.Tensor, temperature: torch.Tensor, out: torch.Tensor) -> None:
-    torch.sub(logits, maximum.float(), out=out)
-    out.mul_(temperature.reciprocal().clamp(max=_MAX_SCALE).float())
-    torch.softmax(out, -1, out=out)
 
 
 def block_sums(weights: torch.Tensor) -> torch.Tensor:
@@ -134,45 +118,61 @@ def block_sums(weights: torch.Tensor) -> torch.Tensor:
 
 
 def kept(weights: torch.Tensor, rows: SamplingRows, outside: torch.Tensor) -> torch.Tensor:
-    """Which of a sorted list of weights (rows, n) the filters keep, `outside` being the weight beyond the list."""
+    """Which of a sorted list of weights the filters keep.
+
+    Args:
+        weights: float64 (rows, n), the n greatest in descending order, relative to the first.
+        rows: the rows' settings.
+        outside: float64 (rows, 1), the weight of all that are not listed; not needed where top_k <= n.
+
+    Returns:
+        bool (rows, n). Where the last is kept and top_k > n, tokens beyond the list may be too.
+    """
     count = weights.shape[1]
     running = weights.cumsum(-1)
     limit = torch.where(rows.top_k > 0, rows.top_k, torch.iinfo(torch.int64).max)
-    at = torch.arange(count, device=weights.device)
     listed = running.gather(1, (limit - 1).clamp(max=count - 1))
     mass = torch.where(limit <= count, listed, listed + outside)
     # A token stays while those before it have less than top_p of the mass.
     in_top_p = (running - weights < rows.top_p * mass) | (rows.top_p >= 1.0)
-    return (at < limit) & in_top_p & (weights >= rows.min_p)
+    return (torch.arange(count, device=weights.device) < limit) & in_top_p & (weights >= rows.min_p)
 
 
-def _filter(law: Law, logits: torch.Tensor, rows: SamplingRows) -> None:
-    size, width = law.ids.shape[1], logits.shape[1]
+def _filter_sorted(law: Law, logits: LogitRows, rows: SamplingRows) -> None:
+    size, width = law.ids.shape[1], logits.values.shape[1]
+    ids, values = top(logits, width)
+    weights = ((values.double() - law.maximum) / law.temperature).exp()
+    stays = kept(weights, rows, torch.zeros_like(law.unit))
+    law.log_weights.masked_fill_(~stays[:, :size], -torch.inf)
+    rest = law.rest_weights.gather(1, ids).masked_fill_(~stays, 0.0)
+    law.rest_weights.scatter_(1, ids, rest)
+    law.rest_sums.copy_(block_sums(law.rest_weights))
+
+
+def _filter(law: Law, logits: LogitRows, rows: SamplingRows) -> None:
+    size = law.ids.shape[1]
+    for row in _where(rows.top_k > size):
+        _cut_rest(law, logits, row, Limit(tokens=int(rows.top_k[row]) - size))
     stays = kept(law.log_weights.exp(), rows, law.rest)
+    missing = rows.top_p * law.total - law.head  # of what top_p asks for, once the head is used up
     law.log_weights.masked_fill_(~stays, -torch.inf)
     filtered = (rows.top_k > 0) | (rows.top_p < 1.0) | (rows.min_p > 0.0)
-    inside = filtered & (~stays[:, -1:] | (rows.top_k == size) | (size == width))
-    for row in inside.flatten().nonzero().flatten().tolist():
+    inside = filtered & (~stays[:, -1:] | (rows.top_k == size))
+    for row in _where(inside):
         law.rest_weights[row].zero_()
     law.rest_sums.masked_fill_(inside, 0.0)
     law.unit.masked_fill_(inside, 1.0)  # nothing is left in other units, and nothing depends on them
-    for row in (filtered & ~inside).flatten().nonzero().flatten().tolist():
-        _filter_rest(law, logits, rows.at(row), row)
+    for row in _where(~inside & (rows.top_p < 1.0)):
+        _cut_rest(law, logits, row, Limit(mass=float(missing[row] / law.unit[row])))
+    for row in _where(~inside & (rows.min_p > 0.0)):
+        _cut_rest(law, logits, row, Limit(least=float(rows.min_p[row] / law.unit[row])))
 
 
-def _filter_rest(law: Law, logits: torch.Tensor, rows: SamplingRows, row: int) -> None:
-    """Cut the rest of one row whose support reaches beyond the head."""
-    size, width = law.ids.shape[1], logits.shape[1]
-    total = law.total[row : row + 1]
-    count, ids, stays = size, law.ids, law.log_weights[row : row + 1] > -torch.inf
-    while count < width and bool(stays[0, -1]):
-        count = min(width, max(_WIDEN * count, int(rows.top_k)))
-        ids, values = top(logits[row : row + 1], count)
-        weights = ((values.double() - law.maximum[row]) / rows.temperature).exp()
-        stays = kept(weights, rows, (total - weights.cumsum(-1)[:, -1:]).clamp_(min=0.0))
-    rest = law.rest_weights[row]
-    left = ids[stays][size:]
-    weights = rest[left]
-    rest.zero_()
-    rest[left] = weights
-    law.rest_sums[row] = block_sums(rest.unsqueeze(0))[0]
+def _where(mask: torch.Tensor) -> list[int]:
+    """Rows in which a mask (rows, 1) is set."""
+    return [row for row, marked in enumerate(mask.flatten().tolist()) if marked]
+
+
+def _cut_rest(law: Law, logits: LogitRows, row: int, limit: Limit) -> None:
+    cut(law.rest_weights[row], logits.values[row], law.ids[row], limit)
+    law.rest_sums[row] = block_sums(law.rest_weights[row : row + 1])[0]

@@ -30,8 +30,8 @@ from dspark.messages import Mode, PositionLogprobs, Sampling, SparseDistribution
 from dspark.sampling.choice import choose
 from dspark.sampling.drafted import certain, flaw, share
 from dspark.sampling.logprobs import logprobs
-from dspark.sampling.order import top
-from dspark.sampling.processed import Law, process, widened
+from dspark.sampling.order import LogitRows, top
+from dspark.sampling.processed import Law, process
 from dspark.sampling.residual import residual
 from dspark.sampling.rows import UNFILTERED, SamplingRows
 
@@ -217,11 +217,11 @@ def _advance(walk: _Walk, ruling: _Ruling) -> Outcome | None:
 
 def _judge(court: _Court, walks: Sequence[_Walk], *, greedy: bool) -> list[_Ruling]:
     """Rule on the present row of each walk."""
-    logits = widened(court.logits, [walk.row for walk in walks])
-    sound = logits.amax(-1).isfinite()
+    logits = LogitRows.of(court.logits, [walk.row for walk in walks])
+    sound = logits.sound
     if not bool(sound.all()):
-        logits.masked_fill_(~sound.unsqueeze(-1), 0.0)
-    drafts = torch.tensor([walk.draft for walk in walks], device=logits.device)
+        logits.mend(sound)
+    drafts = torch.tensor([walk.draft for walk in walks], device=sound.device)
     if greedy:
         law, tokens = None, top(logits, 1)[0].squeeze(-1)
         stands = court.rules.coupled(drafts, tokens) & (drafts >= 0)
@@ -233,17 +233,17 @@ def _judge(court: _Court, walks: Sequence[_Walk], *, greedy: bool) -> list[_Ruli
 
 
 def _sampled(
-    court: _Court, logits: torch.Tensor, walks: Sequence[_Walk], drafts: torch.Tensor
+    court: _Court, logits: LogitRows, walks: Sequence[_Walk], drafts: torch.Tensor
 ) -> tuple[Law, torch.Tensor, torch.Tensor]:
     """Laws, target tokens and which drafts stand, of rows with temperature > 0."""
-    rows = SamplingRows.of([walk.request.sampling for walk in walks], logits.device)
+    rows = SamplingRows.of([walk.request.sampling for walk in walks], drafts.device)
     positions = drafts.new_tensor([[walk.request.position + walk.at] for walk in walks])
     law = process(logits, rows, court.noise_candidates)
     tokens = choose(law, rows.seed, positions, court.bits)
     stands = court.rules.coupled(drafts, tokens) & (drafts >= 0)
     tested = [i for i, walk in enumerate(walks) if walk.tested]
     if tested:
-        at = torch.tensor(tested, device=logits.device)
+        at = drafts.new_tensor(tested)
         some = [walks[i] for i in tested]
         stands[at], tokens[at] = _tested(court, law, at, some, rows.seed[at], positions[at], drafts[at], tokens[at])
     return law, tokens, stands
@@ -276,12 +276,12 @@ def _tested(
 
 
 def _reports(
-    court: _Court, law: Law | None, logits: torch.Tensor, walks: Sequence[_Walk], emitted: Sequence[int]
+    court: _Court, law: Law | None, logits: LogitRows, walks: Sequence[_Walk], emitted: Sequence[int]
 ) -> list[PositionLogprobs | None]:
     """Log-probabilities of the emitted tokens, where asked for."""
     counts = [walk.request.sampling.logprobs for walk in walks]
     if law is None and any(count is not None for count in counts):
-        law = process(logits, SamplingRows.of([UNFILTERED] * len(walks), logits.device), court.noise_candidates)
+        law = process(logits, SamplingRows.of([UNFILTERED] * len(walks), logits.values.device), court.noise_candidates)
     return [
         None if count is None or law is None else logprobs(law, logits, row, token, count)
         for row, (count, token) in enumerate(zip(counts, emitted, strict=True))
