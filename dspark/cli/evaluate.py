@@ -82,9 +82,9 @@ async def _evaluate(
     cluster: common.ClusterSettings, prompts: Sequence[str], settings: Settings, *, compare: bool
 ) -> dict[str, Any]:
     async with common.open_client(cluster) as client:
-        info = await client.describe()
         with _progress("evaluating", len(prompts)) as progress:
             result = await evaluate(client, prompts, settings, progress=progress)
+        info = await client.describe()
     report = _report(result, settings, info)
     if compare:
         report |= _compared(result, await _reference(cluster, prompts, settings, info), prompts)
