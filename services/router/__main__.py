@@ -9,7 +9,7 @@ import sys
 import structlog
 from prometheus_client import REGISTRY
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from dspark.errors import ConfigError, StartupError
 from dspark.rpc.options import MAX_MESSAGE_BYTES
@@ -30,7 +30,12 @@ class Settings(BaseSettings):
     """Speculative decoding router: talks to clients, draft workers and verify workers."""
 
     model_config = SettingsConfigDict(
-        env_prefix="DSPARK_", cli_parse_args=True, cli_kebab_case=True, cli_prog_name="python -m services.router"
+        env_prefix="DSPARK_",
+        cli_parse_args=True,
+        cli_kebab_case=True,
+        cli_avoid_json=True,
+        cli_prog_name="python -m services.router",
+        extra="ignore",
     )
 
     store: str = Field(description="Redis URL where workers announce themselves")
@@ -109,6 +114,8 @@ def _address(settings: Settings, server: Server) -> str:
 def _settings() -> Settings:
     try:
         return Settings()  # type: ignore[call-arg]  # from flags and environment
+    except SettingsError as error:
+        raise ConfigError(str(error)) from error
     except ValidationError as error:
         faults = "; ".join(f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors())
         raise ConfigError(faults) from error

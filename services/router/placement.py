@@ -12,8 +12,8 @@ __all__ = ["choose_drafter", "choose_verifier", "evacuees", "even_out", "has_roo
 
 
 def may_serve(link: VerifierLink, sequence: Sequence) -> bool:
-    """Whether new work may go there and its tokens would be the same bits as where the sequence began."""
-    if not link.alive or link.load.draining:
+    """Whether new work may go there, could ever fit, and would get the same bits as where the sequence began."""
+    if not link.alive or link.load.draining or link.capacity < sequence.request.max_len:
         return False
     if sequence.numerics is not None:
         return link.model.numerics_fingerprint == sequence.numerics

@@ -103,8 +103,17 @@ class Pool(Generic[L]):
             reason = await self._live(reading)
             pause = FIRST_RETRY if time.monotonic() - began > STEADY_SECONDS else min(LAST_RETRY, pause * 2)
             _log.warning("worker lost", worker=worker_id, role=self._role, reason=reason, retry_seconds=pause)
-            await asyncio.sleep(pause)
+            await self._rest(reading, pause)
         self._kept.discard(worker_id)
+
+    async def _rest(self, lost: Reading, seconds: float) -> None:
+        """Until it is time to try again; sooner where the worker is gone, or back at another address."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            await asyncio.sleep(min(LOOK_SECONDS, seconds))
+            now = self._readings.get(lost.record.worker_id)
+            if now is None or now.record.address != lost.record.address:
+                return
 
     async def _live(self, reading: Reading) -> str:
         """One link's life; returns why it ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -64,6 +64,9 @@ class RouterService(generation_pb2_grpc.RouterServicer):
             async with _until(deadline):
                 sequence = await self._prepare(request, request_id, ticket)
             self._engine.submit(sequence)
+            # Where the call ends while a message is being written, nothing is raised here.
+            gone = Cancelled("the client has gone")
+            context.add_done_callback(_call(lambda: self._engine.cancel(sequence, gone)))
             try:
                 yield pb.GenerateResponse(started=_started(sequence))
                 while True:
@@ -76,7 +79,7 @@ class RouterService(generation_pb2_grpc.RouterServicer):
                 self._engine.cancel(sequence, error)
                 raise
             finally:
-                self._engine.cancel(sequence, Cancelled("the client has gone"))  # no effect once it has ended
+                self._engine.cancel(sequence, gone)  # no effect once it has ended
 
     async def _prepare(self, proto: pb.GenerateRequest, request_id: str, ticket: Ticket) -> Sequence:
         if self._engine.is_active(request_id):
@@ -149,6 +152,11 @@ async def _until(deadline: float | None) -> AsyncIterator[None]:
             yield
     except TimeoutError as error:
         raise DeadlineExceeded("the call's deadline has passed") from error
+
+
+def _call(function: Callable[[], None]) -> Any:
+    """The function as a callback of a finished call, whose argument says nothing new."""
+    return lambda _: function()
 
 
 def _api_key(metadata: Mapping[str, str]) -> str:

@@ -350,7 +350,8 @@ class ToyVerifier(Worker, verifier_pb2_grpc.VerifierServicer):
     def _logprobs(self, tokens: list[int], sampling: Sampling) -> tuple[PositionLogprobs, ...]:
         if sampling.logprobs is None:
             return ()
-        return tuple(PositionLogprobs(TokenLogprob(token, -0.5)) for token in tokens)
+        top = tuple(TokenLogprob(token, -2.0) for token in range(sampling.logprobs))
+        return tuple(PositionLogprobs(TokenLogprob(token, -0.5), top) for token in tokens)
 
 
 class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
@@ -483,6 +484,7 @@ class Cluster:
         self.policy = policy
         self.options = options
         self.engines: list[Engine] = []
+        self.addresses: list[str] = []
         self.services: list[RouterService] = []
         self.channels: list[grpc.aio.Channel] = []
 
@@ -504,6 +506,7 @@ class Cluster:
         registration = (generation_pb2_grpc.add_RouterServicer_to_server, service, "dspark.v1.Router")
         server = await self.stack.enter_async_context(serve("127.0.0.1:0", [registration], grace=0.0))
         channel = await self.stack.enter_async_context(connect(f"127.0.0.1:{server.port}"))
+        self.addresses.append(f"127.0.0.1:{server.port}")
         self.engines.append(engine)
         self.services.append(service)
         self.channels.append(channel)

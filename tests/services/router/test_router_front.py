@@ -24,6 +24,7 @@ from support.toys import (
 from dspark.errors import DeadlineExceeded
 from dspark.messages import Sampling
 from dspark.v1 import generation_pb2 as pb
+from dspark.v1 import generation_pb2_grpc
 from services.router.engine import Policy
 from services.router.outlet import Delta, Outlet
 from services.router.requests import Request
@@ -98,15 +99,15 @@ async def test_a_client_that_leaves_before_its_sequence_is_open_leaves_nothing_b
 
 
 async def test_deadlines_hold_in_the_queue() -> None:
-    verifier = slow_verifier(pages=8)
+    verifier = slow_verifier(pages=4)
     async with cluster(verifier) as toys:
-        running = asyncio.create_task(toys.generate("hello", max_tokens=120, sampling={"seed": 1}))
+        running = asyncio.create_task(toys.generate("hello", max_tokens=50, sampling={"seed": 1}))
         await until(lambda: verifier.open)
-        error = await refused(toys, request_of("hello", max_tokens=100), timeout=0.1)
+        error = await refused(toys, request_of("hello", max_tokens=50), timeout=0.1)
         assert error.code() is CODE.DEADLINE_EXCEEDED
         await until(lambda: toys.engine.active == 1)
         assert len(toys.engine.dispatcher) == 0
-        assert (await running).ids == expected(letters, PROMPT, 1, 120)
+        assert (await running).ids == expected(letters, PROMPT, 1, 50)
         assert len(verifier.opened) == 1
 
 
@@ -114,17 +115,17 @@ async def test_deadlines_hold_in_the_queue() -> None:
 
 
 async def test_a_full_queue_refuses_at_once_with_a_hint() -> None:
-    verifier = slow_verifier(pages=8)
+    verifier = slow_verifier(pages=4)
     async with cluster(verifier, max_queue=3) as toys:
-        readings = [asyncio.create_task(quietly(toys.stub().Generate(request_of("hello", max_tokens=120))))]
+        readings = [asyncio.create_task(quietly(toys.stub().Generate(request_of("hello", max_tokens=50))))]
         await until(lambda: verifier.open)
-        calls = [toys.stub().Generate(request_of("hello", max_tokens=120)) for _ in range(3)]
+        calls = [toys.stub().Generate(request_of("hello", max_tokens=50)) for _ in range(3)]
         readings += [asyncio.create_task(quietly(call)) for call in calls]
         await until(lambda: toys.services[0]._admission.queued == 3)
         loads = await toys.stub().GetLoads(pb.GetLoadsRequest())
         assert (loads.running, loads.queued, loads.queue_limit) == (1, 3, 3)
         began = time.monotonic()
-        error = await refused(toys, request_of("hello", max_tokens=120))
+        error = await refused(toys, request_of("hello", max_tokens=50))
         assert time.monotonic() - began < 0.2
         assert error.code() is CODE.RESOURCE_EXHAUSTED
         assert "the limit is 3" in str(error.details())
@@ -223,6 +224,28 @@ async def test_a_client_that_never_reads_again_is_given_up() -> None:
         await lazy.outlet.next()
         with pytest.raises(DeadlineExceeded, match="read nothing"):
             await lazy.outlet.next()
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+async def test_a_client_that_goes_without_reading_leaves_nothing_behind(how: str) -> None:
+    """Its messages fill the connection, so that the call ends while one of them is being written."""
+    verifier, drafter = ToyVerifier(), ToyDraft()
+    narrow = [("grpc.http2.bdp_probe", 0)]  # the 64 KiB window stays
+    async with (
+        cluster(verifier, drafter, stream_buffer=128) as toys,
+        grpc.aio.insecure_channel(toys.addresses[0], options=narrow) as channel,
+    ):
+        request = request_of("hello", {"logprobs": 20}, max_tokens=8000, request_id="lazy")
+        stub = generation_pb2_grpc.RouterStub(channel)
+        lazy = stub.Generate(request, timeout=1.5 if how == "deadline" else None)
+        await lazy.read()
+        sequence = toys.engine._active["lazy"]
+        await until(lambda: sequence.outlet.full)
+        assert not sequence.ended
+        if how == "cancel":
+            lazy.cancel()
+        await until(lambda: not toys.engine.active and not verifier.open and not drafter.attached)
+        await assert_healthy(toys)
 
 
 # ---------------------------------------------------------------- bad input
