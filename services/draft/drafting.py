@@ -75,17 +75,17 @@ class BlockDrafter:
 
     def _unroll(self, hidden: Tensor, anchors: Tensor, committed: Tensor, samplings: Sequence[Sampling]) -> Drafted:
         """Choose token after token; the k-th (from 0) is for position N + k of a sequence with N committed tokens."""
-        head, d2t = self._drafter.head, self._drafter.d2t
-        base = self.forward.base_logits(hidden).float()
-        state, previous = head.initial_state(len(anchors)), [anchors]
+        head, d2t, forward = self._drafter.head, self._drafter.d2t, self.forward
+        base = forward.base_logits(hidden).float()
+        state, tokens, embedded = head.initial_state(len(anchors)), [anchors], []
         logits, chosen, distributions = [], [], []
         for k in range(hidden.shape[1]):
-            bias, state = head.step(state, previous[-1], hidden[:, k])
-            logits.append(base[:, k] + bias)
+            embedded.append(head.previous(tokens[-1]))
+            latent, state = head.latent(state, embedded[-1], hidden[:, k])
+            logits.append(base[:, k] + forward.bias_logits(latent))
             choice = self._chooser.choose(logits[-1], samplings, committed + k, d2t, committed=committed)
-            previous.append(choice.tokens)
+            tokens.append(choice.tokens)
             chosen.append(choice.draft_index)
             distributions.append(choice.distributions)
-        confidence = self._drafter.confidence_logits(hidden, torch.stack(previous[:-1], 1))
-        tokens = torch.stack(previous[1:], 1)
-        return Drafted(tokens, None if confidence is None else confidence.float(), logits, chosen, distributions)
+        confidence = forward.confidence_logits(hidden, torch.stack(embedded, 1))
+        return Drafted(torch.stack(tokens[1:], 1), confidence, logits, chosen, distributions)

@@ -119,7 +119,7 @@ class DraftEngine:
         """Compute context K/V of features that continue their sequences; what is here already is passed over.
 
         Returns the attached sequences whose blocks left a gap: features from `length(key)` on have to come again.
-        Blocks of sequences or epochs that are not attached are ignored.
+        Blocks of sequences or epochs that are not attached, and what goes past a sequence's max_len, are ignored.
         """
         pieces, gaps = self._continuing(blocks)
         if pieces:
@@ -145,7 +145,7 @@ class DraftEngine:
             length = lengths.get(block.key, sequence.context.length)
             if block.start > length:
                 gaps[block.key] = None
-            elif block.start + block.count > length:
+            elif length < block.start + block.count <= sequence.request.max_len:
                 pieces.append(_Piece(sequence, block, length - block.start))
                 lengths[block.key] = block.start + block.count
         return pieces, list(gaps)

@@ -18,6 +18,7 @@ from dspark.kernels import Kernels
 from dspark.kernels.linear import Linear
 from dspark.models.config import RopeConfig
 from dspark.models.drafters import DSparkDrafter
+from dspark.models.drafters.heads import ConfidenceHead
 from dspark.models.drafters.layers import DraftLayer
 from dspark.models.layers import RotaryTable
 from services.draft.context import ContextKV, KVShape
@@ -40,6 +41,22 @@ class _Layer:
     down: Linear
 
 
+@dataclass(frozen=True, slots=True)
+class _Confidence:
+    """The confidence head's one row, float32, cut by what it multiplies."""
+
+    hidden: Tensor
+    previous: Tensor | None
+    bias: Tensor
+
+    @classmethod
+    def of(cls, head: ConfidenceHead | None, width: int) -> _Confidence | None:
+        if head is None:
+            return None
+        row = head.proj.weight[0].float()
+        return cls(row[:width], row[width:] if len(row) > width else None, head.proj.bias.float())
+
+
 class DraftForward:
     """One forward a block, over contexts that stay in place. For one thread."""
 
@@ -59,6 +76,8 @@ class DraftForward:
         self._context_kv = kernels.linear(torch.cat(projections))
         self._final_norm = drafter.norm.weight.float()
         self._head = kernels.linear(drafter.head_weight)
+        self._bias = kernels.linear(drafter.head.markov_w2.weight)
+        self._confidence = _Confidence.of(drafter.confidence_head, config.hidden_size)
 
     # ------------------------------------------------------------ context
 
@@ -96,6 +115,18 @@ class DraftForward:
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Base logits U, (b, n, d) -> (b, n, draft vocabulary)."""
         return self._head(hidden.flatten(0, 1).contiguous()).view(*hidden.shape[:2], -1)
+
+    def bias_logits(self, latent: Tensor) -> Tensor:
+        """B = W_2 z of the sequential head, (b, r) -> (b, draft vocabulary)."""
+        return self._bias(latent)
+
+    def confidence_logits(self, hidden: Tensor, previous: Tensor) -> Tensor | None:
+        """Float32 logits of c_k (b, n) from h_k (b, n, d) and W_1[x_{k-1}] (b, n, r); None without that head."""
+        if self._confidence is None:
+            return None
+        rows = hidden.float() @ self._confidence.hidden + self._confidence.bias
+        rank = self._confidence.previous
+        return rows if rank is None else rows + previous.float() @ rank
 
     def _inputs(self, anchors: Tensor) -> Tensor:
         """Embeddings of the anchor and of a mask at each further place, (b, block, d)."""

@@ -55,7 +55,7 @@ def make_drafter(*, seed: int = 3, dtype: torch.dtype = torch.float32, **changes
     return drafter.to(dtype).eval().requires_grad_(requires_grad=False)
 
 
-def make_engine(drafter: DSparkDrafter, *, positions: int = 4096, top_k: int = 16) -> DraftEngine:
+def make_engine(drafter: DSparkDrafter, *, positions: int = 1 << 16, top_k: int = 16) -> DraftEngine:
     """An engine over it."""
     return DraftEngine(drafter, DraftChooser(draft_top_k=top_k), TORCH, context_positions=positions)
 
