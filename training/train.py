@@ -34,7 +34,7 @@ from training.initialise import (
     start_from_target,
 )
 from training.state import load_setup, load_state, save_setup, save_state
-from training.trainer import Alone, Gloo, StepReport, Trainer, TrainSettings
+from training.trainer import Alone, Exchange, Gloo, StepReport, Trainer, TrainSettings
 from training.validate import Validation, tally
 
 HELD_OUT_EVERY = 40
@@ -103,7 +103,7 @@ def _joined(rank: int, plan: RunPlan, meeting: str) -> None:
         distributed.destroy_process_group()
 
 
-def work(plan: RunPlan, exchange: Alone | Gloo) -> None:
+def work(plan: RunPlan, exchange: Exchange) -> None:
     """One process's whole part: prepare, go on from where the run is, train, save."""
     torch.set_num_threads(1)
     with open_target(plan.target) as (source, target):
@@ -126,7 +126,7 @@ def open_target(path: Path) -> Iterator[tuple[TensorSource, TargetConfig]]:
         yield source, read_config(path)
 
 
-def prepare(plan: RunPlan, source: TensorSource, target: TargetConfig, exchange: Alone | Gloo) -> Start:
+def prepare(plan: RunPlan, source: TensorSource, target: TargetConfig, exchange: Exchange) -> Start:
     """Read this process's shards and make the drafter; the first process decides what the run keeps to."""
     torch.manual_seed(plan.settings.seed)
     config = drafter_config(target, plan.shape, name=plan.name)

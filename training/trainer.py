@@ -58,7 +58,10 @@ class StepReport:
 
 
 class Exchange(Protocol):
-    """How processes agree: the mean of a float32 vector over all of them, in place."""
+    """How processes agree: this one's number, how many there are, and the mean over all of them."""
+
+    rank: int
+    world: int
 
     def mean_(self, vector: Tensor) -> None:
         """Replace `vector` by its mean over processes."""
@@ -67,7 +70,8 @@ class Exchange(Protocol):
 class Alone:
     """One process."""
 
-    rank, world = 0, 1
+    rank: int = 0
+    world: int = 1
 
     def mean_(self, vector: Tensor) -> None:
         """Nothing to do."""
@@ -94,12 +98,12 @@ class Trainer:
         sequences: Sequences,
         settings: TrainSettings,
         *,
-        exchange: Alone | Gloo | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.drafter = drafter
         self.sequences = sequences
         self.settings = settings
-        self.exchange = exchange or Alone()
+        self.exchange: Exchange = exchange or Alone()
         self.parameters = [p for p in drafter.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,

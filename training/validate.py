@@ -31,47 +31,43 @@ class Tally:
     """Sums that become a `Validation`; `values` may be added up over processes in between."""
 
     def __init__(self, block: int) -> None:
-        self.block = block
-        self.values = torch.zeros(4 * block + 4, dtype=torch.float64)
+        self.values = torch.zeros(3 * block + 4, dtype=torch.float64)
+        views = torch.split(self.values, [block, block, block, 1, 1, 1, 1])
+        self.acceptance, self.looked_at, self.accepted, self.blocks, self.survival, self.rounds, self.tokens = views
 
     def add(self, rows: BlockRows, batch: Batch, anchors: Tensor, real: Tensor) -> None:
         """Count the blocks at `anchors` (s, a) that are `real` (s, a)."""
-        n = self.block
         probabilities = torch.softmax(rows.logits.float(), -1)
         acceptance = torch.minimum(probabilities, rows.target).sum(-1)
         whole = real & rows.valid.all(-1)
-        survival = acceptance.cumprod(-1)
-        self.values[:n] += acceptance[whole].sum(0)
-        self.values[n] += whole.sum()
-        self.values[n + 1] += survival[whole].sum()
+        self.acceptance += acceptance[whole].sum(0)
+        self.survival += acceptance[whole].cumprod(-1).sum()
+        self.blocks += whole.sum()
         matches = (rows.logits.argmax(-1) == rows.labels) & rows.valid
         for row in range(len(anchors)):
             if batch.temperatures[row] == 0:
-                self._walk(matches[row], rows.valid[row], int(real[row].sum()))
+                self._decode(matches[row], whole[row])
 
-    def _walk(self, matches: Tensor, valid: Tensor, count: int) -> None:
-        """Decode one sequence: each round starts one past the last accepted token."""
-        n, at = self.block, 0
+    def _decode(self, matches: Tensor, whole: Tensor) -> None:
+        """Walk one sequence as decoding would: each round starts one past the last accepted token."""
+        block, at, count = matches.shape[1], 0, int(whole.sum())
         lengths = matches.long().cumprod(-1).sum(-1).tolist()
-        verified = valid.sum(-1).tolist()
-        while at < count and verified[at] == n:
+        while at < count:
             accepted = lengths[at]
-            self.values[2 * n + 2 : 2 * n + 2 + min(accepted + 1, n)] += 1  # drafts that were looked at
-            self.values[3 * n + 2 : 3 * n + 2 + accepted] += 1
-            self.values[n + 2] += 1
-            self.values[n + 3] += accepted + 1
+            self.looked_at[: min(accepted + 1, block)] += 1
+            self.accepted[:accepted] += 1
+            self.rounds += 1
+            self.tokens += accepted + 1
             at += accepted + 1
 
     def result(self) -> Validation:
-        """The figures; 0 where nothing was counted."""
-        n, values = self.block, self.values
-        blocks, rounds = values[n].clamp_min(1), values[n + 2].clamp_min(1)
-        looked_at = values[2 * n + 2 : 3 * n + 2].clamp_min(1)
+        """The figures; 0 where nothing was counted, 1 for what begins at 1."""
+        blocks = self.blocks.clamp_min(1)
         return Validation(
-            acceptance=(values[:n] / blocks).tolist(),
-            tau=1 + float(values[n + 1] / blocks),
-            greedy_acceptance=(values[3 * n + 2 : 4 * n + 2] / looked_at).tolist(),
-            greedy_tau=float(values[n + 3] / rounds),
+            acceptance=(self.acceptance / blocks).tolist(),
+            tau=1 + float(self.survival / blocks),
+            greedy_acceptance=(self.accepted / self.looked_at.clamp_min(1)).tolist(),
+            greedy_tau=float(self.tokens / self.rounds.clamp_min(1)),
         )
 
 

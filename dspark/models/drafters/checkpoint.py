@@ -54,6 +54,7 @@ def save_drafter(drafter: DSparkDrafter, path: Path, *, dtype: torch.dtype = tor
         tensors |= {"d2t": d2t, "t2d": t2d}
     partial = path / (WEIGHTS_FILE + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # the library makes it private
     partial.replace(path / WEIGHTS_FILE)
     partial = path / (CONFIG_FILE + ".partial")
     partial.write_text(json.dumps(to_json(drafter.config), indent=2) + os.linesep, encoding="utf-8")
