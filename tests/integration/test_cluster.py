@@ -1,8 +1,10 @@
 """A whole embedded cluster of tiny random models: real processes, store and connections."""
 
 import asyncio
+import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +108,26 @@ async def test_a_failed_start_says_why_and_leaves_nothing(models: tuple[Path, Pa
     with pytest.raises(StartupError, match=r"was not ready within 0\.1 s"):
         await cluster_of(models, start_seconds=0.1, log_dir=tmp_path / "logs").__aenter__()
     assert children() == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+async def test_up_serves_until_told_and_takes_everything_with_it(
+    models: tuple[Path, Path], tmp_path: Path, number: int, status: int
+) -> None:
+    command = ["-c", "from dspark.cli import main; main()", "up", "--json", "--drafter", "none", "--dtype", "float32"]
+    up = await asyncio.create_subprocess_exec(
+        sys.executable, *command, "--listen", "127.0.0.1:0", "--model", str(models[0]), stdout=asyncio.subprocess.PIPE
+    )
+    assert up.stdout is not None
+    facts = json.loads(await up.stdout.readline())
+    programs = psutil.Process(up.pid).children()
+    assert len(programs) == 3
+    async with Client(facts["address"]) as client:
+        assert len((await complete(client, tokens=5)).token_ids) == 5
+    up.send_signal(number)
+    assert await up.wait() == status
+    _, alive = await asyncio.to_thread(psutil.wait_procs, programs, 5)
+    assert [program for program in alive if program.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_drafters_by_name(tmp_path: Path) -> None:
