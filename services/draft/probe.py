@@ -95,10 +95,10 @@ def _run_target(target: TargetModel, drafter: DSparkDrafter, prompt: Sequence[in
 
 def _check_match(target: TargetModel, drafter: DSparkDrafter) -> None:
     TapOffer(drafter.info, drafter.tap, {}).check(target.info)
-    drafted_for = drafter.config.num_target_layers
-    if drafted_for != target.config.num_layers:
+    expected, present = drafter.config.num_target_layers, target.config.num_layers
+    if expected != present:
         raise Mismatch(
-            f"drafter is for a target of {drafted_for} layers, {target.info.name!r} has {target.config.num_layers}"
+            f"drafter {drafter.info.name!r} is for {expected} layers, target {target.info.name!r} has {present}"
         )
 
 
