@@ -6,13 +6,15 @@ product per bucket, whatever the number of sequences.
 
 A row's bits do not depend on the batch because every shape that a reduction's order depends on is a function of the
 row's position alone: tiles do not cross multiples of `KEY_BLOCK` positions, and take their keys in whole blocks up to
-the next multiple, the rest masked. What is left is the number of query rows, kept between `MIN_ROWS` and `TILE_ROWS`.
-Measured with torch 2.13 on a CPU: over more or fewer masked keys some rows differ, in bf16 as in float32; with fewer
-than 8 query rows, or more than 191, some float32 rows do.
+the next multiple, the rest masked. What is left is the number of query rows: torch takes them 32 at a time (64 from
+192 on), so tiles are filled up to a multiple of 32 in float32, where some rows' bits depend on that number, and of 8 in
+bf16, where none were seen to. Measured with torch 2.13 on a CPU; over more or fewer masked keys some rows differ in
+both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +23,8 @@ from torch.nn import functional
 
 KEY_BLOCK = 128
 TILE_ROWS = 128
-MIN_ROWS = 8
+ROW_MULTIPLES = {torch.float32: 32}
+ROW_MULTIPLE = 8
 NULL_PAGE = 0
 """A page that belongs to nobody; what is read from it is always masked."""
 
@@ -94,42 +97,47 @@ def plan_attention(
         for span in spans
         for position in range(span.start, span.start + span.count)
     ]
+    unit = _unit(group, dtype)
+    most = max(unit, TILE_ROWS // group // unit * unit)
     shapes: dict[tuple[int, ...], list[_Tile]] = {}
     for owner, span in enumerate(spans):
-        for tile in _tiles(span, owner, window, group):
-            shapes.setdefault(_shape(tile, span, group), []).append(tile)
-    buckets = [_bucket(tiles, page_size, window, group, dtype, device) for tiles in shapes.values()]
+        for tile in _tiles(span, owner, window, most):
+            width = -(-tile.count // unit) * unit
+            alone = (tile.first_key, owner) if span.count > most else ()
+            shapes.setdefault((width, tile.length, *alone), []).append(tile)
+    buckets = [_bucket(tiles, shape[0], page_size, window, group, dtype, device) for shape, tiles in shapes.items()]
     if len(buckets) == 1 and buckets[0].rows is not None and buckets[0].rows.tolist() == list(range(len(slots))):
         buckets = [replace(buckets[0], rows=None)]
     return AttentionPlan(torch.tensor(slots, device=device), tuple(buckets))
 
 
-def _tiles(span: Span, owner: int, window: int | None, group: int) -> Iterable[_Tile]:
-    step = max(1, TILE_ROWS // group)
+def _unit(group: int, dtype: torch.dtype) -> int:
+    """Tokens come in multiples of this, so that a tile's query rows are a multiple of what the dtype asks for."""
+    multiple = ROW_MULTIPLES.get(dtype, ROW_MULTIPLE)
+    return multiple // math.gcd(multiple, group)
+
+
+def _tiles(span: Span, owner: int, window: int | None, most: int) -> Iterable[_Tile]:
     start, end = span.start, span.start + span.count
     while start < end:
         block = start // KEY_BLOCK * KEY_BLOCK
-        count = min(step, end - start, block + KEY_BLOCK - start)
+        count = min(most, end - start, block + KEY_BLOCK - start)
         first_key = 0 if window is None else max(0, block - window + 1) // KEY_BLOCK * KEY_BLOCK
         length = block + KEY_BLOCK - first_key
         yield _Tile(span.first_row + start - span.start, start, count, first_key, length, span.pages, owner)
         start += count
 
 
-def _shape(tile: _Tile, span: Span, group: int) -> tuple[int, ...]:
-    """Tiles of equal shape go together: of any sequences if they are short, of one if it has several tiles."""
-    least = -(-MIN_ROWS // group)
-    width = max(least, 1 << (tile.count - 1).bit_length())
-    if span.count > max(1, TILE_ROWS // group):
-        return tile.length, width, tile.first_key, tile.owner
-    return tile.length, width
-
-
 def _bucket(
-    tiles: list[_Tile], page_size: int, window: int | None, group: int, dtype: torch.dtype, device: torch.device
+    tiles: list[_Tile],
+    width: int,
+    page_size: int,
+    window: int | None,
+    group: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Bucket:
     first = tiles[0]
-    width = max(-(-MIN_ROWS // group), *(tile.count for tile in tiles))
     shared = len(tiles) > 1 and all((t.owner, t.first_key) == (first.owner, first.first_key) for t in tiles)
     rows = [t.first_row + min(i, t.count - 1) for t in tiles for i in range(width)]
     kept = [n * width + i for n, t in enumerate(tiles) for i in range(t.count)]
