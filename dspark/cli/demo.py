@@ -7,13 +7,15 @@ import typer
 from dspark.cli import common, generate
 from dspark.cluster import DEFAULT_MODEL
 from dspark.errors import DSparkError
+from dspark.params import GenerateParams
 
 app = typer.Typer(add_completion=False)
 
 PROMPT = (
-    "Question: A baker sells 24 rolls in the morning and twice as many in the afternoon. "
-    "Each roll costs 2 dollars. How much money does the baker earn that day?\nAnswer:"
+    "Question: Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?\nAnswer:"
 )
+# Neither greedy, where a small base model soon repeats itself, nor so random that it rambles.
+PARAMS: GenerateParams = {"max_tokens": 96, "temperature": 0.6, "seed": 1}
 
 
 @app.command()
@@ -25,9 +27,7 @@ def demo(
 ) -> None:
     """Start a cluster, stream a completion, and measure it against plain decoding."""
     settings = common.ClusterSettings(model=model, drafter=drafter, log_dir=log_dir)
-    first, plain = common.run(
-        generate.show(settings, PROMPT, {"max_tokens": 96, "temperature": 0}, compare_plain=True, as_json=as_json)
-    )
+    first, plain = common.run(generate.show(settings, PROMPT, PARAMS, compare_plain=True, as_json=as_json))
     if plain is None or plain.token_ids != first.token_ids:
         raise DSparkError("speculation changed the output, which it never may")
     if first.speculation.enabled and first.speculation.drafter and not first.speculation.accepted:
