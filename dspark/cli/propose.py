@@ -65,7 +65,8 @@ def _probe(target: str, drafter: Path, prompts: list[list[int]], dtype: str) -> 
 
     path, device, own_dtype = resolve_model(target), torch.device("cpu"), getattr(torch, dtype)
     model = load_target(path, dtype=own_dtype, device=device, kernels=select_kernels("auto", device))
-    return list(probe(model, load_drafter(drafter, target_path=path, dtype=own_dtype, device=device), prompts))
+    loaded = load_drafter(drafter, target_path=path, dtype=own_dtype, device=device)
+    return list(probe(model, loaded, prompts, path=drafter))
 
 
 def _read_prompts(path: Path) -> list[list[int]]:

@@ -15,7 +15,8 @@ from typing import Self
 from dspark.errors import InvalidRequest
 from dspark.messages import SequenceKey
 from services.draft.inbox import FeatureInbox
-from services.draft.link import TapOffer, VerifierLink
+from services.draft.link import VerifierLink
+from services.draft.offer import TapOffer
 
 __all__ = ["FeatureIntake"]
 

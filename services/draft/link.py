@@ -8,8 +8,8 @@ engine: blocks go to the inbox.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -17,15 +17,15 @@ import grpc
 import structlog
 
 from dspark.errors import DSparkError, FeaturesMissing, InvalidRequest, Mismatch, Unavailable
-from dspark.messages import DrafterInfo, FeatureBlock, ModelInfo, SequenceKey, TapInfo
+from dspark.messages import FeatureBlock, SequenceKey
 from dspark.rpc.channel import connect, error_from_call
-from dspark.rpc.codec import decode, encode
-from dspark.rpc.pieces import split
+from dspark.rpc.codec import decode
 from dspark.v1 import verifier_pb2 as pb
 from dspark.v1.verifier_pb2_grpc import VerifierStub
 from services.draft.inbox import FeatureInbox
+from services.draft.offer import TapOffer
 
-__all__ = ["TapOffer", "VerifierLink"]
+__all__ = ["VerifierLink"]
 
 _RPC_SECONDS = 10.0
 _FIRST_PAUSE = 0.05
@@ -34,49 +34,6 @@ _LONGEST_ASK_PAUSE = 1.0
 _PULL_PAUSE = 0.2  # a pull under way answers every gap that is seen meanwhile
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TapOffer:
-    """A drafter and its tap: what a verify worker must fit, and the float32 bytes it is given."""
-
-    drafter: DrafterInfo
-    tap: TapInfo
-    tensors: Mapping[str, bytes] = field(repr=False)
-
-    def check(self, model: ModelInfo) -> None:
-        """`Mismatch`, naming both values, unless this drafter belongs to that target."""
-        theirs = f"target {model.name!r}"
-        wanted = self.drafter.model_fingerprint
-        if wanted and wanted != model.model_fingerprint:
-            raise Mismatch(
-                f"drafter {self.drafter.name!r} is for the target with fingerprint {wanted}, "
-                f"{theirs} has {model.model_fingerprint}"
-            )
-        if self.drafter.vocab_size != model.vocab_size:
-            raise Mismatch(f"drafter vocabulary {self.drafter.vocab_size}, {theirs} has {model.vocab_size}")
-        if self.tap.target_hidden_size != model.hidden_size:
-            raise Mismatch(f"drafter reads hidden size {self.tap.target_hidden_size}, {theirs} has {model.hidden_size}")
-        if max(self.tap.layer_ids) >= model.num_layers - 1:
-            raise Mismatch(
-                f"drafter reads layers {list(self.tap.layer_ids)}, "
-                f"{theirs} offers -1 to {model.num_layers - 2} of its {model.num_layers}"
-            )
-
-    def fits(self, model: ModelInfo) -> bool:
-        """Whether `check` passes."""
-        try:
-            self.check(model)
-        except Mismatch:
-            return False
-        return True
-
-    async def messages(self) -> AsyncIterator[pb.RegisterTapRequest]:
-        """What registers the tap."""
-        yield pb.RegisterTapRequest(info=encode(self.tap))
-        for name, data in self.tensors.items():
-            for piece in split(name, data):
-                yield pb.RegisterTapRequest(piece=piece)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
 from dspark.sampling import DraftChooser
 from services.draft.engine import DraftEngine
-from services.draft.link import TapOffer
+from services.draft.offer import TapOffer
 
 __all__ = ["Probe", "probe"]
 
@@ -42,13 +43,15 @@ class Probe:
     top1_logits: list[float]
 
 
-def probe(target: TargetModel, drafter: DSparkDrafter, prompts: Sequence[Sequence[int]]) -> Iterator[Probe]:
-    """A block for each prompt, at temperature 0.
+def probe(
+    target: TargetModel, drafter: DSparkDrafter, prompts: Sequence[Sequence[int]], *, path: Path
+) -> Iterator[Probe]:
+    """A block for each prompt, at temperature 0. `path` is where the drafter was loaded from.
 
     Raises `Mismatch` where drafter and target do not belong together, `InvalidRequest` for prompts the target does not
     take; both before the first block.
     """
-    _check_match(target, drafter)
+    _check_match(target, drafter, path)
     for index, prompt in enumerate(prompts):
         _check_prompt(f"prompt {index}", prompt, target)
     block = drafter.config.block_size
@@ -93,12 +96,13 @@ def _run_target(target: TargetModel, drafter: DSparkDrafter, prompt: Sequence[in
     return int(target.logits(forward.hidden[-1:])[0].argmax()), torch.cat(features)
 
 
-def _check_match(target: TargetModel, drafter: DSparkDrafter) -> None:
-    TapOffer(drafter.info, drafter.tap, {}).check(target.info)
+def _check_match(target: TargetModel, drafter: DSparkDrafter, path: Path) -> None:
+    offer = TapOffer.of(drafter, path)
+    offer.check(target.info)
     expected, present = drafter.config.num_target_layers, target.config.num_layers
     if expected != present:
         raise Mismatch(
-            f"drafter {drafter.info.name!r} is for {expected} layers, target {target.info.name!r} has {present}"
+            f"drafter {offer.drafter.name!r} is for {expected} layers, target {target.info.name!r} has {present}"
         )
 
 

@@ -7,31 +7,29 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import structlog
 import torch
-from dspark.models.pull import resolve_model
 from prometheus_client import CollectorRegistry
 
 from dspark.errors import ConfigError
 from dspark.kernels import select_kernels
 from dspark.messages import AttachSequence, DrafterInfo, ProposeItem, Sampling, SequenceKey
 from dspark.models.drafters import DSparkDrafter, load_drafter
+from dspark.models.pull import resolve_model
 from dspark.rpc.server import Servicer, serve
 from dspark.sampling import DraftChooser
 from dspark.store import Directory, Heartbeat, Usage, WorkerRecord, check_store, cpu_usage, gpu_usage
 from dspark.telemetry import start_metrics_server
 from dspark.v1.draft_pb2_grpc import add_DraftServicer_to_server
 from services.draft.engine import DraftEngine
-from services.draft.link import TapOffer
 from services.draft.metrics import DraftMetrics
+from services.draft.offer import TapOffer
 from services.draft.service import DraftService
 from services.draft.settings import Settings
 from services.draft.worker import DraftWorker
 
-__all__ = ["serve_until_told", "tap_offer"]
+__all__ = ["prepare", "serve_until_told"]
 
 _log = structlog.get_logger(__name__)
 
@@ -40,7 +38,7 @@ async def serve_until_told(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. `StartupError` where it cannot start."""
     check_store(settings.store)  # before the long part
     stop = _stop_signal()
-    engine, offer = _prepare(settings)
+    engine, offer = prepare(settings)
     metrics = DraftMetrics(CollectorRegistry())
     with start_metrics_server(settings.metrics_port, host=settings.metrics_host, registry=metrics.registry) as shown:
         async with (
@@ -101,15 +99,15 @@ def _stop_signal() -> asyncio.Event:
 # ------------------------------------------------------------ parts
 
 
-def _prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
-    """The engine, warm, and what verify workers are told."""
+def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
+    """The engine, warm, and what verify workers are told. `StartupError` where a model or the device is no good."""
     began = time.perf_counter()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
     target = resolve_model(settings.target) if settings.target else None
     drafter = load_drafter(settings.drafter, target_path=target, dtype=getattr(torch, settings.dtype), device=device)
-    offer = tap_offer(drafter, settings.drafter)
+    offer = TapOffer.of(drafter, settings.drafter)
     engine = DraftEngine(
         drafter,
         DraftChooser(draft_top_k=settings.draft_top_k),
@@ -120,13 +118,6 @@ def _prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
     _warm_up(engine, drafter.config.hidden_size)
     _log.info("drafter loaded", drafter=offer.drafter.name, seconds=round(time.perf_counter() - began, 2))
     return engine, offer
-
-
-def tap_offer(drafter: DSparkDrafter, path: Path) -> TapOffer:
-    """What verify workers are told about a drafter; one without a name takes its directory's."""
-    info = drafter.info if drafter.info.name else replace(drafter.info, name=path.resolve().name)
-    tensors = {name: tensor.numpy().tobytes() for name, tensor in drafter.tap_tensors().items()}
-    return TapOffer(info, drafter.tap, tensors)
 
 
 def _let_go(drafter: DSparkDrafter) -> None:

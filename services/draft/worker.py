@@ -31,8 +31,8 @@ from dspark.messages import (
 from services.draft.engine import DraftEngine
 from services.draft.inbox import FeatureInbox
 from services.draft.intake import FeatureIntake
-from services.draft.link import TapOffer
 from services.draft.metrics import DraftMetrics
+from services.draft.offer import TapOffer
 
 __all__ = ["DraftWorker"]
 
