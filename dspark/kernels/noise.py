@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import zip_longest
 
-import numpy as np
 import torch
 
-__all__ = ["KeyedBits", "Stream", "gumbel", "keyed_bits", "philox4x32", "signed_seed", "uniform"]
+__all__ = ["KeyedBits", "Stream", "gumbel", "keyed_bits", "philox4x32", "signed_seed", "streams", "uniform"]
 
 MASK = 0xFFFFFFFF
 ROUNDS = 10
@@ -67,11 +68,10 @@ def philox4x32(seeds: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> tuple[
     Returns:
         Four int64 tensors of the common shape, values in [0, 2**32).
     """
-    shape = np.broadcast_shapes(seeds.shape, *(c.shape for c in counter))
-    even, odd = (torch.stack([c.expand(shape) for c in counter[i::2]]) for i in (0, 1))
-    lead = (2, *[1] * len(shape))
-    multiplier = even.new_tensor(MULTIPLIERS).view(lead)
-    schedule = even.new_tensor([[w * i for w in WEYL] for i in range(ROUNDS)]).view(ROUNDS, *lead)
+    shape = common_shape(seeds, *counter)
+    c0, c1, c2, c3 = (c.expand(shape) for c in counter)
+    even, odd = torch.stack((c0, c2)), torch.stack((c1, c3))
+    multiplier, schedule = _constants(len(shape), seeds.device)
     keys = torch.stack((seeds, seeds >> 32)).view(2, *[1] * (len(shape) - seeds.dim()), *seeds.shape)
     for key in (schedule + keys).unbind(0):
         # Products wrap modulo 2**64 and may turn negative: only the mask after the xor makes words of them again,
@@ -81,6 +81,22 @@ def philox4x32(seeds: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> tuple[
         odd = product
     odd = odd & MASK
     return even[0], odd[0], even[1], odd[1]
+
+
+def common_shape(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """The shape that tensors broadcast to (none of them empty)."""
+    backwards = zip_longest(*(t.shape[::-1] for t in tensors), fillvalue=1)
+    return tuple(max(sizes) for sizes in backwards)[::-1]
+
+
+@lru_cache(maxsize=16)
+def _constants(dims: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two multipliers, and what the rounds add to the key, shaped for `dims` dimensions after the pair's own."""
+    lead = (2, *[1] * dims)
+    schedule = [[w * i for w in WEYL] for i in range(ROUNDS)]
+    with torch.inference_mode(False):
+        multiplier = torch.tensor(MULTIPLIERS, device=device).view(lead)
+        return multiplier, torch.tensor(schedule, device=device).view(ROUNDS, *lead)
 
 
 def keyed_bits(
@@ -98,6 +114,13 @@ def keyed_bits(
         int64 tensor of the common shape, values in [0, 2**32).
     """
     return philox4x32(seeds, (items, positions, streams, torch.zeros_like(positions)))[0]
+
+
+@lru_cache(maxsize=64)
+def streams(tokens: int, *others: Stream, device: torch.device) -> torch.Tensor:
+    """int64 (tokens + others,): the streams of one row, `tokens` times TOKEN and then the others. Not to be changed."""
+    with torch.inference_mode(False):
+        return torch.tensor([0] * tokens + [int(stream) for stream in others], device=device)
 
 
 def uniform(bits: torch.Tensor) -> torch.Tensor:

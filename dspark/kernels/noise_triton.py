@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+from dspark.kernels.noise import common_shape
 
 __all__ = ["keyed_bits"]
 
@@ -28,7 +29,7 @@ def keyed_bits(
     seeds: torch.Tensor, items: torch.Tensor, positions: torch.Tensor, streams: torch.Tensor
 ) -> torch.Tensor:
     """Same signature and bits as `dspark.kernels.noise.keyed_bits`, for CUDA tensors."""
-    shape = np.broadcast_shapes(seeds.shape, items.shape, positions.shape, streams.shape)
+    shape = common_shape(seeds, items, positions, streams)
     operands = [t.expand(shape).contiguous() for t in (seeds, items, positions, streams)]
     out = torch.empty_like(operands[0])
     grid = (triton.cdiv(out.numel(), BLOCK),)

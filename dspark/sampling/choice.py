@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from dspark.kernels.noise import KeyedBits, Stream, gumbel, keyed_bits, uniform
+from dspark.kernels.noise import KeyedBits, Stream, gumbel, keyed_bits, streams, uniform
 from dspark.sampling.order import BLOCK
 from dspark.sampling.processed import Law
 
@@ -32,8 +32,8 @@ def choose(law: Law, seeds: torch.Tensor, positions: torch.Tensor, bits: KeyedBi
     """
     size = law.ids.shape[1]
     extra = torch.zeros_like(law.ids[:, :2])
-    streams = seeds.new_tensor([Stream.TOKEN] * size + [Stream.REST, Stream.REST_PICK])
-    drawn = bits(seeds, torch.cat((law.ids, extra), 1), positions, streams)
+    of = streams(size, Stream.REST, Stream.REST_PICK, device=seeds.device)
+    drawn = bits(seeds, torch.cat((law.ids, extra), 1), positions, of)
     scores = torch.cat((law.log_weights, law.rest.log()), 1) + gumbel(drawn[:, :-1])
     winner = scores.argmax(-1)
     tokens = law.ids.gather(1, winner.clamp(max=size - 1).unsqueeze(-1)).squeeze(-1)

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from dspark.kernels.noise import KeyedBits, Stream, gumbel, keyed_bits, uniform
+from dspark.kernels.noise import KeyedBits, Stream, gumbel, keyed_bits, streams, uniform
 from dspark.messages import Mode, Sampling, SparseDistribution
 from dspark.sampling.processed import kept
 from dspark.sampling.rows import SamplingRows
@@ -105,8 +105,8 @@ class DraftChooser:
         committed: torch.Tensor,
     ) -> torch.Tensor:
         """Which of the listed tokens each sequence drafts: int64 (b,)."""
-        streams = positions.new_tensor([Stream.TOKEN] * ids.shape[1] + [Stream.DRAFT])
-        bits = self._bits(batch.rows.seed, torch.cat((ids, committed), 1), positions, streams)
+        of = streams(ids.shape[1], Stream.DRAFT, device=ids.device)
+        bits = self._bits(batch.rows.seed, torch.cat((ids, committed), 1), positions, of)
         if not batch.any_rejection:
             at = (log_weights + gumbel(bits[:, :-1])).argmax(-1)
         else:
@@ -131,12 +131,8 @@ def _distributions(batch: _Batch, ids: torch.Tensor, log_weights: torch.Tensor) 
     if not batch.any_rejection:
         return [None] * len(ids)
     shares = log_weights.softmax(-1).tolist()
+    sizes = (log_weights > -torch.inf).sum(-1).tolist()
     return [
-        _support(row_ids, row_shares) if wanted else None
-        for row_ids, row_shares, wanted in zip(ids.tolist(), shares, batch.rejection.tolist(), strict=True)
+        SparseDistribution(tuple(i[:size]), tuple(p[:size])) if wanted else None
+        for i, p, size, wanted in zip(ids.tolist(), shares, sizes, batch.rejection.tolist(), strict=True)
     ]
-
-
-def _support(ids: list[int], shares: list[float]) -> SparseDistribution:
-    pairs = [(i, p) for i, p in zip(ids, shares, strict=True) if p > 0.0]
-    return SparseDistribution(tuple(i for i, _ in pairs), tuple(p for _, p in pairs))

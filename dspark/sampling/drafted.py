@@ -26,7 +26,7 @@ def flaw(drafted: SparseDistribution, token: int, vocab: int) -> str | None:
         return f"{len(ids)} token ids and {len(probabilities)} probabilities"
     if len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= vocab:
         return f"token ids must be distinct and inside the vocabulary of {vocab}"
-    if not all(p >= 0.0 for p in probabilities) or abs(math.fsum(probabilities) - 1.0) > _SUM_TOLERANCE:
+    if min(probabilities) < 0.0 or not abs(math.fsum(probabilities) - 1.0) <= _SUM_TOLERANCE:  # not: NaN too
         return "probabilities must not be negative and must sum to 1"
     if token not in ids or probabilities[ids.index(token)] == 0.0:
         return f"token {token} cannot have been drawn from its distribution"

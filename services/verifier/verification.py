@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dspark.errors import DSparkError, InternalError, InvalidRequest
-from dspark.kernels.noise import KeyedBits, Stream, keyed_bits, uniform
+from dspark.kernels.noise import KeyedBits, Stream, keyed_bits, streams, uniform
 from dspark.messages import Mode, PositionLogprobs, Sampling, SparseDistribution
 from dspark.sampling.choice import choose
 from dspark.sampling.drafted import certain, flaw, share
@@ -262,8 +262,8 @@ def _tested(
     """Which drafts of the rows `at` stand by rejection, and the target's tokens where they do not."""
     drafted = [walk.drafted for walk in walks]
     rounds = positions.new_tensor([[walk.request.position] for walk in walks])
-    streams = positions.new_tensor([Stream.ACCEPT, Stream.RESIDUAL])
-    uniforms = uniform(court.bits(seeds, rounds, positions, streams))
+    of = streams(0, Stream.ACCEPT, Stream.RESIDUAL, device=seeds.device)
+    uniforms = uniform(court.bits(seeds, rounds, positions, of))
     p = law.weights_of(drafts.unsqueeze(-1), at).squeeze(-1) / law.total[at, 0]
     q = torch.tensor([share(d, walk.draft) for d, walk in zip(drafted, walks, strict=True)], dtype=p.dtype)
     stands = court.rules.rejection(p, q.to(p.device), uniforms[:, 0])

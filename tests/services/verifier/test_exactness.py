@@ -1,0 +1,127 @@
+"""Emitted tokens follow the target's processed distribution exactly, whatever is drafted and verified."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from support.markov import Run, World, fit, generate, sequence_distribution
+
+from dspark.messages import Mode, Sampling
+from dspark.sampling import DraftChooser
+from dspark.sampling.choice import choose
+from dspark.sampling.order import LogitRows
+from dspark.sampling.processed import process
+from dspark.sampling.rows import SamplingRows
+from services.verifier.verification import AcceptanceRules
+
+SAMPLES = 50_000
+MODES = pytest.mark.parametrize("mode", list(Mode))
+EAGER = AcceptanceRules(
+    coupled=lambda drafts, choices: (drafts == choices) | (drafts % 4 == 0),
+    rejection=lambda p, q, u: u * q < 1.3 * p,
+)
+"""Biased: draft tokens stand a little too often."""
+
+
+def samplings(mode: Mode, count: int = SAMPLES, **settings: float) -> list[Sampling]:
+    base = Sampling(mode=mode, **settings)  # type: ignore[arg-type]
+    return [replace(base, seed=10**12 + i) for i in range(count)]
+
+
+def fits(run: Run, world: World, sampling: Sampling) -> list[float]:
+    """p-values of the next token and of three tokens."""
+    return [fit(run, sequence_distribution(world, sampling, length)) for length in (1, 3)]
+
+
+def varied(round_: int, drafts: np.ndarray) -> np.ndarray:
+    """Verify lengths 0 to 2 from what the last round drafted: settled before this round's drafts exist."""
+    return np.asarray((drafts.sum(1) + round_ + 4) % 3)
+
+
+@MODES
+def test_three_tokens_follow_the_target(mode: Mode) -> None:
+    world, requests = World.random(1, 6), samplings(mode)
+    run = generate(world, requests, 3, block=2, lengths=varied)
+    assert min(run.verified, run.accepted, run.rejected) > SAMPLES // 10
+    assert min(fits(run, world, requests[0])) > 0.001
+    biased = generate(world, requests[:10_000], 3, block=2, lengths=varied, rules=EAGER)
+    assert max(fits(biased, world, requests[0])) < 0.001
+
+
+@MODES
+def test_three_tokens_follow_the_target_through_the_hard_branches(mode: Mode) -> None:
+    world = World.random(2, 12, reduced=[0, 1, 3, 4, 7, 8, 11])
+    requests = samplings(mode, temperature=1.4, top_k=9, top_p=0.9)
+    hard = partial(generate, block=2, lengths=varied, chooser=DraftChooser(draft_top_k=3), noise_candidates=2)
+    assert share_of_rest(world, requests, candidates=2) > 0.2
+    run = hard(world, requests, 3)
+    assert min(run.verified, run.accepted, run.rejected) > SAMPLES // 10
+    assert min(fits(run, world, requests[0])) > 0.001
+    biased = hard(world, requests[:10_000], 3, rules=EAGER)
+    assert max(fits(biased, world, requests[0])) < 0.001
+
+
+def share_of_rest(world: World, requests: list[Sampling], candidates: int) -> float:
+    """How many of the first tokens are drawn from the group of the rest."""
+    rows = SamplingRows.of(requests, world.target.device)
+    law = process(LogitRows.of(world.target, [0] * len(requests)), rows, candidates)
+    tokens = choose(law, rows.seed, torch.ones_like(rows.seed))
+    return float((tokens.unsqueeze(-1) != law.ids).all(-1).double().mean())
+
+
+# ---- verify lengths that look at what they admit (DSpark Appendix A)
+
+PAPER = World(torch.tensor([[0.7, 0.3]]).log().repeat(2, 1), torch.tensor([[0.5, 0.5]]).log().repeat(2, 1))
+STEPS_PER_SECOND = np.array([1.0, 0.5, 0.45])
+
+
+def gains(first: np.ndarray) -> np.ndarray:
+    """Θ of verify lengths 0, 1, 2 for each first draft token: a_1 = 0.8, then c_2 = 0.9 after A (0), 0 after B (1)."""
+    survival = np.stack((np.full(first.shape, 0.8), np.where(first == 0, 0.72, 0.0)), 1)
+    return np.asarray(np.cumsum(np.insert(survival, 0, 1.0, axis=1), axis=1) * STEPS_PER_SECOND)
+
+
+def retrospective(drafts: np.ndarray) -> np.ndarray:
+    """The best length of all, looking past the first drop."""
+    return np.asarray(gains(drafts[:, 0]).argmax(1))
+
+
+def early_stop(drafts: np.ndarray) -> np.ndarray:
+    """The length before the first drop: what it admits, it decides from the tokens before."""
+    drops = np.diff(gains(drafts[:, 0]), axis=1) < 0
+    return np.asarray(np.where(drops.any(1), drops.argmax(1), drops.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "schedule", "expected"),
+    [
+        (Mode.REJECTION, retrospective, 0.85),
+        (Mode.REJECTION, early_stop, 0.7),
+        (Mode.COUPLED, retrospective, 0.7),
+        (Mode.COUPLED, early_stop, 0.7),
+    ],
+)
+def test_a_scheduler_may_not_look_at_what_it_admits(
+    mode: Mode, schedule: Callable[[np.ndarray], np.ndarray], expected: float
+) -> None:
+    count = 10_000
+    run = generate(PAPER, samplings(mode, count), 1, block=2, plan=schedule)
+    share = float((run.tokens[:, 0] == 0).mean())
+    assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / count)
+
+
+@pytest.mark.parametrize("keyed_by_round", [True, False])
+def test_a_length_from_the_last_round_needs_drafts_with_noise_of_their_own(keyed_by_round: bool) -> None:
+    """Planning from an earlier round's confidences is allowed, if drafts thrown away say nothing about new ones."""
+    far = World(PAPER.target, torch.tensor([[0.2, 0.8]]).log().repeat(2, 1))
+
+    def by_last_second_draft(round_: int, drafts: np.ndarray) -> np.ndarray:
+        return np.ones(len(drafts), dtype=int) if round_ == 0 else (drafts[:, 1] == 1).astype(int)
+
+    requests = samplings(Mode.REJECTION, 10_000)
+    run = generate(far, requests, 2, block=2, lengths=by_last_second_draft, keyed_by_round=keyed_by_round)
+    exact = fit(run, sequence_distribution(far, requests[0], 2))
+    assert exact > 0.001 if keyed_by_round else exact < 0.001
