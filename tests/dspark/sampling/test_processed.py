@@ -59,11 +59,14 @@ def test_mixed_rows_are_as_alone() -> None:
     logits = peaked(len(FILTERS), 20_000, seed=3).bfloat16()
     samplings = [Sampling(**settings) for settings in FILTERS.values()]  # type: ignore[arg-type]
     together = process(LogitRows.of(logits, range(len(logits))), SamplingRows.of(samplings, logits.device), 64)
-    kept = [(together.log_weights.clone(), together.rest.clone(), together.unit.clone(), dense(together, 20_000))]
+    whole = facts(together)
     for row, sampling in enumerate(samplings):
         alone = process(LogitRows.of(logits, [row]), SamplingRows.of([sampling], logits.device), 64)
-        for whole, part in zip(kept[0], (alone.log_weights, alone.rest, alone.unit, dense(alone, 20_000)), strict=True):
-            assert np.array_equal(np.asarray(whole[row]), np.asarray(part[0])), (row, sampling)
+        assert all(np.array_equal(a[row], b[0]) for a, b in zip(whole, facts(alone), strict=True)), sampling
+
+
+def facts(law: Law) -> list[np.ndarray]:
+    return [law.log_weights.numpy(), law.rest.numpy(), law.total.numpy(), dense(law, 20_000)]
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.5}, {"top_k": 300}, {"top_p": 0.999, "top_k": 290}])
