@@ -22,7 +22,7 @@ from dspark.sampling.scratch import scratch
 
 __all__ = ["Law", "block_sums", "kept", "process"]
 
-_MAX_SCALE = 1e30  # keeps logits / temperature finite in float32, where 0 * inf would be NaN
+_MAX_SCALE = 1e30  # keeps 1 / temperature and its inverse finite in float32, where 0 * inf would be NaN
 _SORTED = 4096  # rows up to this width are filtered by sorting them whole
 
 
@@ -99,7 +99,7 @@ def process(logits: LogitRows, rows: SamplingRows, size: int) -> Law:
     if width > _SORTED and bool(((rows.top_k > 0) & (rows.top_k <= size)).all()):
         rest_weights.zero_()
     else:
-        scale = rows.temperature.reciprocal().clamp(max=_MAX_SCALE).float()
+        scale = rows.temperature.reciprocal().clamp(1 / _MAX_SCALE, _MAX_SCALE).float()
         scaled = logits.values if bool((scale == 1.0).all()) else torch.mul(logits.values, scale, out=rest_weights)
         torch.softmax(scaled, -1, out=rest_weights)
     unit = rest_weights.gather(1, ids[:, :1]).double().reciprocal()
@@ -151,7 +151,7 @@ def _filter_sorted(law: Law, logits: LogitRows, rows: SamplingRows) -> None:
 
 def _filter(law: Law, logits: LogitRows, rows: SamplingRows) -> None:
     size = law.ids.shape[1]
-    for row in _where(rows.top_k > size):
+    for row in _where((rows.top_k > size) & (rows.top_k < logits.values.shape[1])):
         _cut_rest(law, logits, row, Limit(tokens=int(rows.top_k[row]) - size))
     stays = kept(law.log_weights.exp(), rows, law.rest)
     missing = rows.top_p * law.total - law.head  # of what top_p asks for, once the head is used up

@@ -1,5 +1,7 @@
 """The drafter's choices: what they agree with, what they are drawn from."""
 
+from dataclasses import replace
+
 import numpy as np
 import scipy.stats
 import torch
@@ -20,9 +22,8 @@ def draft_logits(vocab: int = 50, seed: int = 0) -> torch.Tensor:
 
 def test_greedy_takes_the_most_likely_and_maps_it() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 1.0, 2.0, 0.0]])
-    choice = DraftChooser().choose(
-        logits, [Sampling(temperature=0.0)] * 2, torch.tensor([4, 9]), torch.tensor([0, 6, 6, 6])
-    )
+    d2t = torch.tensor([0, 6, 6, 6])
+    choice = DraftChooser().choose(logits, [Sampling(temperature=0.0)] * 2, torch.tensor([4, 9]), d2t)
     assert choice.draft_index.tolist() == [1, 0]
     assert choice.tokens.tolist() == [7, 0]
     assert choice.distributions == [None, None]
@@ -36,7 +37,7 @@ def test_coupled_drafts_agree_with_a_target_of_the_same_distribution() -> None:
     rows = SamplingRows.of(samplings, logits.device)
     law = process(LogitRows.of(logits[None], [0] * count), rows, 256)
     assert torch.equal(choice.tokens, choose(law, rows.seed, positions.unsqueeze(-1)))
-    assert choice.tokens.unique().numel() > 5
+    assert len(set(choice.tokens.tolist())) > 5
 
 
 def test_coupled_drafts_use_the_noise_of_target_ids() -> None:
@@ -60,7 +61,7 @@ def test_coupled_drafts_use_the_noise_of_target_ids() -> None:
 def test_rejection_drafts_follow_the_distribution_they_ship() -> None:
     count, logits = 20_000, draft_logits()
     sampling = Sampling(mode=Mode.REJECTION, temperature=0.8, top_k=12, top_p=0.95, min_p=0.02)
-    samplings = [Sampling(**{**_fields(sampling), "seed": i}) for i in range(count)]
+    samplings = [replace(sampling, seed=i) for i in range(count)]
     choice = DraftChooser(draft_top_k=64).choose(logits.repeat(count, 1), samplings, torch.full((count,), 3))
     shipped = choice.distributions[0]
     assert shipped is not None
@@ -71,10 +72,6 @@ def test_rejection_drafts_follow_the_distribution_they_ship() -> None:
     counts = np.bincount(choice.tokens.numpy(), minlength=50)
     assert counts[dense == 0].sum() == 0
     assert scipy.stats.chisquare(counts[dense > 0], dense[dense > 0] * count).pvalue > 0.001
-
-
-def _fields(sampling: Sampling) -> dict[str, object]:
-    return {name: getattr(sampling, name) for name in Sampling.__slots__}
 
 
 def test_truncation_ships_so_many_tokens() -> None:

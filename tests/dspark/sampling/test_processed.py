@@ -15,6 +15,7 @@ FILTERS = {
     "hot": {"temperature": 1.7},
     "cold": {"temperature": 0.05},
     "freezing": {"temperature": 1e-300},
+    "boiling": {"temperature": 1e300},
     "top_k": {"top_k": 20},
     "top_k of all": {"top_k": 10**6},
     "top_k beyond": {"top_k": 700},
