@@ -68,7 +68,7 @@ class FeatureStore:
         """
         if not placed or not self._buffers:
             return
-        rows = torch.cat([entry[0] for entry in placed])
+        rows = torch.cat([entry[0] for entry in placed]).to(self._device)
         slots = torch.cat([self._slots(pages, start, start + len(own)) for own, pages, start in placed])
         for buffer in self._buffers.values():
             buffer.data[slots.to(self._device)] = buffer.tap.project(captured, rows)

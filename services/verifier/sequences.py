@@ -9,7 +9,7 @@ draft needs no undoing: the next rows overwrite its K/V.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dspark.errors import DSparkError, InvalidRequest, StaleMessage
@@ -126,10 +126,10 @@ def check_open(request: OpenSequence, limits: Limits) -> None:
     _check_sampling(request.sampling)
 
 
-def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
-    for token_id in ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequest(f"{field}: token id {token_id} is outside the vocabulary, 0 to {vocab_size - 1}")
+def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+        raise InvalidRequest(f"{field}: token id {wrong} is outside the vocabulary, 0 to {vocab_size - 1}")
 
 
 def _check_sampling(sampling: Sampling) -> None:

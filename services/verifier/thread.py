@@ -98,9 +98,9 @@ class EngineThread:
         return replace(self.engine.load(), waiting=len(self._calls))
 
     def wait_empty(self, seconds: float) -> bool:
-        """Wait until no sequence is open, at most so long. Not for the event loop."""
+        """Wait until no sequence is open or the thread has ended, at most so long. Not for the event loop."""
         with self._wake:
-            return self._wake.wait_for(lambda: self.engine.load().running == 0, seconds)
+            return self._wake.wait_for(lambda: self._stopping or self.engine.load().running == 0, seconds)
 
     def _queue(self, call: _Call) -> Future[Any]:
         with self._wake:
@@ -124,6 +124,7 @@ class EngineThread:
         finally:  # also where a fault of this module ends the thread: nobody may wait for it
             with self._wake:
                 self._stopping = True
+                self._wake.notify_all()
             for call in self._calls:
                 _fail(call, Unavailable("this worker is stopping"))
             self._on_end()

@@ -6,7 +6,7 @@ import pytest
 from support.verifying import GREEDY, Drafts, Stream, drive, garbage, make_engine, open_one, oracle, step_one
 
 from dspark.errors import InvalidRequest, OutOfPages, StaleMessage, Unavailable, UnknownSequence
-from dspark.messages import Mode, OpenSequence, Sampling, SequenceKey, StepItem
+from dspark.messages import Mode, OpenSequence, Sampling, SequenceKey, SparseDistribution, StepItem
 from services.verifier.engine import VerifyEngine
 
 PROMPT = [2, *range(40, 75), 9, 9, 17, 300, 41]
@@ -150,6 +150,32 @@ def test_one_bad_item_hurts_no_other(engine: VerifyEngine) -> None:
     ):
         (verdict,) = engine.step([item]).verdicts
         assert isinstance(verdict.error, InvalidRequest), item
+    drive(engine, [stream])
+    engine.close([key])
+    assert stream.output == expected
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        SparseDistribution((600,), (1.0,)),
+        SparseDistribution((5, 5), (0.5, 0.5)),
+        SparseDistribution((5, 6), (0.5, float("nan"))),
+        SparseDistribution((5, 6), (1.5, -0.5)),
+        SparseDistribution((5, 6), (0.1, 0.1)),
+        SparseDistribution((6, 7), (0.5, 0.5)),  # not the token's
+    ],
+)
+def test_a_broken_draft_distribution_is_refused_alone(engine: VerifyEngine, distribution: SparseDistribution) -> None:
+    expected = plain(engine, COUPLED)
+    stream = Stream(engine, "good", PROMPT, sampling=COUPLED)
+    open_one(engine, "odd", PROMPT, sampling=REJECTION)
+    n, key = len(PROMPT), SequenceKey("odd", 0)
+    item = StepItem(key, n, n - cached(engine, "odd"), (5,), (distribution,))
+    result = engine.step([item, stream.item()])
+    stream.take(result.verdicts[1])
+    assert isinstance(result.verdicts[0].error, InvalidRequest)
+    assert step_one(engine, "odd", n, n - cached(engine, "odd"), [5]).token is not None  # as if nothing had been
     drive(engine, [stream])
     engine.close([key])
     assert stream.output == expected
