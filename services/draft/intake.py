@@ -33,12 +33,18 @@ class FeatureIntake:
         *,
         present: Callable[[], Iterable[str]] = tuple,
         connect_seconds: float = 5.0,
+        linger_seconds: float = 30.0,
     ) -> None:
-        """`present`: addresses of the verify workers to be connected to, as far as is known now."""
+        """`present`: addresses of the verify workers to be connected to, as far as is known now.
+
+        `connect_seconds` bounds a subscription's wait for its link; a link to a worker that is not present any more is
+        kept for `linger_seconds` after the last sequence.
+        """
         self._offer = offer
         self._inbox = inbox
         self._present = present
         self._connect_seconds = connect_seconds
+        self._linger_seconds = linger_seconds
         self._links: dict[str, VerifierLink] = {}
         self._sources: dict[SequenceKey, VerifierLink] = {}
         self._resources = contextlib.AsyncExitStack()
@@ -102,6 +108,9 @@ class FeatureIntake:
             present = set(self._present())
             for address in present:
                 await self._link(address)
-            for address in [a for a, link in self._links.items() if a not in present and link.idle]:
+            for address in [a for a in self._links if a not in present and self._unneeded(a)]:
                 await self._links.pop(address).__aexit__(None, None, None)
             await asyncio.sleep(_FOLLOW_SECONDS)
+
+    def _unneeded(self, address: str) -> bool:
+        return self._links[address].idle_seconds > self._linger_seconds

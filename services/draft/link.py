@@ -8,6 +8,7 @@ engine: blocks go to the inbox.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -53,6 +54,7 @@ class VerifierLink:
         self._offer = offer
         self._inbox = inbox
         self._wants: dict[SequenceKey, _Want] = {}
+        self._needed_at = time.monotonic()
         self._outbox: asyncio.Queue[pb.FeatureRequest] | None = None
         self._settled = asyncio.Event()
         self._refusal: DSparkError | None = None
@@ -70,9 +72,9 @@ class VerifierLink:
         await asyncio.wait([self._task])
 
     @property
-    def idle(self) -> bool:
-        """Whether no sequence is wanted from here."""
-        return not self._wants
+    def idle_seconds(self) -> float:
+        """For how long no sequence has been wanted from here."""
+        return 0.0 if self._wants else time.monotonic() - self._needed_at
 
     @property
     def connected(self) -> bool:
@@ -104,6 +106,7 @@ class VerifierLink:
     def drop(self, key: SequenceKey) -> None:
         """Stop wanting a sequence."""
         want = self._wants.pop(key, None)
+        self._needed_at = time.monotonic()
         if want is not None and want.retry is not None:
             want.retry.cancel()
         if want is not None and self._outbox is not None:
@@ -185,10 +188,10 @@ class VerifierLink:
             self._inbox.feed(block)
 
     def _refused(self, key: SequenceKey, error: DSparkError) -> None:
-        """A subscription was refused or ended: the sequence is not open there (yet), or the tap was forgotten."""
+        """A subscription was refused or ended: not open there (yet), or our tap was forgotten."""
         want = self._wants.get(key)
         if isinstance(error, Mismatch):
-            raise error
+            raise Unavailable(f"the verify worker does not know our tap any more: {error}")
         if want is None or isinstance(error, (FeaturesMissing, Unavailable)):  # recomputed there, and on its way
             return
         if isinstance(error, InvalidRequest):

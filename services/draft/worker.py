@@ -71,12 +71,15 @@ class DraftWorker:
         metrics: DraftMetrics,
         present: Callable[[], Iterable[str]] = tuple,
         connect_seconds: float = 5.0,
+        linger_seconds: float = 30.0,
     ) -> None:
-        """`present`: addresses of verify workers to connect to ahead of need; `connect_seconds` bounds an attach."""
+        """`present`, `connect_seconds`, `linger_seconds`: as `FeatureIntake` takes them."""
         self._engine = engine
         self._metrics = metrics
         self._inbox = FeatureInbox(self._kick)
-        self._intake = FeatureIntake(offer, self._inbox, present=present, connect_seconds=connect_seconds)
+        self._intake = FeatureIntake(
+            offer, self._inbox, present=present, connect_seconds=connect_seconds, linger_seconds=linger_seconds
+        )
         self._sequences: dict[str, AttachSequence] = {}
         self._calls: list[_Call] = []
         self._busy = False
@@ -108,7 +111,9 @@ class DraftWorker:
 
     def load(self) -> WorkerLoad:
         """What the worker is doing now; may be read from any thread."""
-        load = replace(self._engine.load(), waiting=len(self._calls), draining=self.draining)
+        load = replace(
+            self._engine.load(), running=len(self._sequences), waiting=len(self._calls), draining=self.draining
+        )
         self._metrics.show(load, self._intake.connected)
         return load
 
