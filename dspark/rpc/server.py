@@ -19,6 +19,8 @@ __all__ = ["Server", "Servicer", "serve"]
 Servicer = tuple[Callable[[Any, Any], None], Any, str]
 """(the generated `add_X_to_server`, the servicer, the service's full name such as "dspark.v1.Router")."""
 
+MAX_PORT = 65535
+
 
 class Server:
     """A running gRPC server. `port` is the bound one, also where port 0 was asked for."""
@@ -65,6 +67,12 @@ class Server:
         await self._server.wait_for_termination()
 
     def _bind(self) -> int:
+        port = self._address.rpartition(":")[2]
+        if not (port.isdecimal() and int(port) <= MAX_PORT):  # gRPC would take 99999 as 34463 without a word
+            raise ConfigError(f"cannot listen on {self._address}: it is not host:port with a port up to {MAX_PORT}")
+        return self._listen()
+
+    def _listen(self) -> int:
         try:
             port = self._server.add_insecure_port(self._address)
         except RuntimeError as error:

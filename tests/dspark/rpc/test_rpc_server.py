@@ -259,3 +259,9 @@ async def test_pieces_travel_whole() -> None:
         assert await join(stub.FetchTokenizer(verifier_pb2.FetchTokenizerRequest())) == {
             "tokenizer.json": bytes(3 << 20)
         }
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:-1"])
+async def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(errors.ConfigError, match=r"cannot listen on .*: it is not host:port"):
+        await serve(address, []).__aenter__()
