@@ -66,6 +66,7 @@ class VerifyEngine:
         self.metrics = metrics or Metrics()
         self.draining = False
         self._cache = cache
+        self._kernels = model.kernels
         self._limits = Limits(self.info.vocab_size, self.info.max_context, self.settings.max_step_tokens)
         self._sequences: dict[str, SequenceState] = {}
         self._features = FeatureStore(
@@ -145,7 +146,8 @@ class VerifyEngine:
         """Compute this tap's features from now on; a known tap stays. `Mismatch`, `InvalidRequest`, `Overloaded`."""
         self.publish()
         check_info(info, self.info)
-        self._features.add(Tap(info, tensors, self._cache.device), in_use=self._feed.taps_in_use)
+        tap = Tap(info, tensors, self._kernels, self._cache.device)
+        self._features.add(tap, in_use=self._feed.taps_in_use)
 
     def subscribe(self, stream: FeatureStream, key: SequenceKey, tap_id: str, position: int) -> None:
         """Send a sequence's features from a position on; what is wrong with the request is sent to the stream."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dspark.errors import InvalidRequest, Mismatch
+from dspark.kernels import Kernels
 from dspark.messages import ModelInfo, TapInfo
 
 __all__ = ["BIAS", "NORM", "PROJECTION", "Tap", "check_info", "tap_digest", "tensor_shapes"]
@@ -23,7 +24,6 @@ PROJECTION: Final = "fc.weight"
 BIAS: Final = "fc.bias"
 NORM: Final = "hidden_norm.weight"
 MAX_FEATURE_SIZE: Final = 65_536
-INVARIANT_ROWS: Final = 8  # float32 linears over fewer rows go through another kernel and differ in the last bits
 
 
 def check_info(info: TapInfo, model: ModelInfo) -> None:
@@ -72,11 +72,13 @@ def tap_digest(info: TapInfo, tensors: Mapping[str, Tensor]) -> str:
 class Tap:
     """RMSNorm(W_c [H^(l_1); …; H^(l_m)]) with a drafter's W_c and norm (DSpark §2.2)."""
 
-    def __init__(self, info: TapInfo, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, info: TapInfo, tensors: Mapping[str, Tensor], kernels: Kernels, device: torch.device | str = "cpu"
+    ) -> None:
         """`tensors`: float32, named and shaped as `tensor_shapes` says. `InvalidRequest` where they are not."""
         _check_tensors(info, tensors)
         self.info = info
-        self._projection = tensors[PROJECTION].to(device)
+        self._project = kernels.linear(tensors[PROJECTION].to(device))
         self._bias = tensors[BIAS].to(device) if BIAS in tensors else None
         self._norm = tensors[NORM].to(device)
 
@@ -89,10 +91,9 @@ class Tap:
         states = [captured[layer].index_select(0, rows).float() for layer in self.info.layer_ids]
         if self.info.normalize_inputs:
             states = [_unit_rms(state, self.info.norm_eps) for state in states]
-        inputs = torch.cat(states, dim=-1)
-        padding = max(0, INVARIANT_ROWS - inputs.shape[0])
-        padded = torch.nn.functional.pad(inputs, (0, 0, 0, padding))
-        projected = torch.nn.functional.linear(padded, self._projection, self._bias)[: inputs.shape[0]]
+        projected = self._project(torch.cat(states, dim=-1))
+        if self._bias is not None:
+            projected = projected + self._bias
         return (_unit_rms(projected, self.info.norm_eps) * self._norm).to(torch.bfloat16)
 
 

@@ -17,9 +17,11 @@ from dspark.errors import (
     StaleMessage,
     UnknownSequence,
 )
+from dspark.kernels import TORCH
 from dspark.messages import FeatureBlock, OpenSequence, Sampling, SequenceKey, TapInfo
 from services.verifier.engine import VerifyEngine
 from services.verifier.feed import FeatureStream
+from services.verifier.taps import Tap
 
 PROMPT = [2, *range(40, 75), 9, 9, 17, 300, 41]
 
@@ -342,6 +344,16 @@ def test_a_tap_that_does_not_fit_is_refused(
     engine.register_tap(info, tensors)
     engine.register_tap(info, tensors)  # again: no harm
     assert engine.tap_ids == (info.tap_id,)
+
+
+def test_a_row_s_features_do_not_depend_on_its_company() -> None:
+    info, tensors = make_tap(layers=(1, 3), hidden=160, size=96, normalize_inputs=True)
+    tap = Tap(info, tensors, TORCH)
+    captured = {layer: torch.randn(200, 160).bfloat16() for layer in (1, 3)}
+    whole = tap.project(captured, torch.arange(200))
+    for rows in (1, 2, 3, 5, 8, 9, 17, 100):
+        for first in (0, 7, 100):
+            assert torch.equal(tap.project(captured, torch.arange(first, first + rows)), whole[first : first + rows])
 
 
 def test_tensors_must_be_finite_and_complete(tiny_gemma: Path) -> None:
