@@ -579,7 +579,9 @@ class FeatureReply(google.protobuf.message.Message):
     """bfloat16, little-endian, (count, feature_size); at most 1 MiB"""
     @property
     def error(self) -> dspark.v1.types_pb2.ItemError:
-        """unknown sequence, unknown tap, positions that are being recomputed"""
+        """Instead of features. UNAVAILABLE: these positions are being recomputed and follow by themselves. Anything else ends
+        the subscription: unknown or closed sequence, other epoch, unknown tap, or a field out of its limits.
+        """
 
     def __init__(
         self,

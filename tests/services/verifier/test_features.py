@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from support.drafting import make_drafter
 from support.verifying import Stream, drive, garbage, make_engine, make_tap, open_one, oracle, signed, step_one
 
 from dspark.errors import (
@@ -394,3 +395,20 @@ def test_drafting_with_right_drafts_keeps_features_of_accepted_positions(tiny_ge
     rows = reader.rows(stream.key, info.feature_size)
     assert close(rows, reference(tiny_gemma, stream.ids[:-1], info, tensors))
     assert np.isfinite(rows.float().numpy()).all()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_drafter_s_own_tap_fits_and_means_the_same(tiny_gemma: Path, normalize: bool) -> None:
+    drafter = make_drafter(normalize_inputs=normalize, target_layer_ids=(-1, 1, 3))
+    engine = make_engine(tiny_gemma)
+    engine.register_tap(drafter.tap, drafter.tap_tensors())
+    stream = Stream(engine, "a", PROMPT, features=True)
+    reader = Reader(engine)
+    engine.subscribe(reader.stream, stream.key, drafter.tap.tap_id, 0)
+    drive(engine, [stream], close=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gemma, dtype=torch.float32)
+    with torch.no_grad():
+        states = model(torch.tensor([stream.ids[:-1]]), output_hidden_states=True).hidden_states
+        captured = torch.stack([states[layer + 1][0] for layer in drafter.tap.layer_ids], 1)
+        expected = drafter.features(captured)
+    assert close(reader.rows(stream.key, drafter.tap.feature_size), expected)
