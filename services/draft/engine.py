@@ -6,6 +6,7 @@ here, who waits for them and every kind of message.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,10 +77,10 @@ class DraftEngine:
     def attach(self, request: AttachSequence) -> None:
         """Draft for a sequence from now on; a repeat changes nothing, a newer epoch starts over.
 
-        Raises `StaleMessage` for an older epoch, `InvalidRequest` and `OutOfPages` for a max_len without room.
+        Raises `StaleMessage` for an older epoch, `OutOfPages` for a max_len without room, `InvalidRequest` for fields
+        outside their limits.
         """
-        if request.max_len < 1:
-            raise InvalidRequest(f"max_len {request.max_len}: a sequence has at least one token")
+        _check_request(request)
         present = self._sequences.get(request.key.sequence_id)
         if present is not None:
             if present.request == request:
@@ -222,6 +223,20 @@ class DraftEngine:
         if sequence.request.key.epoch != key.epoch:
             raise StaleMessage(f"{_describe(key)}: epoch {sequence.request.key.epoch} is attached here")
         return sequence
+
+
+def _check_request(request: AttachSequence) -> None:
+    sampling = request.sampling
+    if not request.key.sequence_id:
+        raise InvalidRequest("sequence_id is empty")
+    if request.max_len < 1:
+        raise InvalidRequest(f"max_len {request.max_len}: a sequence has at least one token")
+    if not 0.0 <= sampling.temperature < math.inf:
+        raise InvalidRequest(f"sampling.temperature {sampling.temperature} is not a finite number of at least 0")
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise InvalidRequest(f"sampling.top_p {sampling.top_p} is outside (0, 1]")
+    if not 0.0 <= sampling.min_p < 1.0:
+        raise InvalidRequest(f"sampling.min_p {sampling.min_p} is outside [0, 1)")
 
 
 _Row = tuple[list[int], list[float], list[SparseDistribution | None]]

@@ -17,7 +17,7 @@ from typing import Self
 import grpc
 import structlog
 
-from dspark.errors import DSparkError, FeaturesMissing, InvalidRequest, Mismatch, Unavailable
+from dspark.errors import DSparkError, FeaturesMissing, InternalError, InvalidRequest, Mismatch, Unavailable
 from dspark.messages import FeatureBlock, SequenceKey
 from dspark.rpc.channel import connect, error_from_call
 from dspark.rpc.codec import decode
@@ -58,6 +58,7 @@ class VerifierLink:
         self._outbox: asyncio.Queue[pb.FeatureRequest] | None = None
         self._settled = asyncio.Event()
         self._refusal: DSparkError | None = None
+        self._reason = ""
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run())
@@ -87,7 +88,8 @@ class VerifierLink:
             async with asyncio.timeout(seconds):
                 await self._settled.wait()
         except TimeoutError as error:
-            raise Unavailable(f"verify worker {self.address} was not reached within {seconds:g} s") from error
+            why = f": {self._reason}" if self._reason else ""
+            raise Unavailable(f"no features from verify worker {self.address} within {seconds:g} s{why}") from error
         if self._refusal is not None:
             raise self._refusal
 
@@ -125,6 +127,9 @@ class VerifierLink:
                 pause = self._failed(error_from_call(error, worker=True), pause)
             except DSparkError as error:
                 pause = self._failed(error, pause)
+            except Exception as error:  # noqa: BLE001 - were the task to end here, no features would ever come again
+                _log.exception("a features stream failed", verifier=self.address)
+                pause = self._failed(InternalError(f"{type(error).__name__}: {error}"), pause)
             finally:
                 self._outbox = None
             await asyncio.sleep(pause)
@@ -135,6 +140,7 @@ class VerifierLink:
         if refused != (self._refusal is not None) or pause == _FIRST_PAUSE:
             _log.warning("no features from verify worker", verifier=self.address, reason=str(error))
         self._refusal = error if refused else None
+        self._reason = str(error)
         if refused:
             self._settled.set()
         else:

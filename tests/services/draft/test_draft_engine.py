@@ -1,5 +1,9 @@
 """What the draft engine serves and what it refuses, and how its choices meet the verifier's."""
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from support.drafting import GREEDY, attach, block_of, feed, item, key_of, make_drafter, make_engine, make_features
@@ -12,7 +16,7 @@ from dspark.errors import (
     StaleMessage,
     UnknownSequence,
 )
-from dspark.messages import AttachSequence, Mode, ProposeItem, Sampling
+from dspark.messages import AttachSequence, Mode, ProposeItem, Sampling, SequenceKey
 from services.verifier.verification import Candidate, verify
 
 FEATURES = make_features(64)
@@ -90,8 +94,25 @@ def test_attaching_again_keeps_and_a_newer_epoch_starts_over() -> None:
     assert engine.length(key_of("a", 1)) is None
     assert engine.length(key_of("a", 2)) == 0
     assert engine.load().running == 1
-    with pytest.raises(InvalidRequest, match="max_len 0"):
-        attach(engine, key_of("b"), max_len=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"max_len": 0}, "max_len 0"),
+        ({"key": SequenceKey("", 0)}, "sequence_id is empty"),
+        ({"sampling": Sampling(temperature=math.nan)}, "temperature nan"),
+        ({"sampling": Sampling(temperature=-0.5)}, "temperature -0.5"),
+        ({"sampling": Sampling(temperature=math.inf)}, "temperature inf"),
+        ({"sampling": Sampling(top_p=0.0)}, "top_p 0.0"),
+        ({"sampling": Sampling(min_p=1.0)}, "min_p 1.0"),
+    ],
+)
+def test_fields_out_of_their_limits_are_refused(changes: dict[str, Any], complaint: str) -> None:
+    engine = make_engine(make_drafter())
+    with pytest.raises(InvalidRequest, match=complaint):
+        engine.attach(replace(AttachSequence(key_of("b"), "v:1", GREEDY, 10), **changes))
+    assert engine.load().running == 0
 
 
 def test_gaps_are_told_overlaps_and_strangers_ignored() -> None:
