@@ -33,7 +33,8 @@ class Prompt:
 def read_questions(path: Path) -> list[str]:
     """The first turn of each line `{"turns": [...]}`, as `Question: …` and `Answer:`; ConfigError names a bad line."""
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): a question may hold U+2028, which JSON leaves as it is.
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             questions.append(f"Question: {json.loads(line)['turns'][0]}\nAnswer:")
         except (ValueError, KeyError, IndexError, TypeError) as error:
