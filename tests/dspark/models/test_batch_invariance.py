@@ -1,0 +1,116 @@
+"""A row's bits do not depend on what else is in the batch: alone or in a crowd, one row or eight, whole or in pieces.
+
+Promise 1 rests on this: with it, near-ties break the same way whatever was scheduled when.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny
+from support.targets import Piece, load, new_cache, prefill, random_ids, step
+
+from dspark.models.kv_cache import KVCache
+from dspark.models.target import TargetModel
+
+LENGTHS = (17, 63, 64, 127, 128, 255, 256, 257, 384, 511, 512, 530)
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gemma3": (tiny.save_gemma3, {}),
+    "qwen3 one to one": (tiny.save_qwen3, {"num_key_value_heads": 4, "num_hidden_layers": 2}),
+    "qwen3 three to one": (
+        tiny.save_qwen3,
+        {
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "num_hidden_layers": 2,
+        },
+    ),
+}
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    value: torch.dtype = request.param
+    return value
+
+
+@pytest.fixture(params=list(SHAPES))
+def model(request: pytest.FixtureRequest, tmp_path: Path, dtype: torch.dtype) -> TargetModel:
+    save, changes = SHAPES[request.param]
+    return load(save(tmp_path, **changes), dtype)
+
+
+def crowd(model: TargetModel, cache: KVCache) -> list[Piece]:
+    """Seven sequences in the middle of things and one that is being prefilled."""
+    pieces = []
+    for number, length in enumerate((3, 40, 64, 130, 200, 256, 400)):
+        ids = random_ids(length + 8, tiny.VOCAB, seed=number + 1)
+        sequence, _ = prefill(model, cache, ids[:length])
+        pieces.append(Piece(sequence, ids[length : length + 1 + number], length))
+    ids = random_ids(300, tiny.VOCAB, seed=99)
+    return [*pieces, Piece(cache.open(ids, 320), ids, 0)]
+
+
+def test_rows_do_not_depend_on_pieces(model: TargetModel) -> None:
+    ids = random_ids(max(LENGTHS) + 8, tiny.VOCAB)
+    cache = new_cache(model, pages=512, prefix_cache=False)
+    _, whole = prefill(model, cache, ids, len(ids))
+    for piece in (8, 17, 100, 128, 255, 512):
+        assert torch.equal(prefill(model, cache, ids, piece)[1], whole), piece
+
+
+def test_rows_do_not_depend_on_the_batch(model: TargetModel) -> None:
+    ids = random_ids(max(LENGTHS) + 8, tiny.VOCAB)
+    cache = new_cache(model, pages=1024)
+    _, whole = prefill(model, cache, ids, 512)
+    others = crowd(model, cache)
+    for length in LENGTHS:
+        sequence, _ = prefill(model, cache, ids[:length])
+        for count in (1, 2, 5, 8):
+            piece = Piece(sequence, ids[length : length + count], length)
+            alone = step(model, cache, [piece])[0]
+            assert torch.equal(alone, whole[length : length + count]), (length, count)
+            together = step(model, cache, [*others[:count], piece, *others[count:]])
+            assert torch.equal(together[count], alone), (length, count)
+        cache.close(sequence)
+
+
+def test_logits_do_not_depend_on_the_rows_asked_for(model: TargetModel) -> None:
+    hidden = torch.randn(64, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    whole = model.logits(hidden)
+    for count in (1, 2, 3, 5, 8, 9, 17, 63):
+        assert torch.equal(model.logits(hidden[:count]), whole[:count]), count
+        assert torch.equal(model.logits(hidden[64 - count :]), whole[64 - count :]), count
+
+
+def test_rows_do_not_depend_on_cached_prefixes_or_rollbacks(model: TargetModel) -> None:
+    ids = random_ids(300, tiny.VOCAB)
+    cache = new_cache(model)
+    first, whole = prefill(model, cache, ids)
+    cache.close(first)
+    again, tail = prefill(model, cache, ids)
+    assert len(tail) < len(whole)
+    assert torch.equal(tail, whole[-len(tail) :])
+    wrong = random_ids(8, tiny.VOCAB, seed=5)
+    step(model, cache, [Piece(again, wrong, len(ids))])  # drafts that are all rejected: nothing to undo
+    more = random_ids(3, tiny.VOCAB, seed=6)
+    after = step(model, cache, [Piece(again, more, len(ids))])[0]
+    _, expected = prefill(model, new_cache(model), [*ids, *more])
+    assert torch.equal(after, expected[-3:])
+
+
+def test_thread_count_does_not_matter(tiny_gemma: Path, dtype: torch.dtype) -> None:
+    ids = random_ids(300, tiny.VOCAB)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            model = load(tiny_gemma, dtype)
+            results.append(prefill(model, new_cache(model), ids, 100)[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
