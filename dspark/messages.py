@@ -44,7 +44,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token and its natural-log probability under the processed target distribution."""
+    """One token and its natural-log probability under the processed target distribution.
+
+    At temperature 0, where that is a point mass, under the model's own: temperature 1, no filters.
+    """
 
     token_id: int
     logprob: float

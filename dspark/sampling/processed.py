@@ -174,5 +174,5 @@ def _where(mask: torch.Tensor) -> list[int]:
 
 
 def _cut_rest(law: Law, logits: LogitRows, row: int, limit: Limit) -> None:
-    cut(law.rest_weights[row], logits.values[row], law.ids[row], limit)
+    cut(law.rest_weights[row], logits.values[row], limit)
     law.rest_sums[row] = block_sums(law.rest_weights[row : row + 1])[0]
