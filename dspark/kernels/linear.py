@@ -1,8 +1,8 @@
 """Linear layers whose rows keep their bits whatever else is in the batch.
 
 On a CPU the weight is laid out once for oneDNN, which is about twice as fast as laying it out at every call, gives
-the same bits as the plain bf16 linear, and lets the activation run inside the product. Measured: bf16 rows are
-bit-equal for 1 to 700 rows; float32 rows from 2 rows on (one row takes another kernel, so it is padded to two).
+the same bits as the plain bf16 linear, and lets the activation run inside the product. Measured: rows are bit-equal
+from 2 to 700 rows; one row may take another kernel (in float32, and in bf16 with 2,048 inputs), so it is padded to two.
 MKL's float32 product, which plain `linear` calls, changes bits with the remainder of the row count.
 """
 
@@ -119,6 +119,6 @@ def _product(x: torch.Tensor, weight: torch.Tensor, attribute: str, algorithm: s
 
 def _padded(x: torch.Tensor, apply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     rows = x.shape[0]
-    if rows >= _MIN_ROWS or x.dtype != torch.float32:
+    if rows >= _MIN_ROWS:
         return apply(x)
     return apply(functional.pad(x, (0, 0, 0, _MIN_ROWS - rows)))[:rows]
