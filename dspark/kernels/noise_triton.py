@@ -13,6 +13,7 @@ __all__ = ["keyed_bits"]
 BLOCK = 1024
 
 
+# Triton itself reads a kernel's annotations, and has none for pointers.
 @triton.jit  # type: ignore[untyped-decorator]
 def _keyed_bits_kernel(seeds, items, positions, streams, out, count, block: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     at = tl.program_id(0) * block + tl.arange(0, block)
