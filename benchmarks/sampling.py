@@ -34,7 +34,7 @@ SAMPLINGS = {
 
 
 def make_logits(rows: int, vocab: int) -> torch.Tensor:
-    """Logits in which the 256 most likely tokens hold about 0.98 of the probability at temperature 1."""
+    """Logits whose 256 most likely tokens hold 0.996 of the probability at temperature 1, and 0.72 at 1.5."""
     torch.manual_seed(0)
     logits = torch.randn(rows, vocab)
     logits[:, :200] += torch.linspace(15, 5, 200)
