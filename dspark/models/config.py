@@ -175,7 +175,7 @@ class _Reader:
 
     def _attention_scale(self, head_dim: int) -> float:
         if self.architecture == _GEMMA3 and self.config.get("query_pre_attn_scalar") is not None:
-            return self._positive("query_pre_attn_scalar") ** -0.5
+            return 1.0 / math.sqrt(self._positive("query_pre_attn_scalar"))
         return 1.0 / math.sqrt(head_dim)
 
     def _layer_types(self, layers: int) -> tuple[str, ...]:
