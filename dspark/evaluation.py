@@ -105,7 +105,7 @@ class Evaluation:
 def read_prompts(path: Path, *, limit: int | None = None, template: Template = "none") -> list[str]:
     """The first turn of each JSON line `{"turns": ["…"]}`. `ConfigError` names the line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the prompts in {path}: {error}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]
