@@ -18,9 +18,9 @@ from dspark.store import Directory
 from dspark.telemetry import configure_logging, start_metrics_server
 from dspark.v1 import generation_pb2_grpc
 from services.router.admission import Admission
-from services.router.drafting import Patience
-from services.router.engine import Engine, Policy
+from services.router.engine import Engine
 from services.router.metrics import Metrics
+from services.router.policy import Patience, Policy
 from services.router.service import RouterService
 
 _log = structlog.get_logger(__name__)
@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     log_level: str = Field("info", description="debug, info, warning or error")
 
     verify_length: int = Field(5, ge=0, le=64, description="draft tokens verified a round and sequence; 0: none")
-    prefill_tokens: int = Field(256, ge=1, description="prompt positions in a step beside running sequences")
+    prefill_tokens: int = Field(128, ge=1, description="prompt positions in a step beside running sequences")
     max_running: int = Field(64, ge=1, description="sequences of this router that one verify worker may have")
     max_queue: int = Field(256, ge=1, description="requests that may wait; more are refused")
     rate_limit: int = Field(0, ge=0, description="requests a second and API key; 0: any number")

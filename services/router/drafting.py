@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -21,10 +20,11 @@ from services.router import placement
 from services.router.links import DraftLink
 from services.router.metrics import Metrics
 from services.router.plan import wanted
+from services.router.policy import Patience
 from services.router.sequences import Sequence
 from services.router.tasks import Tasks
 
-__all__ = ["Drafting", "Patience"]
+__all__ = ["Drafting"]
 
 _log = structlog.get_logger(__name__)
 BALANCE_SECONDS = 0.25
@@ -33,21 +33,6 @@ MAX_SKIPPED = 8
 MAX_MISSES = 6  # in a row, before the sequence is attached anew
 
 _Ask: TypeAlias = tuple[Sequence, ProposeItem]
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long drafts are waited for, in seconds.
-
-    Attributes:
-        features: that a worker may let a block wait for its features.
-        round: that a round waits for proposals.
-        worker: after which a worker that has not answered is given up.
-    """
-
-    features: float = 0.2
-    round: float = 0.5
-    worker: float = 10.0
 
 
 class Drafting:
@@ -233,7 +218,7 @@ class Drafting:
         lost = isinstance(error, UnknownSequence | StaleMessage)
         self._metrics.missed("lost" if lost else "unusable" if error is None else "features")
         sequence.misses += 1
-        sequence.skip_rounds = min(sequence.misses - 1, MAX_SKIPPED)
+        sequence.skip_rounds = min(2**sequence.misses - 1, MAX_SKIPPED)  # its wait held the others up
         if lost or sequence.misses >= MAX_MISSES:
             sequence.misses = 0
             self._unseat(sequence)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -19,43 +18,21 @@ from services.router import placement
 from services.router.catalog import Catalog
 from services.router.cohort import Cohort
 from services.router.dispatch import Dispatcher
-from services.router.drafting import Drafting, Patience
+from services.router.drafting import Drafting
 from services.router.finish import FinishReason
 from services.router.links import DraftLink, VerifierLink, connect_draft, connect_verifier
 from services.router.metrics import Metrics
+from services.router.policy import Policy
 from services.router.pools import Pool, Workers
 from services.router.requests import ServedModel
 from services.router.sequences import Sequence
 from services.router.step import Limits, Published, Rounds
 from services.router.tasks import Tasks
 
-__all__ = ["Engine", "Policy"]
+__all__ = ["Engine"]
 
 _log = structlog.get_logger(__name__)
 HOUSEKEEPING_SECONDS = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What an operator decides.
-
-    Attributes:
-        verify_length: draft tokens verified a round and sequence; 0 decodes plainly.
-        prefill_tokens: prompt positions in a step beside running sequences.
-        max_running: sequences of this router that one verify worker may have.
-        step_seconds: after which a verify worker that has not answered is given up.
-        worker_wait: seconds that a sequence waits while no worker could serve it.
-        stall_seconds: after which a client that reads nothing is given up.
-        patience: how long drafts are waited for.
-    """
-
-    verify_length: int = 5
-    prefill_tokens: int = 256
-    max_running: int = 64
-    step_seconds: float = 20.0
-    worker_wait: float = 30.0
-    stall_seconds: float = 120.0
-    patience: Patience = field(default_factory=Patience)
 
 
 class Engine:
@@ -63,6 +40,7 @@ class Engine:
 
     def __init__(self, workers: Workers, policy: Policy, metrics: Metrics) -> None:
         self.policy = policy
+        self._workers = workers
         self.metrics = metrics
         self.catalog = Catalog()
         self.verifiers = Pool(
@@ -165,7 +143,7 @@ class Engine:
             self.retire(sequence)
         if self._forget(sequence):
             self.metrics.ended.labels(type(error).__name__).inc()
-            _log.info("ended early", request_id=sequence.request.request_id, reason=str(error), **_story(sequence))
+            _log.info("ended early", request_id=sequence.request.request_id, reason=str(error), **sequence.story())
         sequence.outlet.end(error)
 
     def capacity(self, model: ServedModel) -> int | None:
@@ -222,6 +200,10 @@ class Engine:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
+            self.metrics.running.set(self.running)
+            self.metrics.waiting.set(self.active - self.running)
+            self.metrics.connected(draft=len(self.drafters.links), verify=len(self.verifiers.links))
+            self.metrics.store_age.set(self._workers.age)
             for sequence in list(self._active.values()):
                 if sequence.outlet.full_seconds > self.policy.stall_seconds:
                     reason = f"the client has read nothing for {self.policy.stall_seconds:g} s"
@@ -270,7 +252,7 @@ class Engine:
             end = sequence.finished(reason)
             self.metrics.finished(end)
             _log.info(
-                "finished", request_id=sequence.request.request_id, finish_reason=reason.value, **_story(sequence)
+                "finished", request_id=sequence.request.request_id, finish_reason=reason.value, **sequence.story()
             )
             sequence.outlet.end(end)
 
@@ -316,19 +298,3 @@ class Engine:
 
 async def _ready(_link: DraftLink) -> None:
     """A draft worker needs no preparation."""
-
-
-def _story(sequence: Sequence) -> dict[str, object]:
-    """What a log line tells of a request that has ended."""
-    counts = sequence.counts
-    return {
-        "completion_tokens": sequence.completion_tokens,
-        "seconds": round(sequence.seconds, 4),
-        "rounds": counts.rounds,
-        "drafted": counts.drafted,
-        "verified": counts.verified,
-        "accepted": counts.accepted,
-        "missed_rounds": counts.missed_rounds,
-        "drafter": sequence.drafter_name,
-        "epoch": sequence.epoch,
-    }

@@ -82,6 +82,11 @@ class Metrics:
         finally:
             self._phases[name].inc(time.perf_counter() - began)
 
+    def connected(self, **count_by_role: int) -> None:
+        """Present numbers of connected workers."""
+        for role, count in count_by_role.items():
+            self.workers.labels(role).set(count)
+
     def missed(self, cause: str, count: int = 1) -> None:
         """Rounds of sequences go without drafts: late, features, unattached, lost, unusable."""
         self._missed.labels(cause).inc(count)

@@ -30,6 +30,11 @@ L = TypeVar("L", bound=Link)
 class Workers(Protocol):
     """Where worker records come from: `dspark.store.Directory`."""
 
+    @property
+    def age(self) -> float:
+        """Seconds since the last good reading."""
+        ...
+
     def readings(self) -> tuple[Reading, ...]:
         """The latest reading of each worker."""
         ...
@@ -125,6 +130,9 @@ class Pool(Generic[L]):
             return f"{error.code().name}: {error.details()}"
         except DSparkError as error:
             return str(error)
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not lose the worker for good
+            _log.exception("a link failed", worker=reading.record.worker_id)
+            return f"{type(error).__name__}: {error}"
 
     @asynccontextmanager
     async def _listing(self, link: L) -> AsyncIterator[None]:

@@ -200,3 +200,17 @@ class Sequence:
     def first_token_seconds(self) -> float:
         """From arrival to the first token, 0 before it."""
         return 0.0 if self._first_token is None else self._first_token - self._arrived
+
+    def story(self) -> dict[str, object]:
+        """What a log line tells of it once it has ended."""
+        return {
+            "completion_tokens": self.completion_tokens,
+            "seconds": round(self.seconds, 4),
+            "rounds": self.counts.rounds,
+            "drafted": self.counts.drafted,
+            "verified": self.counts.verified,
+            "accepted": self.counts.accepted,
+            "missed_rounds": self.counts.missed_rounds,
+            "drafter": self.drafter_name,
+            "epoch": self.epoch,
+        }

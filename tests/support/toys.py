@@ -66,8 +66,9 @@ from dspark.v1 import (
     verifier_pb2_grpc,
 )
 from services.router.admission import Admission
-from services.router.engine import Engine, Policy
+from services.router.engine import Engine
 from services.router.metrics import Metrics
+from services.router.policy import Policy
 from services.router.service import RouterService
 
 BOS, EOS, FIRST_BYTE = 0, 1, 2
@@ -373,6 +374,7 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
         self.spoil = spoil
         self.attached: dict[str, AttachSequence] = {}
         self.proposals = 0
+        self.refusals = 0
         self.detached_at: dict[str, float] = {}
         self.features_missing = False
         self.mismatch = False
@@ -430,6 +432,7 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
         if message is None or message.key != item.key:
             return Proposal(item.key, item.committed_len, error=UnknownSequence(item.key.sequence_id))
         if self.features_missing:
+            self.refusals += 1
             return Proposal(item.key, item.committed_len, error=FeaturesMissing("not yet"))
         tokens: list[int] = []
         for position in range(item.committed_len, item.committed_len + min(item.max_tokens, self.drafter.block_size)):
@@ -455,6 +458,7 @@ class Board:
     def __init__(self) -> None:
         self.workers: list[Worker] = []
         self.emptied = False
+        self.age = 0.0
 
     def readings(self) -> tuple[Reading, ...]:
         if self.emptied:
@@ -523,7 +527,7 @@ class Cluster:
         prompt: Iterable[int] | str = "hello",
         *,
         router: int = 0,
-        deadline: float | None = 20,
+        deadline: float | None = 60,
         on_delta: Callable[[Result], Any] | None = None,
         sampling: dict[str, Any] | None = None,
         metadata: Any = None,
@@ -575,7 +579,7 @@ async def cluster(
         yield made
 
 
-async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
     """Returns when the condition holds."""
     async with asyncio.timeout(seconds):
         while not condition():

@@ -23,8 +23,7 @@ from support.toys import (
 )
 
 from dspark.errors import DSparkError, InvalidRequest, OutOfPages, StaleMessage, Unavailable, UnknownSequence
-from services.router.drafting import Patience
-from services.router.engine import Policy
+from services.router.policy import Patience, Policy
 
 PROMPT = [BOS, *ids_of("hello")]
 FAST = Patience(features=0.05, round=0.1, worker=0.3)
@@ -133,13 +132,14 @@ async def test_a_draining_verify_worker_hands_its_streams_over() -> None:
 async def test_a_new_verify_worker_takes_new_requests() -> None:
     first, second = slow(ToyVerifier("v0")), ToyVerifier("v1")
     async with cluster(first, ToyDraft()) as toys:
-        running = asyncio.create_task(streams(toys, 4, 300))
+        running = asyncio.create_task(streams(toys, 4, 3000))
         await until(lambda: len(first.open) == 4)
         await toys.add(second)
         await until(lambda: "v1" in toys.engine.verifiers.links)
         await streams(toys, 2, 5)
         assert len(second.opened) == 2
-        await running
+        assert not running.done()
+        running.cancel()
 
 
 @pytest.mark.parametrize("error", [UnknownSequence("gone"), StaleMessage("old"), OutOfPages("none")])
@@ -239,23 +239,27 @@ async def test_a_late_draft_worker_costs_one_wait_and_no_token() -> None:
         drafter.hang = True
         results = await running
         assert_right(results, 60)
-        assert all(result.finished.timings.total_seconds < 2 for result in results)
         assert all(result.finished.speculation.missed_rounds > 5 for result in results)
         drafter.hang = False
         await until(lambda: not drafter.attached)
 
 
-async def test_a_slow_draft_worker_is_not_asked_while_it_owes_an_answer() -> None:
-    drafter = ToyDraft()
-    policy = Policy(patience=Patience(features=0.05, round=0.02, worker=5.0))
-    async with cluster(slow(ToyVerifier()), drafter, policy=policy) as toys:
-        running = asyncio.create_task(toys.generate("hello", max_tokens=60, sampling={"seed": 0}))
+async def test_rounds_go_on_while_a_draft_worker_owes_an_answer() -> None:
+    verifier, drafter = slow(ToyVerifier()), ToyDraft()
+    policy = Policy(patience=Patience(features=0.05, round=0.02, worker=60.0))
+    async with cluster(verifier, drafter, policy=policy) as toys:
+        running = asyncio.create_task(toys.generate("hello", max_tokens=300, sampling={"seed": 0}))
         await until(lambda: drafter.proposals > 2)
-        drafter.delay = 0.1
-        result = await running
-    assert_right([result], 60)
-    assert result.finished.speculation.missed_rounds > 10
-    assert result.finished.timings.total_seconds < 1.5
+        drafter.hang = True
+        link = toys.engine.drafters.links["draft-0"]
+        await until(lambda: link.late is not None)
+        before = len(verifier.steps)
+        await until(lambda: len(verifier.steps) > before + 10)
+        assert link.late is not None  # still the same one: nothing more was asked
+        drafter.hang = False
+        had = drafter.proposals
+        await until(lambda: drafter.proposals > had + 3)
+        assert_right([await running], 300)
 
 
 async def test_missing_features_cost_only_drafts() -> None:
@@ -263,7 +267,7 @@ async def test_missing_features_cost_only_drafts() -> None:
     drafter.features_missing = True
     async with cluster(slow(ToyVerifier()), drafter) as toys:
         running = asyncio.create_task(toys.generate("hello", max_tokens=80, sampling={"seed": 0}))
-        await asyncio.sleep(0.05)
+        await until(lambda: drafter.refusals)
         drafter.features_missing = False
         result = await running
     assert_right([result], 80)

@@ -1,12 +1,17 @@
 """Requests through a real router over gRPC, against toy workers: what clients get."""
 
 import asyncio
+import dataclasses
+import re
 
+import grpc
+import prometheus_client
 import pytest
-from support.toys import BOS, EOS, ToyDraft, ToyVerifier, cluster, expected, ids_of, letters, scripted, until
+from support.toys import BOS, EOS, MODEL, ToyDraft, ToyVerifier, cluster, expected, ids_of, letters, scripted, until
 
 from dspark.v1 import generation_pb2
-from services.router.engine import Policy
+from services.router.metrics import PHASES
+from services.router.policy import Policy
 
 PROMPT = [BOS, *ids_of("hello")]
 
@@ -201,13 +206,52 @@ async def test_running_streams_go_on_while_a_long_prompt_is_computed() -> None:
 
 async def test_prompts_share_a_step_and_alone_take_all_of_it() -> None:
     verifier = ToyVerifier(max_step_tokens=128)
-    verifier.delay = 0.01  # long enough for all three to be there
+    verifier.hang = True  # until all three are there
     async with cluster(verifier) as toys:
-        prompts = [[BOS, *ids_of("b" * length)] for length in (1199, 1399, 9)]
-        results = await asyncio.gather(*(toys.generate(prompt, max_tokens=3) for prompt in prompts))
+        prompts = [[BOS, *ids_of("b" * length)] for length in (399, 499, 9)]
+        running = asyncio.gather(*(toys.generate(prompt, max_tokens=3) for prompt in prompts))
+        await until(lambda: len(toys.engine.verifiers.links["verify-0"].opening) == 3)
+        verifier.hang = False
+        results = await running
     for prompt, result in zip(prompts, results, strict=True):
         assert result.ids == expected(letters, prompt, 5, 3)
     rows = [sum(item.count + len(item.draft_tokens) for item in step) for step in verifier.steps]
     assert max(rows) == 128
     shared = next(step for step in verifier.steps if sum(item.count > 1 for item in step) == 3)
     assert min(item.count for item in shared) == 10  # the short one is done at once
+
+
+# ---------------------------------------------------------------- several models, and what operators see
+
+
+async def test_two_models_are_served_by_name() -> None:
+    other = dataclasses.replace(MODEL, name="other", model_fingerprint="other", numerics_fingerprint="other")
+    shout = scripted(len(PROMPT), ids_of("!!!!!!!!"))
+    async with cluster(ToyVerifier("v0"), ToyVerifier("v1", model=other, rule=shout), ToyDraft()) as toys:
+        first = await toys.generate("hello", max_tokens=8, model="toy")
+        second = await toys.generate("hello", max_tokens=8, model="other")
+        with pytest.raises(grpc.aio.AioRpcError, match="model is empty, and there are several"):
+            await toys.generate("hello", max_tokens=8)
+    assert first.ids == expected(letters, PROMPT, 5, 8)
+    assert second.text == "!!!!!!!!"
+    assert second.finished.speculation.drafter == ""  # the drafter is the other target's
+
+
+async def test_metrics_tell_what_was_done_and_where_the_time_went() -> None:
+    async with cluster() as toys:
+        results = [await toys.generate("hello", max_tokens=20, sampling={"seed": seed}) for seed in range(3)]
+        await asyncio.sleep(0.3)
+        shown = prometheus_client.generate_latest(toys.engine.metrics.registry).decode()
+    value = {name: float(number) for name, number in re.findall(r"^(dspark_\S+) (\S+)$", shown, re.MULTILINE)}
+    counts = [result.finished.speculation for result in results]
+    assert value["dspark_generation_tokens_total"] == 60
+    assert value["dspark_router_rounds_total"] == sum(c.rounds for c in counts)
+    assert value["dspark_spec_decode_num_draft_tokens_total"] == sum(c.verified for c in counts)
+    assert value["dspark_spec_decode_num_accepted_tokens_total"] == sum(c.accepted for c in counts)
+    assert value['dspark_request_success_total{finished_reason="length"}'] == 3
+    assert value['dspark_router_workers{role="draft"}'] == 1
+    assert value["dspark_num_requests_running"] == value["dspark_num_requests_waiting"] == 0
+    phases = [value[f'dspark_router_phase_seconds_total{{phase="{phase}"}}'] for phase in PHASES]
+    assert all(phases)
+    engine = value['dspark_router_engine_seconds_total{part="verify_total"}']
+    assert 0 < engine < value["dspark_router_runnable_seconds_total"]
