@@ -35,8 +35,6 @@ __all__ = ["DEFAULT_MODEL", "Cluster", "find_drafter"]
 
 DEFAULT_MODEL = "gemma-3-270m"
 
-# Workers share cores here: a thread that spins while it waits takes them from the other worker.
-_WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 _POLL_SECONDS = 0.05
 
 
@@ -233,8 +231,7 @@ class Cluster:
     async def _spawn(self, name: str, command: Sequence[str]) -> Child:
         module, *args = command
         line = [sys.executable, "-m", module, "--store", self.store_url, *args]
-        env = {} if name == "router" else _WORKER_ENVIRONMENT
-        return await spawn(name, line, log_path=self._logs / f"{name}.log", env=env)
+        return await spawn(name, line, log_path=self._logs / f"{name}.log")
 
     async def _wait_for_workers(self, names: Sequence[str]) -> None:
         await self._wait_for_records(names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -54,7 +53,7 @@ def command(
 
 
 def _probe(target: str, drafter: Path, prompts: list[list[int]], dtype: str) -> list[Probe]:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as torch loads
+    program.wait_briefly()
     import torch
 
     from dspark.kernels import select_kernels

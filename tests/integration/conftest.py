@@ -1,15 +1,15 @@
 """A tiny pair of target and drafter that agree often enough to be interesting, and clusters that serve it."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import drafters, tiny
+from support.clusters import ClusterOf
 
 from dspark.cluster import Cluster
 
 EXACT = ("--dtype", "float32", "--threads", "1", "--page-size", "16")
-ClusterOf = Callable[..., Cluster]
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def cluster_of(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Clus
     """Makes clusters of the pair (or of the target alone, with `drafter="none"`)."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def make(drafter: str | Path | None = None, **settings: int) -> Cluster:
+    def make(drafter: str | Path | None = None, **settings: Any) -> Cluster:
         return Cluster(pair[0], drafter or pair[1], draft_args=EXACT[:4], verify_args=EXACT, **settings)
 
     return make

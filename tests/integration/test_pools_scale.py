@@ -3,7 +3,7 @@
 import asyncio
 import random
 
-from conftest import ClusterOf
+from support.clusters import ClusterOf
 
 from dspark.client import Client
 from dspark.cluster import Cluster
