@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dspark import program
 from dspark.cli.common import AsJson
 from dspark.errors import ConfigError, InvalidRequest
 
