@@ -66,6 +66,8 @@ class EngineThread:
         self._wake = threading.Condition()
         self._stopping = False
         self._busy = 0  # calls since background work last ran
+        self.failed = False
+        """The thread has ended without being told to."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def __enter__(self) -> Self:
@@ -123,6 +125,7 @@ class EngineThread:
                 self._guard(self.engine.publish)
         finally:  # also where a fault of this module ends the thread: nobody may wait for it
             with self._wake:
+                self.failed = not self._stopping
                 self._stopping = True
                 self._wake.notify_all()
             for call in self._calls:

@@ -16,7 +16,7 @@ import structlog
 import torch
 from prometheus_client import CollectorRegistry
 
-from dspark.errors import ConfigError
+from dspark.errors import ConfigError, InternalError
 from dspark.kernels import select_kernels
 from dspark.models.fingerprint import numerics_fingerprint
 from dspark.models.kv_cache import KVCache
@@ -61,6 +61,8 @@ async def serve_until_told(settings: Settings, path: Path) -> None:
             with Heartbeat(settings.store, record, usage=_usage(settings)) as beat:
                 _log.info("ready", address=record().address, metrics_port=metrics.port, model=engine.info.name)
                 await stop.wait()
+                if thread.failed:
+                    raise InternalError("the engine's thread has ended")
                 await _drain(thread, beat, settings.drain_seconds)
 
 

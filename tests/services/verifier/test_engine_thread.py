@@ -1,5 +1,6 @@
 """The queue in front of the engine: order, joined steps, background work in the gaps, faults that stay in place."""
 
+import sys
 import threading
 from pathlib import Path
 
@@ -145,3 +146,14 @@ def test_what_waits_at_the_end_is_refused(engine: VerifyEngine) -> None:
     with pytest.raises(Unavailable):
         thread.submit(lambda: None).result(5)
     assert waiting.done()
+
+
+def test_a_thread_that_ends_unasked_says_so(engine: VerifyEngine) -> None:
+    ended = threading.Event()
+    with EngineThread(engine, on_end=ended.set) as thread:
+        thread.submit(sys.exit)
+        assert ended.wait(5)
+        assert thread.failed
+    with EngineThread(engine) as told:
+        pass
+    assert not told.failed
