@@ -148,6 +148,7 @@ def test_what_waits_at_the_end_is_refused(engine: VerifyEngine) -> None:
     assert waiting.done()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # that is what is tested
 def test_a_thread_that_ends_unasked_says_so(engine: VerifyEngine) -> None:
     ended = threading.Event()
     with EngineThread(engine, on_end=ended.set) as thread:
