@@ -106,8 +106,8 @@ def plan_attention(
             alone = (tile.first_key, owner) if span.count > most else ()
             shapes.setdefault((width, tile.length, *alone), []).append(tile)
     buckets = [_bucket(tiles, shape[0], page_size, window, group, dtype, device) for shape, tiles in shapes.items()]
-    if len(buckets) == 1 and buckets[0].rows is not None and buckets[0].rows.tolist() == list(range(len(slots))):
-        buckets = [replace(buckets[0], rows=None)]
+    if len(buckets) == 1 and buckets[0].tiles * buckets[0].width == len(slots):
+        buckets = [replace(buckets[0], rows=None)]  # no tile was filled up, so the rows are the batch's in order
     return AttentionPlan(torch.tensor(slots, device=device), tuple(buckets))
 
 

@@ -17,12 +17,13 @@ from dspark.models.kv_cache import CachedSequence, KVCache
 class RaggedBatch:
     """Rows of a step: `token_ids` and `positions` (rows,) int64, and one attention plan per layer group.
 
-    Sequence n of the batch has rows first_rows[n] … first_rows[n + 1] - 1.
+    Sequence n of the batch has rows first_rows[n] … first_rows[n + 1] - 1. All positions are below `length`.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     first_rows: tuple[int, ...]
+    length: int
     plans: dict[str, AttentionPlan]
 
     @property
@@ -50,6 +51,7 @@ class RaggedBatch:
             token_ids=torch.tensor([t for _, token_ids, _ in items for t in token_ids], device=cache.device),
             positions=torch.tensor(positions, device=cache.device),
             first_rows=tuple(first_rows),
+            length=max(positions) + 1,
             plans={kind: _plan(cache, kind, items, first_rows) for kind in cache.kinds},
         )
 

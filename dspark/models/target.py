@@ -118,9 +118,8 @@ class TargetModel:
         return self._head(hidden)
 
     def _steps(self, batch: RaggedBatch) -> dict[str, GroupStep]:
-        length = int(batch.positions.max()) + 1
         return {
-            kind: GroupStep(*self._rotary[kind](batch.positions, length), plan=batch.plans[kind])
+            kind: GroupStep(*self._rotary[kind](batch.positions, batch.length), plan=batch.plans[kind])
             for kind in self._rotary
         }
 
