@@ -37,9 +37,9 @@ from dspark.events import (
     loads_of,
     server_info_of,
 )
-from dspark.params import GenerateParams, Prompt, request_of
+from dspark.params import GenerateParams, Prompt, check_header, request_of
 from dspark.rpc.channel import connect, error_from_call
-from dspark.rpc.options import API_KEY, REQUEST_ID
+from dspark.rpc.options import API_KEY, REQUEST_ID, check_address
 from dspark.v1 import generation_pb2 as pb
 from dspark.v1.generation_pb2_grpc import RouterStub
 
@@ -111,6 +111,8 @@ class Client:
     """
 
     def __init__(self, address: str, *, api_key: str | None = None) -> None:
+        check_address(address)
+        check_header("api_key", api_key or "")
         self.address = address
         self._api_key = api_key
 

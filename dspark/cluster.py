@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -159,11 +159,19 @@ class Cluster:
         """Process id of "router" or of a worker."""
         return self._children[name].pid
 
-    async def watch(self) -> None:
-        """Returns never: raises `Unavailable` when the router has ended."""
-        router = self._children["router"]
-        await router.process.wait()
-        raise Unavailable(_ending(router))
+    async def watch(self, lost: Callable[[str], None] = lambda _: None) -> None:
+        """Tells `lost` of every worker that ends; raises `Unavailable` when the router has ended."""
+        waiting = {asyncio.create_task(child.process.wait()): child for child in self._children.values()}
+        try:
+            while True:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for child in [waiting.pop(task) for task in done]:
+                    if child.name == "router":
+                        raise Unavailable(_ending(child))
+                    lost(f"{_ending(child)} (log: {child.log_path})")
+        finally:
+            for task in waiting:
+                task.cancel()
 
     # ------------------------------------------------------------ starting
 

@@ -10,7 +10,7 @@ from dspark.messages import Mode
 from dspark.v1 import generation_pb2 as pb
 from dspark.v1 import types_pb2
 
-__all__ = ["GenerateParams", "Prompt", "request_of"]
+__all__ = ["GenerateParams", "Prompt", "check_header", "request_of"]
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids (used as they are), or chat messages `{"role": …, "content": …}` for the model's template."""
@@ -56,6 +56,7 @@ class GenerateParams(TypedDict, total=False):
 
 def request_of(prompt: Prompt, params: GenerateParams) -> pb.GenerateRequest:
     """The message for a prompt and its parameters. `InvalidRequest` names a field that cannot be sent."""
+    _check_names(params)
     request = pb.GenerateRequest()
     _set_prompt(request, prompt)
     values = cast("Mapping[str, Any]", params)
@@ -65,15 +66,29 @@ def request_of(prompt: Prompt, params: GenerateParams) -> pb.GenerateRequest:
         _set(request, name, values.get(name))
     if (mode := params.get("mode")) is not None:
         request.sampling.mode = _MODES[_mode(mode)]
-    if not params.get("speculation", True):
+    if params.get("speculation") is False:
         request.speculation = pb.SPECULATION_OFF
-    stop = params.get("stop") or ()
-    _extend(request.stop, "stop", [stop] if isinstance(stop, str) else stop)
+    stop = params.get("stop")
+    _extend(request.stop, "stop", [stop] if isinstance(stop, str) else stop or ())
     _extend(request.stop_token_ids, "stop_token_ids", params.get("stop_token_ids") or ())
     return request
 
 
+def _check_names(params: GenerateParams) -> None:
+    if unknown := sorted(set(params) - set(GenerateParams.__annotations__)):
+        raise InvalidRequest(f"unknown parameter {unknown[0]!r}; known are {', '.join(GenerateParams.__annotations__)}")
+    check_header("request_id", params.get("request_id") or "")
+
+
+def check_header(name: str, value: str) -> None:
+    """`InvalidRequest` for what cannot travel as metadata, on which gRPC would hang or fail obscurely."""
+    if not (value.isascii() and value.isprintable()):
+        raise InvalidRequest(f"{name} is {value!r}; only printable ASCII characters can be sent")
+
+
 def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, bytes):
+        raise InvalidRequest("the prompt is bytes; text, token ids or chat messages are needed")
     if isinstance(prompt, str):
         _set(request, "text", prompt)
     elif prompt and isinstance(prompt[0], Mapping):

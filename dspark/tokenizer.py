@@ -64,10 +64,14 @@ class Tokenizer:
         return tuple(self._inner.encode(text, add_special_tokens=special_tokens).ids)
 
     async def encode_async(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
-        """`encode`, in a thread where the text is long: the library lets go of the interpreter meanwhile."""
+        """`encode`, in a thread where the text is long."""
         if len(text) <= INLINE_CHARACTERS:
             return self.encode(text, special_tokens=special_tokens)
-        return await asyncio.to_thread(self.encode, text, special_tokens=special_tokens)
+        return await asyncio.to_thread(self._encode_long, text, special_tokens)
+
+    def _encode_long(self, text: str, special_tokens: bool) -> tuple[int, ...]:
+        """As a batch of one, during which the library lets go of the interpreter; `encode` keeps it to itself."""
+        return tuple(self._inner.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids; special tokens have none."""

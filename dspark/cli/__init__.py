@@ -5,6 +5,7 @@ Whatever goes wrong is one readable line on stderr: exit status 2 for wrong usag
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -66,17 +67,28 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; ends the process."""
+    status = _run(arguments)
+    # Connections that an error held are let go now: at the interpreter's own end, when gRPC's threads are gone, letting
+    # go of one may wait for ever.
+    gc.collect()
+    sys.exit(status)
+
+
+def _run(arguments: Sequence[str] | None) -> Any:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="dspark")
+    except SystemExit as done:
+        return done.code
     except DSparkError as error:
-        _fail(_message(error))
+        return _failed(_message(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone
-        sys.exit(1)
+        return 1
     except Exception as error:
         if os.environ.get("DSPARK_DEBUG"):
             raise
-        _fail(f"internal error: {type(error).__name__}: {error} (DSPARK_DEBUG=1 shows where)")
+        return _failed(f"internal error: {type(error).__name__}: {error} (DSPARK_DEBUG=1 shows where)")
+    return 0
 
 
 def _message(error: DSparkError) -> str:
@@ -84,6 +96,6 @@ def _message(error: DSparkError) -> str:
     return f"error: {error}{hint}"
 
 
-def _fail(line: str) -> None:
+def _failed(line: str) -> int:
     typer.echo(" ".join(line.split()), err=True)
-    sys.exit(1)
+    return 1

@@ -71,11 +71,20 @@ def command(
     settings = Settings(max_tokens, temperature, seed, Mode(mode.value), not no_speculation, concurrency)
     if compare is not None and temperature > 0 and settings.mode is not Mode.COUPLED:
         raise typer.BadParameter("rejection mode draws anew with every run: compare at --temperature 0 or coupled")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"--json {json_file}: there is no directory {json_file.absolute().parent}")
     texts = read_prompts(prompts, limit=limit, template=template.value)
     report = common.run(_evaluate(cluster, texts, settings, compare=compare is not None))
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
     common.results.print(_table(report))
+    if json_file is not None:
+        _write(json_file, report)
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {path}: {error.strerror}") from error
 
 
 async def _evaluate(

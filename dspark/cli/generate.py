@@ -124,6 +124,8 @@ def summary(completion: Completion) -> str:
         ]
     else:
         parts.append("decoded plainly" if counts.enabled else "without speculation")
+    if counts.missed_rounds:
+        parts.append(f"{counts.missed_rounds} of {counts.rounds} rounds without a proposal")
     return " · ".join([*parts, f"seed {completion.seed}"])
 
 

@@ -57,6 +57,6 @@ async def _serve(cluster: Cluster, *, as_json: bool) -> None:
         else:
             common.notes.print(f"Router on [bold]{cluster.address}[/], store {cluster.store_url}.")
             common.notes.print(f"Workers: {', '.join(cluster.workers)}. Logs in {cluster.log_dir}. Ctrl-C stops.")
-        await cluster.watch()
+        await cluster.watch(lambda ending: common.notes.print(ending, style="red", markup=False))
     finally:
         await cluster.__aexit__(None, None, None)

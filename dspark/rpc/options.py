@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dspark.errors import ConfigError
+
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 REQUEST_ID = "x-request-id"  # metadata: the id that log lines of all services share
 API_KEY = "x-api-key"  # metadata: whose rate a request counts against
 RETRY_AFTER = "retry-after-ms"  # trailing metadata of RESOURCE_EXHAUSTED
 
+MAX_PORT = 65535
+
 Options = list[tuple[str, int]]
+
+
+def check_address(address: str) -> None:
+    """`ConfigError` unless it is host:port with a port that exists: gRPC takes 99999 as 34463 without a word."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and int(port) <= MAX_PORT):
+        raise ConfigError(f"{address} is not host:port with a port up to {MAX_PORT}")
 
 
 def _common(max_message_bytes: int) -> Options:

@@ -12,14 +12,12 @@ from grpc_reflection.v1alpha import reflection
 
 from dspark.errors import ConfigError
 from dspark.rpc.interceptor import ErrorInterceptor
-from dspark.rpc.options import MAX_MESSAGE_BYTES, server_options
+from dspark.rpc.options import MAX_MESSAGE_BYTES, check_address, server_options
 
 __all__ = ["Server", "Servicer", "serve"]
 
 Servicer = tuple[Callable[[Any, Any], None], Any, str]
 """(the generated `add_X_to_server`, the servicer, the service's full name such as "dspark.v1.Router")."""
-
-MAX_PORT = 65535
 
 
 class Server:
@@ -67,16 +65,11 @@ class Server:
         await self._server.wait_for_termination()
 
     def _bind(self) -> int:
-        port = self._address.rpartition(":")[2]
-        if not (port.isdecimal() and int(port) <= MAX_PORT):  # gRPC would take 99999 as 34463 without a word
-            raise ConfigError(f"cannot listen on {self._address}: it is not host:port with a port up to {MAX_PORT}")
-        return self._listen()
-
-    def _listen(self) -> int:
+        check_address(self._address)
         try:
             port = self._server.add_insecure_port(self._address)
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._address}: {error}") from error
+            raise ConfigError(f"cannot listen on {self._address}: in use, or not of this machine") from error
         if port == 0:
             raise ConfigError(f"cannot listen on {self._address}: the address is in use or not of this machine")
         return int(port)

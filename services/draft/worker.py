@@ -183,7 +183,7 @@ class DraftWorker:
         """
         asked_at = time.perf_counter()
         needs = {item.key: item.committed_len - 1 for item in items if self._attached(item.key)}
-        await self._inbox.wait(needs, min(max(wait_seconds, 0.0), _LONGEST_WAIT))
+        await self._inbox.wait(needs, max(0.0, min(_LONGEST_WAIT, wait_seconds)))
         refused = {index: error for index, item in enumerate(items) if (error := self._refusal(item)) is not None}
         waited = time.perf_counter() - asked_at
         result = await self._draft([item for index, item in enumerate(items) if index not in refused])

@@ -132,7 +132,12 @@ class RouterService(generation_pb2_grpc.RouterServicer):
         async with _until(_deadline(context)):
             model = await self._engine.catalog.resolve(request.model, wait=self._engine.policy.worker_wait)
             ids = await model.tokenizer.encode_async(request.text, special_tokens=not request.no_special_tokens)
-        return pb.TokenizeResponse(token_ids=ids, pieces=model.tokenizer.pieces(ids))
+        response = pb.TokenizeResponse(token_ids=ids, pieces=model.tokenizer.pieces(ids))
+        if response.ByteSize() > self._max_message_bytes:
+            raise InvalidRequest(
+                f"text: the answer has {response.ByteSize()} bytes, a message at most {self._max_message_bytes}"
+            )
+        return response
 
 
 # ---------------------------------------------------------------- calls

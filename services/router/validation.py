@@ -67,9 +67,9 @@ def check(
 def request_id_of(proto: pb.GenerateRequest, metadata: str) -> str:
     """The client's id from the message or the call's metadata, or a new one."""
     chosen = proto.request_id or metadata or uuid.uuid4().hex
-    if len(chosen) > MAX_REQUEST_ID or not chosen.isprintable():
+    if len(chosen) > MAX_REQUEST_ID or not (chosen.isascii() and chosen.isprintable()):
         raise InvalidRequest(
-            f"request_id: {len(chosen)} characters; at most {MAX_REQUEST_ID} printable ones are allowed"
+            f"request_id: {len(chosen)} characters; at most {MAX_REQUEST_ID} printable ASCII ones are allowed"
         )
     return chosen
 

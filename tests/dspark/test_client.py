@@ -168,3 +168,24 @@ def test_speculation_counts_add_up() -> None:
     assert total == Speculation(True, 5, 15, 13, 8, 1, (5, 3, 2), (3, 2, 2), "d")
     assert total.tau == pytest.approx(13 / 5)
     assert Speculation.total([]).tau == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "reason"),
+    [
+        ("hi", {"temprature": 1.0}, "unknown parameter 'temprature'"),
+        ("hi", {"request_id": "ü"}, "request_id"),
+        ("hi", {"request_id": "a\nb"}, "request_id"),
+        (b"hi", {}, "the prompt is bytes"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_before_it_is(prompt: Any, params: Any, reason: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match=reason):
+        request_of(prompt, params)
+
+
+def test_addresses_and_keys_are_checked() -> None:
+    with pytest.raises(errors.ConfigError, match="host:port"):
+        Client("127.0.0.1:99999")
+    with pytest.raises(errors.InvalidRequest, match="api_key"):
+        Client("127.0.0.1:1", api_key="schlüssel")

@@ -1,6 +1,7 @@
 """Encoding, chat templates, and decoding token by token, over every kind of decoder that models use."""
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -137,7 +138,8 @@ async def test_long_texts_are_encoded_off_the_event_loop() -> None:
     ids = await tokenizer.encode_async(text)
     ticking.cancel()
     assert len(ids) == len(text) + 1
-    assert len(ticks) > 3
+    longest = max(later - earlier for earlier, later in itertools.pairwise(ticks))
+    assert longest < 0.5 * (time.perf_counter() - ticks[0])
 
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}

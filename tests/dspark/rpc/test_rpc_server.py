@@ -263,5 +263,5 @@ async def test_pieces_travel_whole() -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:-1"])
 async def test_an_address_that_is_none_is_refused(address: str) -> None:
-    with pytest.raises(errors.ConfigError, match=r"cannot listen on .*: it is not host:port"):
+    with pytest.raises(errors.ConfigError, match="is not host:port"):
         await serve(address, []).__aenter__()
