@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from support import tiny
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a suite in the background: programs under test would ignore it too
+# In the background a suite ignores Ctrl-C, and the programs that it tests would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
