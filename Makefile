@@ -36,7 +36,7 @@ format: $(VENV)/.dev  ## rewrite to the project's format
 	$(BIN)/ruff format .
 
 proto: $(VENV)/.dev  ## regenerate dspark/v1 from proto/
-	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --grpc_python_out=. --mypy_out=quiet:. proto/dspark/v1/*.proto
+	$(BIN)/python -m grpc_tools.protoc --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy -Iproto --python_out=. --grpc_python_out=. --mypy_out=quiet:. proto/dspark/v1/*.proto
 
 overhead: $(VENV)/.run model  ## where a round's time goes, at 1 and 8 streams
 	$(BIN)/python -m benchmarks.overhead
