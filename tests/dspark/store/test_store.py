@@ -88,6 +88,7 @@ async def test_an_emptied_store_fills_again(store: str) -> None:
                 await client.flushall()
                 await directory.wait_for(lambda workers: not workers)
                 await directory.wait_for(lambda workers: len(workers) == 1)
+            assert [record.worker_id for record in directory.workers()] == [RECORD.worker_id]
 
 
 async def test_a_restarted_store_fills_again_and_the_last_reading_stays_meanwhile() -> None:
