@@ -1,11 +1,14 @@
-"""What worker programs share: settings to exit status, one readable line where one cannot start, and OpenMP's waiting.
+"""What worker programs share: exit status and one readable line, signals, their address, and OpenMP's waiting.
 
 Torch-free, since OpenMP's settings are read as torch loads.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import socket
 import sys
 from collections.abc import Callable
 
@@ -14,7 +17,7 @@ from pydantic_settings import SettingsError
 
 from dspark.errors import StartupError
 
-__all__ = ["run", "wait_briefly"]
+__all__ = ["address_of", "run", "stop_signal", "wait_briefly"]
 
 # Draft and verify workers often share cores. Threads that spin for long while they wait for their team keep the other
 # process off the core for a scheduler quantum at every parallel region; threads that sleep at once pay a wake-up at
@@ -40,3 +43,19 @@ def run(name: str, work: Callable[[], None]) -> int:
         return 0
     sys.stderr.write(f"{name}: {reason}\n")
     return 1
+
+
+def stop_signal() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT; for a running event loop."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+def address_of(listen: str, advertise: str | None, port: int) -> str:
+    """Where others reach a program: a listening address of all interfaces is nobody's address."""
+    host = listen.rpartition(":")[0]
+    if host in ("0.0.0.0", "[::]", ""):  # noqa: S104 - recognised, not bound
+        host = socket.gethostname()
+    return f"{advertise or host}:{port}"

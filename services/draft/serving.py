@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import structlog
 import torch
 from prometheus_client import CollectorRegistry
 
-from dspark.errors import ConfigError
+from dspark import program
+from dspark.devices import pick_device, usage_of
 from dspark.kernels import select_kernels
 from dspark.messages import AttachSequence, DrafterInfo, ProposeItem, Sampling, SequenceKey
 from dspark.models.drafters import DSparkDrafter, load_drafter
 from dspark.models.pull import resolve_model
 from dspark.rpc.server import Servicer, serve
 from dspark.sampling import DraftChooser
-from dspark.store import Directory, Heartbeat, Usage, WorkerRecord, check_store, cpu_usage, gpu_usage
+from dspark.store import Directory, Heartbeat, WorkerRecord, check_store
 from dspark.telemetry import start_metrics_server
 from dspark.v1.draft_pb2_grpc import add_DraftServicer_to_server
 from services.draft.engine import DraftEngine
@@ -37,7 +36,7 @@ _log = structlog.get_logger(__name__)
 async def serve_until_told(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. `StartupError` where it cannot start."""
     check_store(settings.store)  # before the long part
-    stop = _stop_signal()
+    stop = program.stop_signal()
     engine, offer = prepare(settings)
     metrics = DraftMetrics(CollectorRegistry())
     with start_metrics_server(settings.metrics_port, host=settings.metrics_host, registry=metrics.registry) as shown:
@@ -60,7 +59,7 @@ async def _serve(
     service = DraftService(worker, worker_id=settings.worker_id, drafter=drafter)
     servicer: Servicer = (add_DraftServicer_to_server, service, "dspark.v1.Draft")
     async with serve(settings.listen, [servicer]) as server:
-        address = _address(settings, server.port)
+        address = program.address_of(settings.listen, settings.advertise, server.port)
 
         def record() -> WorkerRecord:
             return WorkerRecord(
@@ -72,7 +71,7 @@ async def _serve(
                 load=worker.load(),
             )
 
-        with Heartbeat(settings.store, record, usage=_usage(settings)) as beat:
+        with Heartbeat(settings.store, record, usage=usage_of(pick_device(settings.device))) as beat:
             _log.info("ready", address=address, metrics_port=metrics_port, drafter=drafter.name)
             await stop.wait()
             _log.info("draining", sequences=worker.load().running, seconds=settings.drain_seconds)
@@ -89,13 +88,6 @@ def _verifiers(directory: Directory, offer: TapOffer) -> Iterator[str]:
             yield record.address
 
 
-def _stop_signal() -> asyncio.Event:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop
-
-
 # ------------------------------------------------------------ parts
 
 
@@ -104,7 +96,7 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
     began = time.perf_counter()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = _device(settings.device)
+    device = pick_device(settings.device)
     target = resolve_model(settings.target) if settings.target else None
     drafter = load_drafter(settings.drafter, target_path=target, dtype=getattr(torch, settings.dtype), device=device)
     offer = TapOffer.of(drafter, settings.drafter)
@@ -135,28 +127,3 @@ def _warm_up(engine: DraftEngine, feature_size: int) -> None:
     for count in (1, 2):
         engine.propose([ProposeItem(key, 5, 0, 1024) for key in keys[:count]])
     engine.detach(keys)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r}: {error}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r}: this torch sees no GPU")
-    return device
-
-
-def _usage(settings: Settings) -> Callable[[], Usage]:
-    device = _device(settings.device)
-    return gpu_usage(device.index or 0) if device.type == "cuda" else cpu_usage()
-
-
-def _address(settings: Settings, port: int) -> str:
-    """Where others reach us: a listening address of all interfaces is nobody's address."""
-    host = settings.listen.rpartition(":")[0]
-    if host in ("0.0.0.0", "[::]", ""):  # noqa: S104 - recognised, not bound
-        host = socket.gethostname()
-    return f"{settings.advertise or host}:{port}"

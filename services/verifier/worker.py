@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
-import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +14,15 @@ import structlog
 import torch
 from prometheus_client import CollectorRegistry
 
-from dspark.errors import ConfigError, InternalError
+from dspark import program
+from dspark.devices import pick_device, usage_of
+from dspark.errors import InternalError
 from dspark.kernels import select_kernels
 from dspark.models.fingerprint import numerics_fingerprint
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import load_target
 from dspark.rpc.server import Servicer, serve
-from dspark.store import Heartbeat, Usage, WorkerRecord, cpu_usage, gpu_usage
+from dspark.store import Heartbeat, WorkerRecord
 from dspark.telemetry import start_metrics_server
 from dspark.v1.verifier_pb2_grpc import add_VerifierServicer_to_server
 from services.verifier.engine import EngineSettings, VerifyEngine
@@ -40,7 +40,7 @@ _log = structlog.get_logger(__name__)
 
 async def serve_until_told(settings: Settings, path: Path) -> None:
     """Serve the model at `path` until SIGTERM or SIGINT, then drain. `StartupError` where it cannot start."""
-    stop = _stop_signal()
+    stop = program.stop_signal()
     engine, files = prepare(settings, path)
     with contextlib.ExitStack() as stack:
         thread = stack.enter_context(EngineThread(engine, on_end=_from_another_thread(stop.set)))
@@ -57,20 +57,14 @@ async def serve_until_told(settings: Settings, path: Path) -> None:
         )
         servicer: Servicer = (add_VerifierServicer_to_server, service, "dspark.v1.Verifier")
         async with serve(settings.listen, [servicer]) as server:
-            record = _record(settings, thread, _address(settings, server.port), metrics.port)
-            with Heartbeat(settings.store, record, usage=_usage(settings)) as beat:
-                _log.info("ready", address=record().address, metrics_port=metrics.port, model=engine.info.name)
+            address = program.address_of(settings.listen, settings.advertise, server.port)
+            record = _record(settings, thread, address, metrics.port)
+            with Heartbeat(settings.store, record, usage=usage_of(pick_device(settings.device))) as beat:
+                _log.info("ready", address=address, metrics_port=metrics.port, model=engine.info.name)
                 await stop.wait()
                 if thread.failed:
                     raise InternalError("the engine's thread has ended")
                 await _drain(thread, beat, settings.drain_seconds)
-
-
-def _stop_signal() -> asyncio.Event:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop
 
 
 def _from_another_thread(function: Callable[[], None]) -> Callable[[], None]:
@@ -100,7 +94,7 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     began = time.perf_counter()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = _device(settings.device)
+    device = pick_device(settings.device)
     dtype = getattr(torch, settings.dtype)
     kernels = select_kernels(settings.kernels, device)
     model = load_target(path, dtype=dtype, device=device, kernels=kernels)
@@ -137,18 +131,6 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     return engine, tokenizer_files(path, info)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r}: {error}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r}: this torch sees no GPU")
-    return device
-
-
 def _processor() -> str:
     """The kind of CPU: its instructions and caches decide how oneDNN cuts a product, so how it rounds.
 
@@ -161,19 +143,6 @@ def _processor() -> str:
             facts[name.strip()] = value.strip()
     names = ("vendor_id", "model name", "cpu family", "model")
     return " ".join(facts[name] for name in names if name in facts) or platform.processor()
-
-
-def _usage(settings: Settings) -> Callable[[], Usage]:
-    device = _device(settings.device)
-    return gpu_usage(device.index or 0) if device.type == "cuda" else cpu_usage()
-
-
-def _address(settings: Settings, port: int) -> str:
-    """Where others reach us: a listening address of all interfaces is nobody's address."""
-    host = settings.listen.rpartition(":")[0]
-    if host in ("0.0.0.0", "[::]", ""):  # noqa: S104 - recognised, not bound
-        host = socket.gethostname()
-    return f"{settings.advertise or host}:{port}"
 
 
 def _record(settings: Settings, thread: EngineThread, address: str, metrics_port: int) -> Callable[[], WorkerRecord]:
