@@ -39,19 +39,24 @@ _POLL_SECONDS = 0.05
 
 
 def find_drafter(drafter: str | Path, model: str | Path) -> Path | None:
-    """The checkpoint directory that `drafter` means: a path, "none", or "default" for the one that comes with a model.
+    """What `drafter` means to a draft worker: a checkpoint directory, or "ngram" for prompt lookup.
 
-    None for "none", and where no drafter comes with the model. `ConfigError` where the path has no config.json.
+    "default" is the checkpoint that comes with the model. None for "none", and where no drafter comes with the model.
+    `ConfigError` where a path has no config.json.
     """
     if str(drafter) == "none":
         return None
+    if str(drafter) == "ngram":
+        return Path("ngram")
     if str(drafter) == "default":
         name = f"{Path(model).name}-dspark"
         package = Path(dspark.__file__).parent
         places = (package / "checkpoints" / name, package.parent / "checkpoints" / name)
         return next((place for place in places if (place / "config.json").is_file()), None)
     if not (Path(drafter) / "config.json").is_file():
-        raise ConfigError(f"drafter {str(drafter)!r} is no directory with a config.json, nor 'default' or 'none'")
+        raise ConfigError(
+            f"drafter {str(drafter)!r} is no directory with a config.json, nor 'default', 'ngram' or 'none'"
+        )
     return Path(drafter)
 
 
@@ -60,7 +65,8 @@ class Cluster:
 
     Args:
         model: a name that `dspark models` knows, or a directory or GGUF file.
-        drafter: a checkpoint directory; "default": the one that comes with the model, if any; "none": plain decoding.
+        drafter: a checkpoint directory; "default": the one that comes with the model, if any; "ngram": prompt lookup;
+            "none": plain decoding.
         draft: draft workers to start with; verify: verify workers.
         store: URL of a running store; None starts one of our own.
         listen: where the router listens; port 0 picks a free one, see `address`.
@@ -128,7 +134,7 @@ class Cluster:
 
     @property
     def drafter(self) -> Path | None:
-        """The drafter's directory; None: plain decoding."""
+        """The drafter's directory, or "ngram"; None: plain decoding."""
         return self._drafter_path
 
     @property

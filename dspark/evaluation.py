@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from dspark.client import Client
 from dspark.errors import ConfigError, Overloaded
-from dspark.events import Completion, Speculation
+from dspark.events import Completion, Delta, Event, Speculation, completion_of
 from dspark.messages import Mode
-from dspark.params import GenerateParams
+from dspark.params import GenerateParams, Prompt
 
 __all__ = ["Evaluation", "Settings", "Template", "evaluate", "read_prompts"]
 
@@ -50,10 +50,15 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What came of it. `completions` are in the order of the prompts; `seconds` is the wall clock of all."""
+    """What came of it.
+
+    `completions` are in the order of the prompts, as are `chunks`: how many tokens each event of a stream brought.
+    `seconds` is the wall clock of all.
+    """
 
     completions: tuple[Completion, ...]
     seconds: float
+    chunks: tuple[tuple[int, ...], ...] = ()
 
     @property
     def counts(self) -> Speculation:
@@ -96,6 +101,15 @@ class Evaluation:
             "tokens_per_second_per_stream": self.tokens_per_second_per_stream,
         }
 
+    def gains(self, index: int) -> tuple[int, ...] | None:
+        """Tokens that each round of a prompt brought, cut where its text ends; None where they cannot be told.
+
+        A router sends the prompt step's token and then a round an event, unless its client reads so slowly that it has
+        to join some, or the stream has moved to another worker: then there is not one event a round.
+        """
+        chunks = self.chunks[index]
+        return chunks[1:] if len(chunks) == self.completions[index].speculation.rounds + 1 else None
+
     def equal_to(self, reference: Evaluation) -> list[bool]:
         """For each prompt, whether both gave the same token ids."""
         pairs = zip(self.completions, reference.completions, strict=True)
@@ -129,7 +143,7 @@ def _wrapped(prompt: str, template: Template) -> str:
 
 
 async def evaluate(
-    client: Client, prompts: Sequence[str], settings: Settings, *, progress: Callable[[int], None] = lambda _: None
+    client: Client, prompts: Sequence[Prompt], settings: Settings, *, progress: Callable[[int], None] = lambda _: None
 ) -> Evaluation:
     """Runs every prompt, at most `settings.concurrency` at a time; `progress` hears of each one that is done.
 
@@ -137,26 +151,33 @@ async def evaluate(
     """
     slots = asyncio.Semaphore(settings.concurrency)
 
-    async def run(index: int) -> Completion:
+    async def run(index: int) -> list[Event]:
         async with slots:
-            completion = await _complete(client, prompts[index], settings.params(index))
+            events = await _stream(client, prompts[index], settings.params(index))
         progress(index)
-        return completion
+        return events
 
     started = time.monotonic()
     tasks = [asyncio.create_task(run(index)) for index in range(len(prompts))]
     try:
-        completions = await asyncio.gather(*tasks)
+        streams = await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
-    return Evaluation(tuple(completions), time.monotonic() - started)
+    seconds = time.monotonic() - started
+    chunks = (tuple(len(event.token_ids) for event in events if isinstance(event, Delta)) for events in streams)
+    return Evaluation(tuple(map(completion_of, streams)), seconds, tuple(chunks))
 
 
-async def _complete(client: Client, prompt: str, params: GenerateParams) -> Completion:
+async def _stream(client: Client, prompt: Prompt, params: GenerateParams) -> list[Event]:
     for _ in range(_MAX_RETRIES):
         try:
-            return await client.complete(prompt, **params)
+            return await _events(client, prompt, params)
         except Overloaded as error:
             await asyncio.sleep(error.retry_after)
-    return await client.complete(prompt, **params)
+    return await _events(client, prompt, params)
+
+
+async def _events(client: Client, prompt: Prompt, params: GenerateParams) -> list[Event]:
+    async with client.generate(prompt, **params) as stream:
+        return [event async for event in stream]

@@ -257,10 +257,15 @@ class ProposeResult:
 
 @dataclass(frozen=True, slots=True)
 class FeatureBlock:
-    """Features of positions start … start + count - 1: bfloat16 little-endian bytes, shape (count, feature_size)."""
+    """Features of positions start … start + count - 1: bfloat16 little-endian bytes, shape (count, feature_size).
+
+    `token_ids` are the committed ids of positions start + 1 … start + count, the one behind each feature; the last may
+    be the anchor. Without a tap there are only they, and `data` is empty.
+    """
 
     key: SequenceKey
     start: int
     count: int
     data: bytes = field(repr=False, default=b"")
     error: DSparkError | None = None
+    token_ids: tuple[int, ...] = ()

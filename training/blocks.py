@@ -1,4 +1,4 @@
-"""From a batch of sequences to the rows of a loss: anchors, labels, the target's distributions.
+"""From a batch of texts to the rows of a loss: anchors, labels, the target's distributions.
 
 A block anchored at position a predicts tokens a+1 … a+n; the target's distribution for token a+k is read from its final
 hidden state at position a+k-1. Leaves the loss itself to `training.losses`.
@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dspark.models.drafters import DSparkDrafter
-from training.features import Batch
+from dspark.models.drafters import Drafter
+from training.states import Batch
+
+__all__ = ["BlockRows", "block_rows", "sample_anchors"]
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRows:
     """Predictions of s·a blocks of n tokens, each tensor (s, a, n, …).
 
-    `logits` over the draft vocabulary, `confidence` logits, `target` probabilities over the draft vocabulary, `labels`
-    draft-vocabulary indices or -1, `valid` whether the row predicts a token of the sequence.
+    `logits` over the draft vocabulary, `confidence` logits where the drafter has any, `target` probabilities over the
+    draft vocabulary, `labels` draft-vocabulary indices or -1, `valid` whether the row predicts a token of the text.
     """
 
     logits: Tensor
-    confidence: Tensor
+    confidence: Tensor | None
     target: Tensor
     labels: Tensor
     valid: Tensor
@@ -34,32 +36,24 @@ class BlockRows:
 def sample_anchors(batch: Batch, count: int, generator: torch.Generator) -> Tensor:
     """(s, count) anchor positions, uniform over the response but its last token."""
     first, last = batch.prompt_lengths[:, None], batch.lengths[:, None] - 1
-    uniform = torch.rand(len(batch.lengths), count, generator=generator)
-    return (first + (uniform * (last - first)).long()).clamp(max=batch.lengths[:, None] - 2)
+    uniform = torch.rand(len(batch.lengths), count, generator=generator).to(first.device)
+    return (first + (uniform * (last - first)).long()).minimum(batch.lengths[:, None] - 2)
 
 
-def every_anchor(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Each response position but the last, (s, a), and whether it is one (the rest is padding)."""
-    count = int((batch.lengths - 1 - batch.prompt_lengths).max())
-    anchors = batch.prompt_lengths[:, None] + torch.arange(count)
-    return torch.minimum(anchors, batch.lengths[:, None] - 2), anchors < batch.lengths[:, None] - 1
-
-
-def block_rows(drafter: DSparkDrafter, batch: Batch, anchors: Tensor) -> BlockRows:
-    """Run the drafter on blocks at `anchors` (s, a), each fed the sequence's own tokens."""
-    (s, a), n = anchors.shape, drafter.config.block_size
+def block_rows(drafter: Drafter, batch: Batch, anchors: Tensor) -> BlockRows:
+    """Run the drafter on blocks at `anchors` (s, a), each fed the text's own tokens."""
     hidden = drafter.training_hidden(batch.captured, batch.token_ids, anchors)
-    before = anchors[..., None] + torch.arange(n)  # positions of x_{k-1}, and of the hidden state that predicts x_k
+    s, a, n, _ = hidden.shape
+    # Positions of x_{k-1}, and of the hidden state that predicts x_k.
+    before = anchors[..., None] + torch.arange(n, device=anchors.device)
     valid = before + 1 < batch.lengths[:, None, None]
     before = torch.minimum(before, batch.lengths[:, None, None] - 2)
-    previous = _pick(batch.token_ids, before).view(s * a, n)
-    latents = drafter.head.unroll(previous, hidden.view(s * a, n, -1)).view(s, a, n, -1)
-    logits = drafter.base_logits(hidden) + drafter.head.markov_w2(latents)
-    assert drafter.confidence_head is not None
-    confidence = drafter.confidence_head(hidden, drafter.head.previous(previous).view(s, a, n, -1))
+    previous, flat = _pick(batch.token_ids, before).view(s * a, n), hidden.reshape(s * a, n, -1)
+    logits, bias = drafter.base_logits(hidden), drafter.sequential_logits(previous, flat)
+    confidence = drafter.confidences(previous, flat)
     return BlockRows(
-        logits=logits,
-        confidence=confidence,
+        logits=logits if bias is None else logits + bias.view(logits.shape),
+        confidence=None if confidence is None else confidence.view(s, a, n),
         target=_target_probabilities(drafter, batch, before),
         labels=_labels(drafter, _pick(batch.token_ids, before + 1)),
         valid=valid,
@@ -71,19 +65,18 @@ def _pick(rows: Tensor, positions: Tensor) -> Tensor:
     return rows.gather(1, positions.flatten(1)).view(positions.shape)
 
 
-def _labels(drafter: DSparkDrafter, tokens: Tensor) -> Tensor:
-    rows = drafter.head.rows
-    if rows is None:
+def _labels(drafter: Drafter, tokens: Tensor) -> Tensor:
+    if drafter.rows is None:
         return tokens
-    labels = rows[tokens]
+    labels = drafter.rows[tokens]
     return torch.where(labels < drafter.config.draft_vocab_size, labels, -1)
 
 
 @torch.no_grad()
-def _target_probabilities(drafter: DSparkDrafter, batch: Batch, positions: Tensor) -> Tensor:
+def _target_probabilities(drafter: Drafter, batch: Batch, positions: Tensor) -> Tensor:
     """p_t over the draft vocabulary at positions (s, a, n), computed once a position however many blocks need it."""
     t = batch.token_ids.shape[1]
-    flat = (positions + t * torch.arange(len(positions))[:, None, None]).flatten()
+    flat = (positions + t * torch.arange(len(positions), device=positions.device)[:, None, None]).flatten()
     unique, inverse = torch.unique(flat, return_inverse=True)
     logits = functional.linear(batch.hidden.flatten(0, 1)[unique], drafter.head_weight.to(batch.hidden.dtype))
     logits = logits.float() - batch.logz.flatten()[unique][:, None]

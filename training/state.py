@@ -6,17 +6,19 @@ all of the random state there is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dspark.models.drafters import DSparkDrafter
-from training.features import Standardisation
+from dspark.errors import ConfigError
+from dspark.models.drafters import Drafter
+from training.initialise import Standardisation
 
 SETUP_FILE = "setup.safetensors"
 STATE_FILE = "state.safetensors"
@@ -42,7 +44,7 @@ def load_setup(run: Path) -> tuple[Tensor, Standardisation]:
     return tensors["d2t"], Standardisation(tensors["mean"], tensors["deviation"])
 
 
-def save_state(run: Path, drafter: DSparkDrafter, optimizer: torch.optim.AdamW, progress: Progress) -> None:
+def save_state(run: Path, drafter: Drafter, optimizer: torch.optim.AdamW, progress: Progress) -> None:
     """Everything that `load_state` needs to go on as if never stopped."""
     tensors = {}
     for name, parameter in drafter.named_parameters():
@@ -54,7 +56,7 @@ def save_state(run: Path, drafter: DSparkDrafter, optimizer: torch.optim.AdamW, 
     _write(run / STATE_FILE, tensors, {"progress": json.dumps(facts)})
 
 
-def load_state(run: Path, drafter: DSparkDrafter, optimizer: torch.optim.AdamW) -> Progress:
+def load_state(run: Path, drafter: Drafter, optimizer: torch.optim.AdamW) -> Progress:
     """Fill drafter and optimiser from a run's state; a fresh Progress where it has none."""
     path = run / STATE_FILE
     if not path.exists():
@@ -75,5 +77,10 @@ def load_state(run: Path, drafter: DSparkDrafter, optimizer: torch.optim.AdamW) 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise ConfigError(f"cannot write {path}: {error}") from error

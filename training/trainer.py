@@ -1,45 +1,60 @@
-"""Trains a DSpark drafter on captured target states (DSpark §3.3), in one process or several that average gradients.
+"""Trains a drafter of any architecture (DSpark §3.3), in one process or several that average gradients.
 
-Single-threaded processes share cores better than threads of one: a thread that waits for its turn holds up every
-parallel region, a process only the end of a step. Leaves data to `training.features` and the start to
-`training.initialise`.
+A step's texts and anchors follow from the seed and the step alone, and are shared out over the processes: however many
+there are, they take the same steps. Leaves states to `training.states` and the start to `training.initialise`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, distributed
 
-from dspark.models.drafters import DSparkDrafter
+from dspark.errors import ConfigError
+from dspark.models.drafters import Drafter
 from training.blocks import block_rows, sample_anchors
-from training.features import Batch, Sequences, gather
-from training.losses import LossParts, block_loss, position_weights
+from training.initialise import Standardisation
+from training.losses import EAGER, block_loss, compiled, position_weights
 from training.state import Progress
+from training.states import Batch, TargetStates
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """How to train. The run is over after `steps`, or after `seconds` of training where that is given.
+    """How to train: `blocks` in all, `sequences` · `anchors` of them a step, `accumulate` parts a step one by one.
 
-    A step takes `sequences` sequences in each process and `anchors` blocks in each of them.
+    Small steps learn more from as many blocks: after 33,000 blocks of seven tokens, 128 a step gave 1.51 tokens a round
+    on held-out texts and 256 a step 1.37, everything else equal.
     """
 
-    steps: int = 4000
-    seconds: float | None = None
+    blocks: int = 300_000
     sequences: int = 4
-    anchors: int = 32
+    anchors: int = 16
+    accumulate: int = 1
     learning_rate: float = 2e-3
     warmup: float = 0.04
     clip: float = 1.0
     decay: float = 4.0
     weight_decay: float = 0.01
     seed: int = 0
+    compile: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return max(1, self.blocks // (self.sequences * self.anchors))
+
+    def check(self, world: int) -> None:
+        """`ConfigError` unless a step's texts divide into `world` processes and their parts."""
+        if self.sequences % (world * self.accumulate):
+            raise ConfigError(
+                f"{self.sequences} sequences a step do not divide into {world} processes x {self.accumulate} parts"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +81,9 @@ class Exchange(Protocol):
     def mean_(self, vector: Tensor) -> None:
         """Replace `vector` by its mean over processes."""
 
+    def meet(self) -> None:
+        """Wait until every process is here."""
+
 
 class Alone:
     """One process."""
@@ -76,8 +94,11 @@ class Alone:
     def mean_(self, vector: Tensor) -> None:
         """Nothing to do."""
 
+    def meet(self) -> None:
+        """Nobody to wait for."""
 
-class Gloo:
+
+class Joined:
     """Processes joined by torch.distributed."""
 
     def __init__(self) -> None:
@@ -88,20 +109,25 @@ class Gloo:
         distributed.all_reduce(vector)
         vector.div_(self.world)
 
+    def meet(self) -> None:
+        """Wait for the others."""
+        distributed.barrier()
+
 
 class Trainer:
-    """One process's part of a training run."""
+    """One process's part of a training run over the texts at `rows`."""
 
     def __init__(
         self,
-        drafter: DSparkDrafter,
-        sequences: Sequences,
+        drafter: Drafter,
+        states: TargetStates,
+        rows: Sequence[int],
+        standardisation: Standardisation,
         settings: TrainSettings,
         *,
         exchange: Exchange | None = None,
     ) -> None:
         self.drafter = drafter
-        self.sequences = sequences
         self.settings = settings
         self.exchange: Exchange = exchange or Alone()
         self.parameters = [p for p in drafter.parameters() if p.requires_grad]
@@ -113,60 +139,68 @@ class Trainer:
             fused=True,
         )
         self.progress = Progress()
-        self._weights = position_weights(drafter.config.block_size, settings.decay)
+        self.states = states
+        self._rows = rows
+        self.standardisation = standardisation
+        self._weights = position_weights(drafter.config.block_size, settings.decay, device=drafter.embed_weight.device)
+        self._arithmetic = compiled() if settings.compile else EAGER
 
     @property
-    def fraction(self) -> float:
-        """How much of the run is done, 0 … 1."""
-        if self.settings.seconds is not None:
-            return min(1.0, self.progress.seconds / self.settings.seconds)
-        return min(1.0, self.progress.step / self.settings.steps)
-
-    def run(self, report: Callable[[StepReport], None]) -> None:
-        """Steps until the run is over; `report` after each."""
-        while self.fraction < 1:
-            report(self.step())
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.progress.step >= self.settings.steps
 
     def step(self) -> StepReport:
-        """One optimiser step. Processes agree on the time too, so that all have the same learning rate."""
+        """One optimiser step. `ConfigError` where the loss is no number any more; nothing was updated then."""
         started = time.monotonic()
-        rate = learning_rate(self.settings, self.fraction)
-        batch, anchors = self._draw()
-        parts = self._backward(batch, anchors)
-        figures = torch.stack([parts.total.detach(), parts.cross_entropy, parts.distance, parts.confidence])
-        shared = torch.cat([figures, self._by_position(parts), torch.zeros(1)])
-        norm = self._update(rate)
-        shared[-1] = time.monotonic() - started
+        rate = learning_rate(self.settings, self.progress.step / self.settings.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = [self._backward(*drawn) for drawn in self._draw()]
+        shared = torch.stack(parts).mean(0)
         self.exchange.mean_(shared)
+        loss, cross_entropy, distance, confidence, *acceptance = shared.tolist()
+        if not math.isfinite(loss):
+            raise ConfigError(
+                f"the loss is {loss} at step {self.progress.step + 1}; begin again with a lower learning rate"
+            )
+        norm = self._update(rate)
         self.progress.step += 1
-        self.progress.seconds += float(shared[-1])
-        loss, cross_entropy, distance, confidence, *acceptance = shared[:-1].tolist()
+        self.progress.seconds += time.monotonic() - started
         return StepReport(
             self.progress.step, self.progress.seconds, rate, loss, cross_entropy, distance, confidence, norm, acceptance
         )
 
-    def _draw(self) -> tuple[Batch, Tensor]:
-        """Sequences and anchors of this step and process, from the seed alone."""
-        seed = (self.settings.seed << 40) + self.progress.step * self.exchange.world + self.exchange.rank
-        generator = torch.Generator().manual_seed(seed)
-        rows = torch.randint(len(self.sequences), (self.settings.sequences,), generator=generator)
-        batch = gather(self.sequences, rows)
-        return batch, sample_anchors(batch, self.settings.anchors, generator)
+    def _draw(self) -> Iterator[tuple[Batch, Tensor]]:
+        """This process's texts and anchors of this step, in `accumulate` parts."""
+        settings, world = self.settings, self.exchange.world
+        generator = torch.Generator().manual_seed((settings.seed << 40) + self.progress.step)
+        chosen = torch.randint(len(self._rows), (settings.sequences,), generator=generator).tolist()
+        seeds = torch.randint(1 << 62, (settings.sequences,), generator=generator).tolist()
+        mine = range(self.exchange.rank, settings.sequences, world)
+        size = settings.sequences // (world * settings.accumulate)
+        for first in range(0, len(mine), size):
+            part = mine[first : first + size]
+            batch = self.states.batch([self._rows[chosen[n]] for n in part])
+            self.standardisation.apply_(batch.captured)
+            # Anchors are drawn text by text, so that they do not depend on how the texts are shared out.
+            yield batch, _anchors(batch, settings.anchors, [seeds[n] for n in part])
 
-    def _backward(self, batch: Batch, anchors: Tensor) -> LossParts:
-        with torch.autocast("cpu", torch.bfloat16):
+    def _backward(self, batch: Batch, anchors: Tensor) -> Tensor:
+        """Add this part's gradients; its figures: loss, CE, L1, BCE, acceptance by position."""
+        with torch.autocast(anchors.device.type, torch.bfloat16):
             rows = block_rows(self.drafter, batch, anchors)
-        weights = rows.valid * self._weights
+        n = rows.valid.shape[-1]
         parts = block_loss(
-            rows.logits.flatten(0, 2), rows.confidence.flatten(), rows.target.flatten(0, 2), rows.labels.flatten(),
-            weights.flatten(),
-        )  # fmt: skip
-        self.optimizer.zero_grad(set_to_none=True)
-        parts.total.backward()  # type: ignore[no-untyped-call]
-        return parts
-
-    def _by_position(self, parts: LossParts) -> Tensor:
-        return parts.acceptance.view(-1, self.drafter.config.block_size).mean(0)
+            rows.logits.flatten(0, 2),
+            None if rows.confidence is None else rows.confidence.flatten(),
+            rows.target.flatten(0, 2),
+            rows.labels.flatten(),
+            (rows.valid * self._weights[:n]).flatten(),
+            self._arithmetic,
+        )
+        (parts.total / self.settings.accumulate).backward()  # type: ignore[no-untyped-call]
+        figures = torch.stack([parts.total.detach(), parts.cross_entropy, parts.distance, parts.confidence])
+        return torch.cat([figures, parts.acceptance.view(-1, n).mean(0)])
 
     def _update(self, rate: float) -> float:
         """Average the gradients over processes, clip, step; the norm before clipping."""
@@ -182,6 +216,11 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         return float(norm)
+
+
+def _anchors(batch: Batch, count: int, seeds: Sequence[int]) -> Tensor:
+    drawn = [sample_anchors(batch, count, torch.Generator().manual_seed(seed))[row] for row, seed in enumerate(seeds)]
+    return torch.stack(drawn)
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ _COMMANDS = {
     "evaluate": "dspark.cli.evaluate",
     "propose": "dspark.cli.propose",
     "models": "dspark.cli.models",
+    "train": "dspark.cli.train",
+    "calibrate": "dspark.cli.calibrate",
 }
 
 

@@ -40,7 +40,10 @@ Model = Annotated[
 ]
 Drafter = Annotated[
     str,
-    typer.Option(help="A drafter's directory, `default` for the one that comes with the model, or `none`."),
+    typer.Option(
+        help="A drafter's directory, `default` for the one that comes with the model, `ngram` for prompt lookup, "
+        "or `none`."
+    ),
 ]
 Draft = Annotated[int, typer.Option(min=0, help="Draft workers of a cluster of one's own.")]
 Verify = Annotated[int, typer.Option(min=1, help="Verify workers of a cluster of one's own.")]

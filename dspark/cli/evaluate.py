@@ -15,11 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dspark.cli import common
+from dspark.cli.offline import check_same_model, compare_rounds, open_drafter, open_target
+from dspark.client import Client
 from dspark.cluster import DEFAULT_MODEL
 from dspark.errors import ConfigError
 from dspark.evaluation import Evaluation, Settings, evaluate, read_prompts
 from dspark.events import ServerInfo
-from dspark.messages import Mode
+from dspark.messages import Mode, ModelInfo
 
 app = typer.Typer(add_completion=False)
 
@@ -35,6 +37,11 @@ class CompareWith(StrEnum):
     """What outputs are compared with."""
 
     reference = "reference"
+    offline = "offline"
+
+
+AGREEMENT = 0.99
+"""Least share of rounds that agree with offline ones."""
 
 
 @app.command("evaluate")
@@ -49,7 +56,10 @@ def command(
     template: Annotated[TemplateName, typer.Option(help="qa: `Question: …\\nAnswer:`.")] = TemplateName.none,
     compare: Annotated[
         CompareWith | None,
-        typer.Option(help="Compare token for token with plain decoding in a fresh process."),
+        typer.Option(
+            help="reference: tokens with those of plain decoding in a fresh process. offline: the accepted length of "
+            "each round with the one that `dspark train report` would count."
+        ),
     ] = None,
     no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode without the drafter.")] = False,
     router: common.Router = None,
@@ -65,19 +75,24 @@ def command(
     """Run a file of prompts through a cluster and report acceptance, speed and exactness.
 
     The reference of `--compare` is the same engine in a fresh process: one request at a time, one token a step, no
-    prefix cache, no drafter. With `--router` it needs the model that is served there, as `--model`.
+    prefix cache, no drafter. `--compare offline` fails where less than 99 % of the rounds agree. With `--router` both
+    need the model that is served there, as `--model`, and `offline` its drafter, as `--drafter`.
     """
     cluster = common.ClusterSettings(router, model, drafter, draft, verify, verify_length, dtype, log_dir)
     settings = Settings(max_tokens, temperature, seed, Mode(mode.value), not no_speculation, concurrency)
     if compare is not None and temperature > 0 and settings.mode is not Mode.COUPLED:
         raise typer.BadParameter("rejection mode draws anew with every run: compare at --temperature 0 or coupled")
+    if compare is CompareWith.offline and no_speculation:
+        raise typer.BadParameter("--compare offline compares drafts: leave --no-speculation out")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"--json {json_file}: there is no directory {json_file.absolute().parent}")
     texts = read_prompts(prompts, limit=limit, template=template.value)
-    report = common.run(_evaluate(cluster, texts, settings, compare=compare is not None))
+    report = common.run(_evaluate(cluster, texts, settings, compare))
     common.results.print(_table(report))
     if json_file is not None:
         _write(json_file, report)
+    if compare is CompareWith.offline and report["offline"]["share"] < AGREEMENT:
+        raise typer.Exit(1)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
@@ -88,16 +103,36 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 
 async def _evaluate(
-    cluster: common.ClusterSettings, prompts: Sequence[str], settings: Settings, *, compare: bool
+    cluster: common.ClusterSettings, prompts: Sequence[str], settings: Settings, compare: CompareWith | None
 ) -> dict[str, Any]:
     async with common.open_client(cluster) as client:
         with _progress("evaluating", len(prompts)) as progress:
             result = await evaluate(client, prompts, settings, progress=progress)
         info = await client.describe()
+        ids = await _tokenized(client, prompts) if compare is CompareWith.offline else []
     report = _report(result, settings, info)
-    if compare:
+    if compare is CompareWith.reference:
         report |= _compared(result, await _reference(cluster, prompts, settings, info), prompts)
+    if compare is CompareWith.offline:
+        report["offline"] = _offline(cluster, ids, settings, info, result)
     return report
+
+
+async def _tokenized(client: Client, prompts: Sequence[str]) -> list[list[int]]:
+    return [[token.id for token in await client.tokenize(prompt)] for prompt in prompts]
+
+
+def _offline(
+    cluster: common.ClusterSettings,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    served: ServerInfo,
+    result: Evaluation,
+) -> dict[str, Any]:
+    """Once the cluster has gone, so that neither slows the other."""
+    target, path = open_target(cluster.model, dtype=cluster.dtype)
+    _check_same_model(served.model, target.info)
+    return compare_rounds(result, prompts, settings, served, target, open_drafter(cluster.drafter, path, target))
 
 
 async def _reference(
@@ -109,22 +144,16 @@ async def _reference(
     )
     alone = replace(settings, speculation=False, concurrency=1)
     async with common.open_client(plain) as client:
-        _check_same_model(served, await client.describe())
+        _check_same_model(served.model, (await client.describe()).model)
         with _progress("reference", len(prompts)) as progress:
             return await evaluate(client, prompts, alone, progress=progress)
 
 
-def _check_same_model(served: ServerInfo, reference: ServerInfo) -> None:
-    ours, theirs = served.model, reference.model
-    if ours.model_fingerprint != theirs.model_fingerprint:
-        raise ConfigError(
-            f"the router serves {ours.name!r} ({ours.model_fingerprint}), the reference would run {theirs.name!r} "
-            f"({theirs.model_fingerprint}): give the same model with --model"
-        )
-    if ours.numerics_fingerprint != theirs.numerics_fingerprint:
+def _check_same_model(served: ModelInfo, compared: ModelInfo) -> None:
+    if not check_same_model(served, compared):
         common.notes.print(
-            f"The router computes with numerics {ours.numerics_fingerprint}, the reference with "
-            f"{theirs.numerics_fingerprint}: near ties may come out differently.",
+            f"The cluster computed with numerics {served.numerics_fingerprint}, what it is compared with uses "
+            f"{compared.numerics_fingerprint}: near ties may come out differently.",
             style="yellow",
         )
 
@@ -191,6 +220,18 @@ def _table(report: dict[str, Any]) -> Table:
     }
     if report["compared"]:
         rows["equal to the reference"] = f"{report['equal']} of {report['compared']}"
+    if "offline" in report:
+        rows |= _agreement(report["offline"])
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _agreement(found: dict[str, Any]) -> dict[str, str]:
+    rows = {
+        "rounds as offline": f"{found['agreed']} of {found['rounds'] - found['missed']} ({100 * found['share']:.2f} %)",
+        "left out: without a proposal": str(found["missed"]),
+    }
+    if found["untold_streams"]:
+        rows["left out: streams whose rounds arrived joined"] = str(found["untold_streams"])
+    return rows

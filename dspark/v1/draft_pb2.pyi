@@ -37,9 +37,10 @@ class DrafterInfo(google.protobuf.message.Message):
     BLOCK_SIZE_FIELD_NUMBER: builtins.int
     name: builtins.str
     architecture: builtins.str
-    """dspark"""
+    """dspark, dflash, eagle3, mtp, ngram"""
     fingerprint: builtins.str
     tap_id: builtins.str
+    """empty: reads no hidden states"""
     model_fingerprint: builtins.str
     """of the target it was trained for; empty: any of these shapes"""
     vocab_size: builtins.int

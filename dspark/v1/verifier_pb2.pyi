@@ -504,6 +504,7 @@ class Subscribe(google.protobuf.message.Message):
     sequence_id: builtins.str
     epoch: builtins.int
     tap_id: builtins.str
+    """empty: token ids only, for a drafter that reads no hidden states"""
     from_position: builtins.int
     def __init__(
         self,
@@ -571,17 +572,22 @@ class FeatureReply(google.protobuf.message.Message):
     COUNT_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
     start: builtins.int
     count: builtins.int
     data: builtins.bytes
-    """bfloat16, little-endian, (count, feature_size); at most 1 MiB"""
+    """bfloat16, little-endian, (count, feature_size); at most 1 MiB; empty without a tap"""
     @property
     def error(self) -> dspark.v1.types_pb2.ItemError:
         """Instead of features. UNAVAILABLE: these positions are being recomputed and follow by themselves. Anything else ends
         the subscription: unknown or closed sequence, other epoch, unknown tap, or a field out of its limits.
         """
+
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The committed ids of positions start + 1 … start + count: the one behind each feature, the last maybe the anchor."""
 
     def __init__(
         self,
@@ -592,8 +598,9 @@ class FeatureReply(google.protobuf.message.Message):
         count: builtins.int = ...,
         data: builtins.bytes = ...,
         error: dspark.v1.types_pb2.ItemError | None = ...,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["count", b"count", "data", b"data", "epoch", b"epoch", "error", b"error", "sequence_id", b"sequence_id", "start", b"start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["count", b"count", "data", b"data", "epoch", b"epoch", "error", b"error", "sequence_id", b"sequence_id", "start", b"start", "token_ids", b"token_ids"]) -> None: ...
 
 global___FeatureReply = FeatureReply

@@ -1,8 +1,8 @@
-"""Context K/V of the sequences a draft worker serves: room, growth and the cap on it. Leaves their making to the model.
+"""Room for contexts, and the context K/V of one sequence. Leaves the making of rows to the model.
 
-A drafter never runs on the context: each target feature row becomes one K/V row a draft layer (DSpark §2.2, "KV
-injection"), appended once and never changed. The present block's own rows are written right behind the context, where
-the next features will land, so attention reads one contiguous tensor and nothing is ever copied or rolled back.
+Each context position becomes one K/V row a draft layer, appended once and never changed. The present block's own rows
+are written right behind the context, where the next ones will land, so attention reads one contiguous tensor and
+nothing is ever copied or rolled back.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class KVShape:
     layers: int
     kv_heads: int
     head_dim: int
-    block_size: int
+    block_rows: int
 
 
 class ContextKV:
     """K/V of one sequence's context in every draft layer: (layers, 2, kv_heads, room, head_dim).
 
-    `length` counts context positions 0 … length - 1. `limit` is the most it may ever hold, the block's rows included.
+    `length` counts context rows 0 … length - 1. `limit` is the most it may ever hold, the block's rows included.
     """
 
     def __init__(self, shape: KVShape, limit: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -52,12 +52,16 @@ class ContextKV:
             own[1, :, self.length : end] = values[first : first + count].transpose(0, 1)
         self.length = end
 
+    def keep(self, count: int) -> None:
+        """The first `count` rows that every layer was given behind the context belong to it from now on."""
+        self.length += count
+
     def require(self, positions: int) -> None:
         """Make room for this many positions and a block behind them. `OutOfPages` past the limit."""
-        needed = positions + self._shape.block_size
+        needed = positions + self._shape.block_rows
         if needed > self._limit:
             raise OutOfPages(
-                f"{positions} context positions are over the {self._limit - self._shape.block_size} reserved"
+                f"{positions} context positions are over the {self._limit - self._shape.block_rows} reserved"
             )
         room = self._rows.shape[3]
         if needed > room:
@@ -65,21 +69,25 @@ class ContextKV:
             grown[:, :, :, : self.length] = self._rows[:, :, :, : self.length]
             self._rows = grown
 
-    def with_block(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's context followed by the block's own rows.
+    def with_rows(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, at: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's context, the first `at` rows behind it, and these rows, which are written there.
 
         Args:
             layer: draft layer, from 0.
-            keys: (kv_heads, block, head_dim), normed and rotated.
-            values: (kv_heads, block, head_dim).
+            keys: (kv_heads, rows, head_dim), normed and rotated.
+            values: (kv_heads, rows, head_dim).
+            at: how far behind the context the rows go.
 
         Returns:
-            K and V, (1, kv_heads, length + block, head_dim), views that the next call overwrites.
+            K and V, (1, kv_heads, length + at + rows, head_dim), views that the next call may overwrite.
         """
-        end = self.length + keys.shape[1]
+        start = self.length + at
+        end = start + keys.shape[1]
         own_keys, own_values = self._rows[layer, :, None, :, :end].unbind()
-        own_keys[0, :, self.length :] = keys
-        own_values[0, :, self.length :] = values
+        own_keys[0, :, start:] = keys
+        own_values[0, :, start:] = values
         return own_keys, own_values
 
     def _allocate(self, room: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -88,27 +96,26 @@ class ContextKV:
 
 
 class ContextRoom:
-    """Hands out contexts up to a cap on positions. Room is promised in full at the start and filled as it is used."""
+    """Promises room up to a cap on positions: in full at the start, to be filled as it is used."""
 
-    def __init__(self, shape: KVShape, positions: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape = shape
+    def __init__(self, positions: int, block_rows: int) -> None:
+        """`positions` of all contexts together; `block_rows` go to each context beside its own."""
         self._positions = positions
+        self._block_rows = block_rows
         self._reserved = 0
-        self._dtype = dtype
-        self._device = device
 
-    def open(self, max_len: int) -> ContextKV:
-        """A context that may grow to max_len positions. `OutOfPages` if that is not free."""
-        limit = self._limit(max_len)
+    def reserve(self, max_len: int) -> int:
+        """Room for a context of up to max_len positions, and its limit. `OutOfPages` if that is not free."""
+        limit = max_len + self._block_rows
         free = self._positions - self._reserved
         if limit > free:
             raise OutOfPages(f"max_len {max_len} needs room for {limit} context positions, {free} are free")
         self._reserved += limit
-        return ContextKV(self._shape, limit, dtype=self._dtype, device=self._device)
+        return limit
 
-    def close(self, max_len: int) -> None:
-        """Give back what `open(max_len)` reserved."""
-        self._reserved -= self._limit(max_len)
+    def release(self, max_len: int) -> None:
+        """Give back what `reserve(max_len)` took."""
+        self._reserved -= max_len + self._block_rows
 
     @property
     def free_pages(self) -> int:
@@ -119,6 +126,3 @@ class ContextRoom:
     def total_pages(self) -> int:
         """All room in pages of PAGE_SIZE positions."""
         return self._positions // PAGE_SIZE
-
-    def _limit(self, max_len: int) -> int:
-        return max_len + self._shape.block_size

@@ -1,50 +1,83 @@
-"""One block for each of many sequences: the parallel forward, then the sequential head left to right (DSpark §3.1).
+"""What the engine needs of a drafter, whatever its architecture: contexts that grow, and blocks behind them.
 
-Knows contexts and how tokens are chosen; leaves to the engine whose contexts they are.
+One implementation a file (`dspark`, `dflash`, `chain`, `ngram`), chosen once at load (`architectures`). Knows no
+sequences by name, no requests and no messages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from dspark.kernels import Kernels
+from dspark.errors import InvalidRequest
 from dspark.messages import Sampling, SparseDistribution
-from dspark.models.drafters import DSparkDrafter
-from dspark.sampling import DraftChooser
-from services.draft.context import ContextKV
-from services.draft.forward import DraftForward
+from dspark.models.drafters.calibration import Calibration
 
-__all__ = ["Block", "BlockDrafter", "Drafted"]
+__all__ = ["Block", "BlockDrafter", "Context", "Drafted", "Piece"]
+
+
+class Context(Protocol):
+    """What a drafter keeps of one sequence."""
+
+    @property
+    def length(self) -> int:
+        """Positions 0 … length - 1 have come; a block's anchor sits at position `length`."""
+        ...
+
+
+ContextT = TypeVar("ContextT", bound=Context)
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Piece(Generic[ContextT]):
+    """`count` further positions of a context. `token_ids` are the ids behind each of them, or () for who reads none."""
+
+    context: ContextT
+    count: int
+    token_ids: Sequence[int] = ()
+
+    def require_ids(self) -> Sequence[int]:
+        """The ids; `InvalidRequest` unless there is one for each position."""
+        if len(self.token_ids) != self.count:
+            raise InvalidRequest(f"{self.count} positions came with {len(self.token_ids)} token ids")
+        return self.token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Block(Generic[ContextT]):
     """Where a block starts: behind its context, with the anchor at position `context.length`."""
 
     anchor: int
-    context: ContextKV
+    context: ContextT
     sampling: Sampling
 
+    @property
+    def committed_len(self) -> int:
+        """N, which is also the position of the first draft token."""
+        return self.context.length + 1
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Drafted:
     """b blocks of n tokens.
 
-    `tokens`: (b, n) int64 target ids. `confidence_logits`: (b, n) float32, before the sigmoid; None without that head.
-    `logits[k]`: (b, draft vocabulary) float32, what the k-th tokens were chosen from: base + bias logits.
-    `chosen[k]`: (b,) int64, the k-th tokens' places in it. `distributions[k][r]`: what the k-th token of row r was
-    drawn from, in rejection mode.
+    `tokens`: (b, n) int64 target ids, of which row r has `lengths[r]`; None: all n. `distributions[k][r]`: what the
+    k-th token of row r was drawn from, in rejection mode, empty where the token was certain. `confidence_logits`:
+    (b, n) float32, before calibration and sigmoid; None where the drafter has no confidences.
+    `logits[k]`: (b, draft vocabulary) float32, what the k-th tokens were chosen from: base + bias logits; `chosen[k]`:
+    (b,) int64, their places in it. Both are empty where nothing was chosen from logits.
     """
 
     tokens: Tensor
-    confidence_logits: Tensor | None
-    logits: Sequence[Tensor]
-    chosen: Sequence[Tensor]
     distributions: Sequence[Sequence[SparseDistribution | None]]
+    confidence_logits: Tensor | None = None
+    lengths: Sequence[int] | None = None
+    logits: Sequence[Tensor] = ()
+    chosen: Sequence[Tensor] = ()
 
     def top_logits(self) -> Tensor:
         """(b, n) float32: base + bias logits of the chosen tokens."""
@@ -52,40 +85,38 @@ class Drafted:
         return torch.stack([logits.gather(1, chosen[:, None])[:, 0] for logits, chosen in pairs], 1)
 
 
-class BlockDrafter:
-    """Drafts blocks. For one thread."""
+class BlockDrafter(Protocol[ContextT]):
+    """A drafter as the engine sees it. For one thread.
 
-    def __init__(self, drafter: DSparkDrafter, chooser: DraftChooser, kernels: Kernels) -> None:
-        self.forward = DraftForward(drafter, kernels)
-        self._drafter = drafter
-        self._chooser = chooser
+    Attributes:
+        vocab_size: ids of the target are below this.
+        block_size: most tokens of a block.
+        block_rows: positions that a block itself takes behind its context; part of a context's `limit`.
+        feature_size: width of a feature row; 0 for a drafter that reads ids only.
+        calibration: how its confidence logits become probabilities, by setting.
+    """
 
-    @torch.inference_mode()
-    def draft(self, blocks: Sequence[Block], count: int) -> Drafted:
-        """The first `count` tokens of each block, `count` being at least 1 and at most the block size.
+    vocab_size: int
+    block_size: int
+    block_rows: int
+    feature_size: int
+    calibration: tuple[Calibration, ...]
 
-        The forward is always over the whole block, whose rows see each other, so that a token does not depend on how
-        many are wanted.
+    def open(self, limit: int) -> ContextT:
+        """An empty context that may grow to `limit` positions, a block's rows included."""
+        ...
+
+    def extend(self, pieces: Sequence[Piece[ContextT]], features: Tensor) -> None:
+        """Take further positions of some contexts, each at most once, in order.
+
+        `features`: their rows one piece after another, (n, feature_size) of any floating dtype. `OutOfPages` past a
+        context's limit, `InvalidRequest` where ids are needed and missing.
         """
-        device = self.forward.device
-        anchors = torch.tensor([block.anchor for block in blocks], device=device)
-        committed = torch.tensor([block.context.length + 1 for block in blocks], device=device)
-        hidden = self.forward.block_hidden(anchors, [block.context for block in blocks])[:, :count]
-        return self._unroll(hidden, anchors, committed, [block.sampling for block in blocks])
+        ...
 
-    def _unroll(self, hidden: Tensor, anchors: Tensor, committed: Tensor, samplings: Sequence[Sampling]) -> Drafted:
-        """Choose token after token; the k-th (from 0) is for position N + k of a sequence with N committed tokens."""
-        head, d2t, forward = self._drafter.head, self._drafter.d2t, self.forward
-        base = forward.base_logits(hidden).float()
-        state, tokens, embedded = head.initial_state(len(anchors)), [anchors], []
-        logits, chosen, distributions = [], [], []
-        for k in range(hidden.shape[1]):
-            embedded.append(head.previous(tokens[-1]))
-            latent, state = head.latent(state, embedded[-1], hidden[:, k])
-            logits.append(base[:, k] + forward.bias_logits(latent))
-            choice = self._chooser.choose(logits[-1], samplings, committed + k, d2t, committed=committed)
-            tokens.append(choice.tokens)
-            chosen.append(choice.draft_index)
-            distributions.append(choice.distributions)
-        confidence = forward.confidence_logits(hidden, torch.stack(embedded, 1))
-        return Drafted(torch.stack(tokens[1:], 1), confidence, logits, chosen, distributions)
+    def draft(self, blocks: Sequence[Block[ContextT]], count: int) -> Drafted:
+        """The first `count` tokens of each block, at least 1 and at most `block_size`; contexts stay as they were.
+
+        A token does not depend on how many are wanted, nor on the other blocks.
+        """
+        ...

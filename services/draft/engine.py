@@ -1,7 +1,7 @@
 """Serves many sequences' drafts (DSpark §3.1). Synchronous; lives in one thread.
 
-Knows which sequences are attached, their contexts, and what a request may ask for. Leaves to others how features get
-here, who waits for them and every kind of message.
+Knows which sequences are attached, their contexts, and what a request may ask for. Leaves to others how a drafter
+drafts (`drafting.BlockDrafter`), how features get here, who waits for them and every kind of message.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,13 @@ from dspark.messages import (
     SparseDistribution,
     WorkerLoad,
 )
-from dspark.models.drafters import DSparkDrafter
+from dspark.models.drafters import Drafter
 from dspark.sampling import DraftChooser
-from services.draft.context import ContextKV, ContextRoom
-from services.draft.drafting import Block, BlockDrafter, Drafted
+from services.draft.architectures import block_drafter
+from services.draft.confidence import Confidences
+from services.draft.context import ContextRoom
+from services.draft.drafting import Block, Context, Drafted, Piece
+from services.draft.ngram import PromptLookup
 
 __all__ = ["DraftEngine"]
 
@@ -37,37 +41,45 @@ __all__ = ["DraftEngine"]
 @dataclass(frozen=True, slots=True)
 class _Sequence:
     request: AttachSequence
-    context: ContextKV
+    context: Context
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Feature rows that continue a sequence: rows `skip` … of `block`, for positions from the context's end on."""
+@dataclass(slots=True)
+class _Arrived:
+    """What continues one sequence: features and ids of `count` positions from the context's end on."""
 
     sequence: _Sequence
-    block: FeatureBlock
-    skip: int
+    count: int = 0
+    data: list[memoryview] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
 
     @property
-    def count(self) -> int:
-        return self.block.count - self.skip
+    def length(self) -> int:
+        """The sequence's once this is appended."""
+        return self.sequence.context.length + self.count
+
+    def add(self, block: FeatureBlock, row_bytes: int) -> None:
+        """Take what of a block is new."""
+        skip = self.length - block.start
+        self.count += block.count - skip
+        self.data.append(memoryview(block.data)[skip * row_bytes :])
+        self.token_ids += block.token_ids[skip:]
 
     @property
-    def positions(self) -> range:
-        return range(self.block.start + self.skip, self.block.start + self.block.count)
+    def piece(self) -> Piece[Any]:
+        return Piece(self.sequence.context, self.count, self.token_ids)
 
 
 class DraftEngine:
     """Attach sequences, append their features, propose blocks: all from one thread. `load`, `length` from any."""
 
     def __init__(
-        self, drafter: DSparkDrafter, chooser: DraftChooser, kernels: Kernels, *, context_positions: int
+        self, drafter: Drafter | PromptLookup, chooser: DraftChooser, kernels: Kernels, *, context_positions: int
     ) -> None:
-        """`context_positions`: room for context K/V of all sequences together."""
-        self._drafter = drafter
-        self._blocks = BlockDrafter(drafter, chooser, kernels)
-        forward = self._blocks.forward
-        self._room = ContextRoom(forward.shape, context_positions, dtype=forward.dtype, device=forward.device)
+        """`context_positions`: room for the contexts of all sequences together."""
+        self._blocks = block_drafter(drafter, chooser, kernels)
+        self._confidences = Confidences(self._blocks.calibration, self._blocks.block_size)
+        self._room = ContextRoom(context_positions, self._blocks.block_rows)
         self._sequences: dict[str, _Sequence] = {}
         self._last_tokens = 0
         self._last_seconds = 0.0
@@ -88,7 +100,7 @@ class DraftEngine:
             if present.request.key.epoch > request.key.epoch:
                 raise StaleMessage(f"{_describe(request.key)}: epoch {present.request.key.epoch} is attached here")
             self.detach([present.request.key])
-        context = self._room.open(request.max_len)
+        context = self._blocks.open(self._room.reserve(request.max_len))
         self._sequences[request.key.sequence_id] = _Sequence(request, context)
 
     def detach(self, keys: Iterable[SequenceKey]) -> None:
@@ -97,7 +109,7 @@ class DraftEngine:
             sequence = self._sequences.get(key.sequence_id)
             if sequence is not None and sequence.request.key == key:
                 del self._sequences[key.sequence_id]
-                self._room.close(sequence.request.max_len)
+                self._room.release(sequence.request.max_len)
 
     def length(self, key: SequenceKey) -> int | None:
         """Context positions 0 … length - 1 are here; None for a sequence that is not attached."""
@@ -117,50 +129,40 @@ class DraftEngine:
     # ------------------------------------------------------------ features
 
     def append_features(self, blocks: Sequence[FeatureBlock]) -> list[SequenceKey]:
-        """Compute context K/V of features that continue their sequences; what is here already is passed over.
+        """Take features and ids that continue their sequences; what is here already is passed over.
 
         Returns the attached sequences whose blocks left a gap: features from `length(key)` on have to come again.
         Blocks of sequences or epochs that are not attached, and what goes past a sequence's max_len, are ignored.
         """
-        pieces, gaps = self._continuing(blocks)
-        if pieces:
-            size = 2 * self._drafter.config.hidden_size
-            data = bytearray().join(memoryview(piece.block.data)[piece.skip * size :] for piece in pieces)
-            self._extend(pieces, torch.frombuffer(data, dtype=torch.bfloat16).view(-1, size // 2))
+        arrived, gaps = self._continuing(blocks)
+        if arrived:
+            data = bytearray().join(data for own in arrived for data in own.data)
+            rows = torch.frombuffer(data, dtype=torch.bfloat16) if data else torch.empty(0, dtype=torch.bfloat16)
+            features = rows.view(sum(own.count for own in arrived), self._blocks.feature_size)
+            self._blocks.extend([own.piece for own in arrived], features)
         return gaps
 
-    def extend(self, key: SequenceKey, features: Tensor) -> None:
-        """Append features (n, d) of any floating dtype. `UnknownSequence` or `StaleMessage` if it is not attached."""
-        sequence = self._sequence(key)
-        start = sequence.context.length
-        self._extend([_Piece(sequence, FeatureBlock(key, start, len(features)), 0)], features)
+    def extend(self, key: SequenceKey, features: Tensor, token_ids: Sequence[int] = ()) -> None:
+        """Append features (n, d) of any floating dtype, for chain drafters and prompt lookup with the ids behind them.
 
-    def _continuing(self, blocks: Sequence[FeatureBlock]) -> tuple[list[_Piece], list[SequenceKey]]:
-        lengths: dict[SequenceKey, int] = {}
-        pieces: list[_Piece] = []
+        `UnknownSequence` or `StaleMessage` if the sequence is not attached, `InvalidRequest` where ids are missing.
+        """
+        self._blocks.extend([Piece(self._sequence(key).context, len(features), token_ids)], features)
+
+    def _continuing(self, blocks: Sequence[FeatureBlock]) -> tuple[list[_Arrived], list[SequenceKey]]:
+        arrived: dict[SequenceKey, _Arrived] = {}
         gaps: dict[SequenceKey, None] = {}
         for block in blocks:
             sequence = self._sequences.get(block.key.sequence_id)
             if sequence is None or sequence.request.key != block.key:
                 continue
-            length = lengths.get(block.key, sequence.context.length)
-            if block.start > length:
+            own = arrived.get(block.key) or _Arrived(sequence)
+            if block.start > own.length:
                 gaps[block.key] = None
-            elif length < block.start + block.count <= sequence.request.max_len:
-                pieces.append(_Piece(sequence, block, length - block.start))
-                lengths[block.key] = block.start + block.count
-        return pieces, list(gaps)
-
-    @torch.inference_mode()
-    def _extend(self, pieces: Sequence[_Piece], features: Tensor) -> None:
-        forward = self._blocks.forward
-        positions = torch.tensor([position for piece in pieces for position in piece.positions], device=forward.device)
-        end = max(piece.positions.stop for piece in pieces)
-        layers = forward.context_kv(features.to(forward.device, forward.dtype), positions, end)
-        first = 0
-        for piece in pieces:
-            piece.sequence.context.append(layers, first, piece.count)
-            first += piece.count
+            elif own.length < block.start + block.count <= sequence.request.max_len:
+                own.add(block, 2 * self._blocks.feature_size)
+                arrived[block.key] = own
+        return list(arrived.values()), list(gaps)
 
     # ------------------------------------------------------------ blocks
 
@@ -174,7 +176,7 @@ class DraftEngine:
         wanted = [item for item, error in zip(items, errors, strict=True) if error is None and item.max_tokens > 0]
         drafted = self.draft(wanted) if wanted else None
         forward_seconds = time.perf_counter() - began
-        rows = _rows(drafted) if drafted is not None else iter(())
+        rows = self._rows(drafted, wanted) if drafted is not None else iter(())
         proposals = tuple(
             _proposal(item, next(rows) if error is None and item.max_tokens > 0 else _NOTHING, error)
             for item, error in zip(items, errors, strict=True)
@@ -185,13 +187,23 @@ class DraftEngine:
 
     def draft(self, items: Sequence[ProposeItem]) -> Drafted:
         """The blocks of items that can be served, as tensors: as many tokens as the longest item wants."""
-        count = min(max(item.max_tokens for item in items), self._drafter.config.block_size)
+        count = min(max(item.max_tokens for item in items), self._blocks.block_size)
         sequences = [self._sequence(item.key) for item in items]
         blocks = [
             Block(item.anchor, sequence.context, sequence.request.sampling)
             for item, sequence in zip(items, sequences, strict=True)
         ]
         return self._blocks.draft(blocks, count)
+
+    def _rows(self, drafted: Drafted, items: Sequence[ProposeItem]) -> Iterator[_Row]:
+        """Tokens, confidences and distributions of one block after another, each as long as it came out."""
+        tokens, logits = drafted.tokens.tolist(), drafted.confidence_logits
+        samplings = [self._sequence(item.key).request.sampling for item in items]
+        confidences = [[]] * len(tokens) if logits is None else self._confidences.of(logits, samplings).tolist()
+        lengths = drafted.lengths if drafted.lengths is not None else [len(row) for row in tokens]
+        distributions = zip(*drafted.distributions, strict=True)
+        for length, *row in zip(lengths, tokens, confidences, distributions, strict=True):
+            yield _Row(*(part[:length] for part in row))
 
     def _refusal(self, item: ProposeItem) -> DSparkError | None:
         try:
@@ -204,10 +216,10 @@ class DraftEngine:
         length = self._sequence(item.key).context.length
         if item.committed_len < 1:
             raise InvalidRequest(f"{_describe(item.key)}: committed_len 0 has no anchor")
-        if not 0 <= item.anchor < self._drafter.config.vocab_size:
+        if not 0 <= item.anchor < self._blocks.vocab_size:
             raise InvalidRequest(
                 f"{_describe(item.key)}: anchor {item.anchor} is outside the vocabulary, "
-                f"0 to {self._drafter.config.vocab_size - 1}"
+                f"0 to {self._blocks.vocab_size - 1}"
             )
         if length > item.committed_len - 1:
             raise StaleMessage(f"{_describe(item.key)}: committed_len {item.committed_len}, {length + 1} here")
@@ -239,26 +251,25 @@ def _check_request(request: AttachSequence) -> None:
         raise InvalidRequest(f"sampling.min_p {sampling.min_p} is outside [0, 1)")
 
 
-_Row = tuple[list[int], list[float], list[SparseDistribution | None]]
-_NOTHING: _Row = ([], [], [])
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One block."""
+
+    tokens: Sequence[int] = ()
+    confidences: Sequence[float] = ()
+    distributions: Sequence[SparseDistribution | None] = ()
 
 
-def _rows(drafted: Drafted) -> Iterator[_Row]:
-    """Tokens, confidences and distributions of one block after another."""
-    tokens = drafted.tokens.tolist()
-    logits = drafted.confidence_logits
-    confidences = logits.sigmoid().tolist() if logits is not None else [[] for _ in tokens]
-    yield from zip(tokens, confidences, map(list, zip(*drafted.distributions, strict=True)), strict=True)
+_NOTHING = _Row()
 
 
 def _proposal(item: ProposeItem, row: _Row, error: DSparkError | None) -> Proposal:
-    tokens, confidences, distributions = row
     return Proposal(
         item.key,
         item.committed_len,
-        tuple(tokens[: item.max_tokens]),
-        tuple(confidences[: item.max_tokens]),
-        tuple(entry for entry in distributions[: item.max_tokens] if entry is not None),
+        tuple(row.tokens[: item.max_tokens]),
+        tuple(row.confidences[: item.max_tokens]),
+        tuple(entry for entry in row.distributions[: item.max_tokens] if entry is not None),
         error,
     )
 

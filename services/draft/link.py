@@ -1,5 +1,7 @@
 """One verify worker, seen from a draft worker: our tap registered there and one stream of features, kept alive.
 
+A drafter without a tap has a stream of token ids all the same; "features" below means what it carries.
+
 Whatever breaks (connection, registration, a subscription) is tried again with growing pauses for as long as somebody
 wants the sequence; asking again always starts at the first position that is not here yet. Knows no tensors and no
 engine: blocks go to the inbox.
@@ -79,7 +81,7 @@ class VerifierLink:
 
     @property
     def connected(self) -> bool:
-        """Whether the tap is registered and the stream open."""
+        """Whether the tap, if any, is registered and the stream open."""
         return self._outbox is not None
 
     async def ready(self, seconds: float) -> None:
@@ -167,7 +169,7 @@ class VerifierLink:
     async def _register(self, stub: VerifierStub) -> None:
         described = await stub.Describe(pb.DescribeVerifierRequest(), timeout=_RPC_SECONDS)
         self._offer.check(decode(described.model))
-        if self._offer.tap.tap_id not in described.tap_ids:
+        if self._offer.tap is not None and self._offer.tap.tap_id not in described.tap_ids:
             await stub.RegisterTap(self._offer.messages(), timeout=_RPC_SECONDS)
 
     # ------------------------------------------------------------ sequences
@@ -180,15 +182,16 @@ class VerifierLink:
         want.retry = None
         want.asked_at = asyncio.get_running_loop().time()
         request = pb.Subscribe(
-            sequence_id=key.sequence_id, epoch=key.epoch, tap_id=self._offer.tap.tap_id, from_position=position
+            sequence_id=key.sequence_id, epoch=key.epoch, tap_id=self._offer.drafter.tap_id, from_position=position
         )
         self._outbox.put_nowait(pb.FeatureRequest(subscribe=request))
 
     def _receive(self, block: FeatureBlock) -> None:
         if block.error is not None:
             self._refused(block.key, block.error)
-        elif len(block.data) != 2 * block.count * self._offer.tap.feature_size:
-            raise Unavailable(f"{len(block.data)} feature bytes for {block.count} positions")
+        elif len(block.data) != block.count * self._offer.row_bytes or len(block.token_ids) != block.count:
+            got = f"{len(block.data)} feature bytes and {len(block.token_ids)} token ids"
+            raise Unavailable(f"{got} for {block.count} positions")
         elif (want := self._wants.get(block.key)) is not None:
             want.pause = _FIRST_PAUSE
             self._inbox.feed(block)

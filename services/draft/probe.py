@@ -16,7 +16,7 @@ from torch import Tensor
 from dspark.errors import InvalidRequest, Mismatch
 from dspark.messages import AttachSequence, ProposeItem, Sampling, SequenceKey
 from dspark.models.batch import RaggedBatch
-from dspark.models.drafters import DSparkDrafter
+from dspark.models.drafters import Drafter
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
 from dspark.sampling import DraftChooser
@@ -43,9 +43,7 @@ class Probe:
     top1_logits: list[float]
 
 
-def probe(
-    target: TargetModel, drafter: DSparkDrafter, prompts: Sequence[Sequence[int]], *, path: Path
-) -> Iterator[Probe]:
+def probe(target: TargetModel, drafter: Drafter, prompts: Sequence[Sequence[int]], *, path: Path) -> Iterator[Probe]:
     """A block for each prompt, at temperature 0. `path` is where the drafter was loaded from.
 
     Raises `Mismatch` where drafter and target do not belong together, `InvalidRequest` for prompts the target does not
@@ -59,14 +57,15 @@ def probe(
     engine = DraftEngine(drafter, DraftChooser(), target.kernels, context_positions=longest + block)
     for prompt in prompts:
         anchor, features = _run_target(target, drafter, prompt)
-        yield _draft(engine, anchor, features, block)
+        yield _draft(engine, [*prompt, anchor], features, block)
 
 
-def _draft(engine: DraftEngine, anchor: int, features: Tensor, block: int) -> Probe:
+def _draft(engine: DraftEngine, ids: Sequence[int], features: Tensor, block: int) -> Probe:
+    """Behind committed ids, the anchor last, of which all others have features."""
     key = SequenceKey("probe", 0)
-    committed_len = len(features) + 1
+    committed_len, anchor = len(ids), ids[-1]
     engine.attach(AttachSequence(key, "", Sampling(temperature=0.0), committed_len))
-    engine.extend(key, features)
+    engine.extend(key, features, ids[1:])
     drafted = engine.draft([ProposeItem(key, committed_len, anchor, block)])
     engine.detach([key])
     confidence = drafted.confidence_logits
@@ -79,7 +78,7 @@ def _draft(engine: DraftEngine, anchor: int, features: Tensor, block: int) -> Pr
 
 
 @torch.inference_mode()
-def _run_target(target: TargetModel, drafter: DSparkDrafter, prompt: Sequence[int]) -> tuple[int, Tensor]:
+def _run_target(target: TargetModel, drafter: Drafter, prompt: Sequence[int]) -> tuple[int, Tensor]:
     """The target's greedy next token, and the features (n, d) of all n positions of the prompt."""
     layers = drafter.config.target_layer_ids
     pages = -(-(len(prompt) + 1) // _PAGE) + 1
@@ -96,7 +95,7 @@ def _run_target(target: TargetModel, drafter: DSparkDrafter, prompt: Sequence[in
     return int(target.logits(forward.hidden[-1:])[0].argmax()), torch.cat(features)
 
 
-def _check_match(target: TargetModel, drafter: DSparkDrafter, path: Path) -> None:
+def _check_match(target: TargetModel, drafter: Drafter, path: Path) -> None:
     offer = TapOffer.of(drafter, path)
     offer.check(target.info)
     expected, present = drafter.config.num_target_layers, target.config.num_layers

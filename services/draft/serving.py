@@ -14,13 +14,14 @@ from dspark import program
 from dspark.devices import pick_device, usage_of
 from dspark.kernels import select_kernels
 from dspark.messages import AttachSequence, DrafterInfo, ProposeItem, Sampling, SequenceKey
-from dspark.models.drafters import DSparkDrafter, load_drafter
+from dspark.models.drafters import Drafter
 from dspark.models.pull import resolve_model
 from dspark.rpc.server import Servicer, serve
 from dspark.sampling import DraftChooser
 from dspark.store import Directory, Heartbeat, WorkerRecord, check_store
 from dspark.telemetry import start_metrics_server
 from dspark.v1.draft_pb2_grpc import add_DraftServicer_to_server
+from services.draft.architectures import load
 from services.draft.engine import DraftEngine
 from services.draft.metrics import DraftMetrics
 from services.draft.offer import TapOffer
@@ -98,7 +99,7 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     target = resolve_model(settings.target) if settings.target else None
-    drafter = load_drafter(settings.drafter, target_path=target, dtype=getattr(torch, settings.dtype), device=device)
+    drafter = load(settings.drafter, target, dtype=getattr(torch, settings.dtype), device=device)
     offer = TapOffer.of(drafter, settings.drafter)
     engine = DraftEngine(
         drafter,
@@ -106,13 +107,14 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
         select_kernels(settings.kernels, device),
         context_positions=settings.context_positions,
     )
-    _let_go(drafter)
-    _warm_up(engine, drafter.config.hidden_size)
+    if isinstance(drafter, Drafter):
+        _let_go(drafter)
+    _warm_up(engine, offer.row_bytes // 2)
     _log.info("drafter loaded", drafter=offer.drafter.name, seconds=round(time.perf_counter() - began, 2))
     return engine, offer
 
 
-def _let_go(drafter: DSparkDrafter) -> None:
+def _let_go(drafter: Drafter) -> None:
     """Free what the engine has arranged anew, or the verify worker computes."""
     del drafter.fc, drafter.layers
     drafter.head_weight = drafter.head_weight.new_empty(0)
@@ -123,7 +125,7 @@ def _warm_up(engine: DraftEngine, feature_size: int) -> None:
     keys = [SequenceKey(f"warm-up-{number}", 0) for number in range(2)]
     for key in keys:
         engine.attach(AttachSequence(key, "", Sampling(), 8))
-        engine.extend(key, torch.zeros(4, feature_size))
+        engine.extend(key, torch.zeros(4, feature_size), [0] * 4)
     for count in (1, 2):
         engine.propose([ProposeItem(key, 5, 0, 1024) for key in keys[:count]])
     engine.detach(keys)

@@ -13,7 +13,7 @@ __all__ = ["Settings"]
 
 
 class Settings(BaseSettings):
-    """Serves a drafter: proposes blocks of tokens with confidences, from features that verify workers send."""
+    """Serves a drafter: proposes blocks of tokens, from features and token ids that verify workers send."""
 
     model_config = SettingsConfigDict(
         env_prefix="DSPARK_",
@@ -24,7 +24,9 @@ class Settings(BaseSettings):
         extra="ignore",
     )
 
-    drafter: Annotated[Path, Field(description="Drafter directory: config.json and model.safetensors")]
+    drafter: Annotated[
+        Path, Field(description="Drafter directory (config.json, model.safetensors), or ngram: prompt lookup")
+    ]
     target: Annotated[
         str, Field(description="Its target's directory, GGUF file or name: embedding and head, if the drafter has none")
     ] = ""

@@ -4,6 +4,9 @@ After every step the feed pushes newly committed positions to whoever subscribed
 queue is full is left behind, its features stay in their pages, and the feed goes on from the first position not yet
 sent once there is room. So the verifier never waits for a drafter, and a slow drafter costs one bounded queue.
 
+Beside the features go the committed ids that follow each position. A subscription to no tap (`IDS_ONLY`) gets nothing
+else; ids are always known, so nothing is ever recomputed for it.
+
 What a subscriber is told by `FeatureBlock.error` (then `count` is 0 and `start` the first position concerned):
 `FeaturesMissing`: these positions are being recomputed and will follow, the subscription stays. Anything else ends it:
 `UnknownSequence` (never opened, or closed), `StaleMessage` (another epoch), `Mismatch` (unknown tap), `InvalidRequest`.
@@ -21,9 +24,12 @@ from dspark.messages import FeatureBlock, SequenceKey
 from services.verifier.features import FeatureStore
 from services.verifier.sequences import SequenceState, describe
 
-__all__ = ["FeatureStream", "Feed", "refused"]
+__all__ = ["IDS_ONLY", "FeatureStream", "Feed", "refused"]
 
+IDS_ONLY = ""
 PIECE_BYTES = 1 << 20
+
+_ID_BYTES = 4
 
 
 class FeatureStream:
@@ -41,7 +47,7 @@ class FeatureStream:
 
     @property
     def queued_bytes(self) -> int:
-        """Feature bytes waiting to be sent."""
+        """Bytes of features and ids waiting to be sent."""
         return self._bytes
 
     def has_room(self) -> bool:
@@ -54,14 +60,14 @@ class FeatureStream:
         """Queue a block. One piece over the limit may come after `has_room`; errors carry no data and always fit."""
         with self._lock:
             self._blocks.append(block)
-            self._bytes += len(block.data)
+            self._bytes += _size(block)
         self._on_block()
 
     def take(self) -> FeatureBlock | None:
         """The oldest block, or None."""
         with self._lock:
             block = self._blocks.popleft() if self._blocks else None
-            resume = self._count(-len(block.data) if block else 0)
+            resume = self._count(-_size(block) if block else 0)
         if resume:
             self._on_room()
         return block
@@ -69,7 +75,7 @@ class FeatureStream:
     def drop(self, key: SequenceKey) -> None:
         """Forget what is queued for a sequence: nobody wants it any more, or it is asked for from elsewhere."""
         with self._lock:
-            dropped = sum(len(block.data) for block in self._blocks if block.key == key)
+            dropped = sum(_size(block) for block in self._blocks if block.key == key)
             self._blocks = deque(block for block in self._blocks if block.key != key)
             resume = self._count(-dropped)
         if resume:
@@ -105,7 +111,8 @@ class Feed:
     @property
     def taps_in_use(self) -> frozenset[str]:
         """Taps that somebody reads now."""
-        return frozenset(s.tap_id for subscriptions in self._subscriptions.values() for s in subscriptions)
+        used = {s.tap_id for subscriptions in self._subscriptions.values() for s in subscriptions}
+        return frozenset(used - {IDS_ONLY})
 
     def subscribe(self, stream: FeatureStream, state: SequenceState, tap_id: str, position: int) -> None:
         """Send features of a sequence from `position` on. Replaces an earlier subscription of the same stream."""
@@ -138,17 +145,29 @@ class Feed:
             subscription.stream.put(refused(state.key, UnknownSequence(f"{describe(state.key)} was closed")))
 
     def _send(self, subscription: Subscription, state: SequenceState) -> None:
-        step = max(1, PIECE_BYTES // (2 * self._features.info(subscription.tap_id).feature_size))
+        step = self._positions_of_a_piece(subscription.tap_id)
         while subscription.position < state.computed_len and subscription.stream.has_room():
-            start, pages = subscription.position, state.cached.full_pages
-            wanted = min(start + step, state.computed_len)
-            end = self._features.known_until(subscription.tap_id, pages, start, wanted)
+            start = subscription.position
+            end = self._known_until(subscription, state, min(start + step, state.computed_len))
             if end == start:
                 self._missing(subscription, state)
                 return
-            data = self._features.read(subscription.tap_id, pages, start, end)
             subscription.position = end
-            subscription.stream.put(FeatureBlock(state.key, start, end - start, data))
+            subscription.stream.put(self._block(subscription.tap_id, state, start, end))
+
+    def _positions_of_a_piece(self, tap_id: str) -> int:
+        row = _ID_BYTES if tap_id == IDS_ONLY else 2 * self._features.info(tap_id).feature_size
+        return max(1, PIECE_BYTES // row)
+
+    def _known_until(self, subscription: Subscription, state: SequenceState, end: int) -> int:
+        if subscription.tap_id == IDS_ONLY:
+            return end
+        return self._features.known_until(subscription.tap_id, state.cached.full_pages, subscription.position, end)
+
+    def _block(self, tap_id: str, state: SequenceState, start: int, end: int) -> FeatureBlock:
+        data = b"" if tap_id == IDS_ONLY else self._features.read(tap_id, state.cached.full_pages, start, end)
+        ids = tuple(state.token_ids[start + 1 : end + 1])
+        return FeatureBlock(state.key, start, end - start, data, token_ids=ids)
 
     def _missing(self, subscription: Subscription, state: SequenceState) -> None:
         self._want(state)
@@ -165,10 +184,14 @@ def refused(key: SequenceKey, error: DSparkError, start: int = 0) -> FeatureBloc
     return FeatureBlock(key, start, 0, error=error)
 
 
+def _size(block: FeatureBlock) -> int:
+    return len(block.data) + _ID_BYTES * len(block.token_ids)
+
+
 def _check(state: SequenceState, tap_id: str, position: int, features: FeatureStore) -> None:
     if not state.request.features:
         raise InvalidRequest(f"{describe(state.key)} was opened without features")
-    if tap_id not in features.tap_ids:
+    if tap_id != IDS_ONLY and tap_id not in features.tap_ids:
         raise Mismatch(f"tap {tap_id[:12]!r} is not registered here")
     if position >= state.request.max_len:
         raise InvalidRequest(f"from_position {position} is past max_len {state.request.max_len}")

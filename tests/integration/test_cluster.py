@@ -132,6 +132,7 @@ async def test_up_serves_until_told_and_takes_everything_with_it(
 
 def test_drafters_by_name(tmp_path: Path) -> None:
     assert find_drafter("none", "gemma-3-270m") is None
+    assert find_drafter("ngram", "gemma-3-270m") == Path("ngram")
     assert find_drafter("default", "a-model-without-one") is None
     (tmp_path / "config.json").write_text("{}")
     assert find_drafter(tmp_path, "m") == tmp_path

@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.drafting import GREEDY, attach, item, key_of, make_drafter
+from support.drafting import GREEDY, attach, item, key_of, make_any, make_drafter
 from support.drafting import make_engine as make_draft_engine
 from support.verifying import make_engine as make_verify_engine
 
@@ -23,7 +24,7 @@ from dspark.messages import (
     Verdict,
 )
 from dspark.models.batch import RaggedBatch
-from dspark.models.drafters import DSparkDrafter
+from dspark.models.drafters import Drafter
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel, load_target
 from dspark.rpc.channel import connect
@@ -33,6 +34,7 @@ from dspark.rpc.session import Session
 from dspark.v1 import verifier_pb2 as pb
 from dspark.v1.verifier_pb2_grpc import VerifierStub, add_VerifierServicer_to_server
 from services.draft.metrics import DraftMetrics
+from services.draft.ngram import NgramContext, PromptLookup
 from services.draft.offer import TapOffer
 from services.draft.worker import DraftWorker
 from services.verifier.engine import VerifyEngine
@@ -61,7 +63,7 @@ async def verifier_of(path: Path, address: str = "127.0.0.1:0") -> AsyncIterator
 
 
 @asynccontextmanager
-async def worker_of(drafter: DSparkDrafter) -> AsyncIterator[DraftWorker]:
+async def worker_of(drafter: Drafter | PromptLookup) -> AsyncIterator[DraftWorker]:
     offer = TapOffer.of(drafter, Path("tiny"))
     async with DraftWorker(make_draft_engine(drafter), offer, metrics=DraftMetrics()) as worker:
         yield worker
@@ -110,7 +112,7 @@ class Router:
         return proposal
 
 
-def expected(target: TargetModel, drafter: DSparkDrafter, ids: Sequence[int]) -> Proposal:
+def expected(target: TargetModel, drafter: Drafter, ids: Sequence[int]) -> Proposal:
     """The block behind these committed ids, everything computed afresh and in one piece."""
     context, layers = ids[:-1], drafter.config.target_layer_ids
     cache = KVCache(target.config, pages=32, dtype=torch.float32, device=CPU, max_step_rows=256)
@@ -119,7 +121,7 @@ def expected(target: TargetModel, drafter: DSparkDrafter, ids: Sequence[int]) ->
     features = drafter.features(torch.stack([captured[layer] for layer in layers], 1)).bfloat16()
     engine = make_draft_engine(drafter)
     attach(engine, key_of())
-    engine.extend(key_of(), features)
+    engine.extend(key_of(), features, ids[1:])
     return engine.propose([item(key_of(), len(ids), anchor=ids[-1])]).proposals[0]
 
 
@@ -128,12 +130,21 @@ def target(tiny_gemma: Path) -> TargetModel:
     return load_target(tiny_gemma, dtype=torch.float32, device=CPU, kernels=TORCH)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("dspark", {}),
+        ("dspark", {"normalize_inputs": True, "fc_bias": True}),
+        ("dflash", {}),
+        ("eagle3", {"num_layers": 1, "rope_thetas": (1e4,)}),
+        ("mtp", {}),
+    ],
+)
 async def test_each_rounds_block_is_that_of_a_fresh_start(
-    tiny_gemma: Path, target: TargetModel, normalize: bool
+    tiny_gemma: Path, target: TargetModel, architecture: str, changes: dict[str, Any]
 ) -> None:
-    """Prompt pieces, accepted and rejected drafts: no position may be missing, doubled or shifted."""
-    drafter = make_drafter(normalize_inputs=normalize, fc_bias=normalize)
+    """Prompt pieces, accepted and rejected drafts: no position or id may be missing, doubled or shifted."""
+    drafter = make_any(architecture, **changes)
     async with verifier_of(tiny_gemma) as verifier, worker_of(drafter) as worker, session_of(verifier) as session:
         router = Router(session, worker, key_of(), PROMPT)
         await router.open()
@@ -162,6 +173,28 @@ async def continuation(path: Path, length: int) -> list[int]:
         while len(router.ids) < length + 8:
             await router.step()
         return router.ids
+
+
+async def test_prompt_lookup_sees_the_text_and_nothing_else(tiny_gemma: Path) -> None:
+    """Through repeated prompts, rejected and accepted drafts: what is drafted is what the text says."""
+    lookup = PromptLookup(vocab_size=512)
+    async with verifier_of(tiny_gemma) as verifier, worker_of(lookup) as worker, session_of(verifier) as session:
+        for name in ("first", "cached"):
+            router = Router(session, worker, key_of(name), [*PROMPT, *PROMPT[:40]])
+            await router.open()
+            await router.attach(verifier.address)
+            await router.step(count=3)
+            await router.step()
+            drafted = 0
+            for round_ in range(8):
+                proposal = await router.propose()
+                text = NgramContext(lookup.longest, lookup.shortest)
+                text.append(router.ids[1:])
+                assert proposal.tokens == tuple(text.lookup(5).tokens)
+                drafted += len(proposal.tokens)
+                await router.step([*proposal.tokens, 5][: 1 + round_])
+            assert drafted > 0
+        assert verifier.engine.tap_ids == ()
 
 
 async def test_a_prefix_from_the_cache_brings_its_features(tiny_gemma: Path, target: TargetModel) -> None:

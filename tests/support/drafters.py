@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dspark.models.drafters import save_drafter
+from support.drafting import make_any
+
 VOCAB, HIDDEN, RANK, BLOCK = 96, 32, 8, 5
 HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 4, 2, 8, 48, 2
 LAYER_IDS = (0, 2)
@@ -93,6 +96,23 @@ def save_published(directory: Path, head: str = "vanilla", *, seed: int = 0, **c
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(published_config(head, **changes)))
     return tensors
+
+
+def save_random(directory: Path, architecture: str, **changes: Any) -> Path:
+    """A random drafter of any architecture in this project's layout, for a target of these shapes."""
+    shapes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "draft_vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "head_dim": HEAD_DIM,
+        "num_target_layers": 5,
+        "target_layer_ids": LAYER_IDS,
+        "mask_token_id": VOCAB - 1,
+        "block_size": 7,
+        "name": architecture,
+    }
+    save_drafter(make_any(architecture, **(shapes | changes)), directory, dtype=torch.float32)
+    return directory
 
 
 class PlainDrafter:

@@ -2,16 +2,17 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dspark.kernels import TORCH
 from dspark.messages import AttachSequence, FeatureBlock, ProposeItem, Sampling, SequenceKey
-from dspark.models.drafters import DrafterConfig, DSparkDrafter
+from dspark.models.drafters import CLASSES, Drafter, DrafterConfig, DSparkDrafter
 from dspark.sampling import DraftChooser
 from services.draft.engine import DraftEngine
+from services.draft.ngram import PromptLookup
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -40,22 +41,28 @@ def make_config(**changes: Any) -> DrafterConfig:
 
 
 def make_drafter(*, seed: int = 3, dtype: torch.dtype = torch.float32, **changes: Any) -> DSparkDrafter:
+    """A random DSpark drafter, as `make_any` makes them."""
+    return cast("DSparkDrafter", make_any("dspark", seed=seed, dtype=dtype, **changes))
+
+
+def make_any(architecture: str, *, seed: int = 3, dtype: torch.dtype = torch.float32, **changes: Any) -> Drafter:
     """A random drafter; every weight matters, norms included. A reduced vocabulary takes every other target id."""
-    config = make_config(**changes)
+    heads = {} if architecture == "dspark" else {"markov_rank": 0, "confidence_head": False}
+    config = make_config(architecture=architecture, **(heads | changes))
     torch.manual_seed(seed)
     embed = torch.randn(config.vocab_size, config.hidden_size)
     head = torch.randn(config.draft_vocab_size, config.hidden_size) * 0.3
     reduced = config.draft_vocab_size < config.vocab_size
     step = config.vocab_size // config.draft_vocab_size
     d2t = torch.arange(config.draft_vocab_size) * (step - 1) if reduced else None
-    drafter = DSparkDrafter(config, embed_weight=embed.to(dtype), head_weight=head.to(dtype), d2t=d2t)
+    drafter = CLASSES[architecture](config, embed_weight=embed.to(dtype), head_weight=head.to(dtype), d2t=d2t)
     with torch.no_grad():
         for name, weight in drafter.named_parameters():
             weight.copy_(torch.randn_like(weight) * 0.2 + (1.0 if "norm" in name else 0.0))
     return drafter.to(dtype).eval().requires_grad_(requires_grad=False)
 
 
-def make_engine(drafter: DSparkDrafter, *, positions: int = 1 << 16, top_k: int = 16) -> DraftEngine:
+def make_engine(drafter: Drafter | PromptLookup, *, positions: int = 1 << 16, top_k: int = 16) -> DraftEngine:
     """An engine over it."""
     return DraftEngine(drafter, DraftChooser(draft_top_k=top_k), TORCH, context_positions=positions)
 
@@ -75,10 +82,16 @@ def make_features(count: int, *, hidden: int = 64, seed: int = 0) -> Tensor:
     return torch.randn(count, hidden, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
+def token_at(position: int) -> int:
+    """The committed id there, in sequences whose text does not matter."""
+    return (37 * position + 11) % 512
+
+
 def block_of(key: SequenceKey, features: Tensor, start: int, stop: int) -> FeatureBlock:
-    """The message that carries rows start … stop - 1."""
+    """The message that carries rows start … stop - 1, and the ids behind them."""
     data = features[start:stop].contiguous().view(torch.uint8).numpy().tobytes()
-    return FeatureBlock(key, start, stop - start, data)
+    ids = tuple(token_at(position + 1) for position in range(start, stop))
+    return FeatureBlock(key, start, stop - start, data, token_ids=ids)
 
 
 def feed(engine: DraftEngine, key: SequenceKey, features: Tensor, pieces: Sequence[int] = ()) -> None:

@@ -38,13 +38,17 @@ class _Stream:
 
 
 class ScriptedVerifier(VerifierServicer):
-    """`grow` makes positions of a sequence known and sends them; what was asked for is in `subscribed`."""
+    """`grow` makes positions of a sequence known and sends them; what was asked for is in `subscribed`.
+
+    Features (n, 0) make a sequence whose blocks carry ids only.
+    """
 
     def __init__(self, model: ModelInfo = MODEL) -> None:
         self.model = model
         self.registered: list[TapInfo] = []
         self.subscribed: list[tuple[SequenceKey, int]] = []
         self.unsubscribed: list[SequenceKey] = []
+        self.taps_wanted: set[str] = set()
         self._features: dict[SequenceKey, Tensor] = {}
         self._lengths: dict[SequenceKey, int] = {}
         self._streams: list[_Stream] = []
@@ -111,7 +115,8 @@ class ScriptedVerifier(VerifierServicer):
                 continue
             key, start = key_of(request.subscribe), request.subscribe.from_position
             self.subscribed.append((key, start))
-            if request.subscribe.tap_id not in [info.tap_id for info in self.registered]:
+            self.taps_wanted.add(request.subscribe.tap_id)
+            if request.subscribe.tap_id not in ["", *(info.tap_id for info in self.registered)]:
                 stream.outbox.put_nowait(FeatureBlock(key, 0, 0, error=Mismatch("no such tap")))
             elif key not in self._features:
                 stream.outbox.put_nowait(FeatureBlock(key, 0, 0, error=UnknownSequence("not open")))

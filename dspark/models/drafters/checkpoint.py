@@ -18,16 +18,24 @@ from torch import Tensor
 
 from dspark.errors import ModelFileError
 from dspark.models.config import read_json
+from dspark.models.drafters.base import Drafter
+from dspark.models.drafters.chain import ChainDrafter
 from dspark.models.drafters.config import DrafterConfig, parse_drafter_config, to_json
-from dspark.models.drafters.dspark import DSparkDrafter
+from dspark.models.drafters.dspark import DFlashDrafter, DSparkDrafter
 from dspark.models.gguf import GgufSource
 from dspark.models.weights import SafetensorsSource, TensorSource, check_tensor
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CLASSES: dict[str, type[Drafter]] = {
+    "dspark": DSparkDrafter,
+    "dflash": DFlashDrafter,
+    "eagle3": ChainDrafter,
+    "mtp": ChainDrafter,
+}
 
 
-def load_drafter(path: Path, *, target_path: Path | None, dtype: torch.dtype, device: torch.device) -> DSparkDrafter:
+def load_drafter(path: Path, *, target_path: Path | None, dtype: torch.dtype, device: torch.device) -> Drafter:
     """The drafter in directory `path`, ready to serve.
 
     `target_path` (Hugging Face directory or .gguf file) gives embedding and output head where the checkpoint lacks
@@ -38,12 +46,12 @@ def load_drafter(path: Path, *, target_path: Path | None, dtype: torch.dtype, de
     source = str(path / WEIGHTS_FILE)
     d2t = _draft_vocabulary(tensors, config, source)
     embed, head = _target_tensors(tensors, config, d2t, source, target_path, dtype)
-    drafter = DSparkDrafter(config, embed_weight=embed, head_weight=head, d2t=d2t).to(dtype)
+    drafter = CLASSES[config.architecture](config, embed_weight=embed, head_weight=head, d2t=d2t).to(dtype)
     _fill(drafter, tensors, source)
     return drafter.to(device).eval().requires_grad_(requires_grad=False)
 
 
-def save_drafter(drafter: DSparkDrafter, path: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+def save_drafter(drafter: Drafter, path: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write config.json and model.safetensors without the target's tensors; each file appears whole or not at all."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in drafter.state_dict().items()}
@@ -118,7 +126,7 @@ def _target_tensors(
     return embed.to(dtype), head.to(dtype)
 
 
-def _fill(drafter: DSparkDrafter, tensors: dict[str, Tensor], source: str) -> None:
+def _fill(drafter: Drafter, tensors: dict[str, Tensor], source: str) -> None:
     """Copy the drafter's own tensors in; every one must be there, of its shape, and none may be left over."""
     own = drafter.state_dict()
     for name, parameter in own.items():

@@ -11,15 +11,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark.errors import ModelFileError
+from dspark.models.drafters.calibration import Calibration, calibrations_to_json, parse_calibrations
 
-ARCHITECTURES = ("Qwen3DSparkModel", "DSparkModel")
+ARCHITECTURES = {
+    "Qwen3DSparkModel": "dspark",
+    "DSparkModel": "dspark",
+    "DFlashModel": "dflash",
+    "Eagle3Model": "eagle3",
+    "MtpModel": "mtp",
+}
+PUBLISHED = "Qwen3DSparkModel"
 HEAD_TYPES = ("vanilla", "gated", "rnn")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterConfig:
-    """Shapes and constants of a DSpark drafter.
+    """Shapes and constants of a drafter.
+
+    `architecture` is "dspark", "dflash", "eagle3" or "mtp"; all but the first have no sequential and no confidence head
+    (`markov_rank` 0). `block_size` is the most tokens drafted a round.
 
     `hidden_size` is the width of the target, of the features and of the draft layers alike. Additions to the published
     format: a draft vocabulary (`draft_vocab_size` < `vocab_size`; W_1 then has one more row, for all other tokens), a
@@ -53,6 +64,8 @@ class DrafterConfig:
     max_position_embeddings: int = 32_768
     name: str = ""
     model_fingerprint: str = ""
+    architecture: str = "dspark"
+    calibration: tuple[Calibration, ...] = ()
 
     @property
     def reduced_vocabulary(self) -> bool:
@@ -68,10 +81,12 @@ class DrafterConfig:
 def parse_drafter_config(config: Mapping[str, Any], *, source: str) -> DrafterConfig:
     """A config.json's contents, checked; ModelFileError names `source` and the field at fault."""
     read = _Fields(config, source)
-    layers = read.count("num_hidden_layers")
+    architecture = read.architecture()
+    layers, block_size = read.count("num_hidden_layers"), read.count("block_size")
+    heads = architecture == "dspark"
     vocab_size = read.count("vocab_size")
     parsed = DrafterConfig(
-        block_size=read.count("block_size"),
+        block_size=block_size,
         target_layer_ids=read.layer_ids(),
         vocab_size=vocab_size,
         draft_vocab_size=read.count("draft_vocab_size", vocab_size),
@@ -82,9 +97,9 @@ def parse_drafter_config(config: Mapping[str, Any], *, source: str) -> DrafterCo
         num_kv_heads=read.count("num_key_value_heads"),
         head_dim=read.count("head_dim"),
         num_target_layers=read.count("num_target_layers"),
-        markov_rank=read.count("markov_rank"),
+        markov_rank=read.count("markov_rank") if heads else 0,
         markov_head_type=read.choice("markov_head_type", HEAD_TYPES),
-        confidence_head=bool(config.get("enable_confidence_head", True)),
+        confidence_head=heads and bool(config.get("enable_confidence_head", True)),
         confidence_with_markov=bool(config.get("confidence_head_with_markov", True)),
         mask_token_id=read.integer("mask_token_id", 0),
         learned_mask=bool(config.get("learned_mask_embedding", False)),
@@ -97,6 +112,8 @@ def parse_drafter_config(config: Mapping[str, Any], *, source: str) -> DrafterCo
         max_position_embeddings=read.count("max_position_embeddings", 32_768),
         name=str(config.get("name", "")),
         model_fingerprint=str(config.get("target_model_fingerprint", "")),
+        architecture=architecture,
+        calibration=parse_calibrations(config.get("calibration"), block_size, source),
     )
     read.refuse_unsupported(parsed)
     return parsed
@@ -105,7 +122,7 @@ def parse_drafter_config(config: Mapping[str, Any], *, source: str) -> DrafterCo
 def to_json(config: DrafterConfig) -> dict[str, Any]:
     """The config.json that `parse_drafter_config` reads back."""
     return {
-        "architectures": ["DSparkModel" if config.reduced_vocabulary or config.learned_mask else "Qwen3DSparkModel"],
+        "architectures": [_class_name(config)],
         "model_type": "qwen3",
         "name": config.name,
         "target_model_fingerprint": config.model_fingerprint,
@@ -135,7 +152,14 @@ def to_json(config: DrafterConfig) -> dict[str, Any]:
         "normalize_inputs": config.normalize_inputs,
         "embedding_scale": config.embedding_scale,
         "dtype": "bfloat16",
+        **({"calibration": calibrations_to_json(config.calibration)} if config.calibration else {}),
     }
+
+
+def _class_name(config: DrafterConfig) -> str:
+    if config.architecture == "dspark" and not (config.reduced_vocabulary or config.learned_mask):
+        return PUBLISHED
+    return next(name for name, known in ARCHITECTURES.items() if known == config.architecture and name != PUBLISHED)
 
 
 class _Fields:
@@ -144,9 +168,13 @@ class _Fields:
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         self.config = config
         self.source = source
-        architectures = config.get("architectures")
-        if not isinstance(architectures, list) or not set(architectures) & set(ARCHITECTURES):
-            raise self.error(f"architectures {architectures!r} names no known drafter ({', '.join(ARCHITECTURES)})")
+
+    def architecture(self) -> str:
+        named = self.config.get("architectures")
+        known = [ARCHITECTURES[name] for name in named if name in ARCHITECTURES] if isinstance(named, list) else []
+        if not known:
+            raise self.error(f"architectures {named!r} names no known drafter ({', '.join(ARCHITECTURES)})")
+        return known[0]
 
     def error(self, message: str) -> ModelFileError:
         return ModelFileError(f"{self.source}: {message}")

@@ -70,16 +70,30 @@ class DraftAttention(nn.Module):
         """Of x (b, n, d), context K and V (b, L, kv heads, head_dim), mask (b, 1, n, L + n), true where seen."""
         query = rotate(self.q_norm(self.q_proj(x).view(*x.shape[:-1], self.heads, self.head_dim)), rotary)
         key, value = (torch.cat([old, new], 1) for old, new in zip(context, self.keys_values(x, rotary), strict=True))
-        mixed = functional.scaled_dot_product_attention(
-            query.transpose(1, 2), self._per_head(key), self._per_head(value), attn_mask=mask
-        )
-        return cast("Tensor", self.o_proj(mixed.transpose(1, 2).flatten(2)))
+        attend = _attend_plainly if x.device.type == "cpu" else _attend
+        return cast("Tensor", self.o_proj(attend(query, key, value, mask).flatten(2)))
 
-    def _per_head(self, x: Tensor) -> Tensor:
-        """(b, L, kv heads, D) -> (b, heads, L, D), each key/value head repeated for its group of query heads."""
-        b, length, _, d = x.shape
-        grouped = x.transpose(1, 2)[:, :, None].expand(b, self.kv_heads, self.heads // self.kv_heads, length, d)
-        return grouped.reshape(b, self.heads, length, d)
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Of query (b, n, heads, D), key and value (b, L, kv heads, D), mask (b, 1, n, L): (b, n, heads, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def _attend_plainly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """The same by two products, with the query heads of a key/value head as rows of one.
+
+    On a CPU the library's own takes ten times as long where there is a mask (29 against 3 ms for 4 x 112 rows of 4
+    heads over 260 keys).
+    """
+    b, n, heads, size = query.shape
+    kv_heads, length = key.shape[2], key.shape[1]
+    folded = query.view(b, n, kv_heads, -1, size).permute(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, size)
+    scores = (folded @ key.permute(0, 2, 3, 1)).float() * size**-0.5
+    scores = scores.view(b, kv_heads, -1, n, length).masked_fill(~mask[:, :, None], -torch.inf)
+    shares = torch.softmax(scores, -1).view(b, kv_heads, -1, length).to(value.dtype)
+    mixed = (shares @ value.transpose(1, 2)).view(b, kv_heads, heads // kv_heads, n, size)
+    return mixed.permute(0, 3, 1, 2, 4).reshape(b, n, heads, size)
 
 
 class DraftMlp(nn.Module):
@@ -108,6 +122,10 @@ class DraftLayer(nn.Module):
         self.self_attn = DraftAttention(config)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DraftMlp(config)
+
+    def keys_values(self, x: Tensor, rotary: Rotary) -> KV:
+        """K and V of rows that enter the layer, as `DraftAttention.keys_values` of the normed rows."""
+        return self.self_attn.keys_values(self.input_layernorm(x), rotary)
 
     def forward(self, x: Tensor, rotary: Rotary, context: KV, mask: Tensor) -> Tensor:
         """Shapes as in `DraftAttention.forward`."""

@@ -183,9 +183,17 @@ def _(message: m.FeatureBlock) -> pb.FeatureReply:
         count=message.count,
         data=message.data,
         error=encode_error(message.error),
+        token_ids=message.token_ids,
     )
 
 
 @decode.register
 def _(message: pb.FeatureReply) -> m.FeatureBlock:
-    return m.FeatureBlock(key_of(message), message.start, message.count, message.data, decode_error(message))
+    return m.FeatureBlock(
+        key=key_of(message),
+        start=message.start,
+        count=message.count,
+        data=message.data,
+        error=decode_error(message),
+        token_ids=tuple(message.token_ids),
+    )

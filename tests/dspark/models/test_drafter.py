@@ -14,7 +14,9 @@ HEADS = ["vanilla", "gated", "rnn"]
 
 
 def load(path: Path) -> DSparkDrafter:
-    return load_drafter(path, target_path=None, dtype=torch.float32, device=torch.device("cpu"))
+    drafter = load_drafter(path, target_path=None, dtype=torch.float32, device=torch.device("cpu"))
+    assert isinstance(drafter, DSparkDrafter)
+    return drafter
 
 
 def captured(n: int, seed: int = 1) -> Tensor:
@@ -42,7 +44,7 @@ def test_greedy_block_agrees_with_plain_reading(tmp_path: Path, head: str, n: in
     tokens, confidences, tops = [], [], []
     for k in range(BLOCK):
         bias, state = drafter.head.step(state, previous, hidden[:, k])
-        confidence = drafter.confidence_logits(hidden[:, k], previous)
+        confidence = drafter.confidences(previous, hidden[:, k])
         assert confidence is not None
         logits = drafter.base_logits(hidden[:, k]) + bias
         previous = logits.argmax(-1)

@@ -14,16 +14,18 @@ from support.drafters import BLOCK, published_config, save_published
 from dspark.errors import ModelFileError
 from dspark.models.config import read_config
 from dspark.models.drafters import DrafterConfig, DSparkDrafter, load_drafter, save_drafter
+from dspark.models.drafters.base import rows_of_tokens
 from dspark.models.drafters.checkpoint import target_tensors
 from dspark.models.drafters.config import parse_drafter_config, to_json
-from dspark.models.drafters.dspark import rows_of_tokens
 
 CPU = torch.device("cpu")
 DRAFT_IDS = torch.tensor([1, 2, 7, 8, 9, 100, 300, 511])
 
 
 def load(path: Path, target: Path | None = None) -> DSparkDrafter:
-    return load_drafter(path, target_path=target, dtype=torch.float32, device=CPU)
+    drafter = load_drafter(path, target_path=target, dtype=torch.float32, device=CPU)
+    assert isinstance(drafter, DSparkDrafter)
+    return drafter
 
 
 def own_config(target: Path) -> DrafterConfig:

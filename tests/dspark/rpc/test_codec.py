@@ -84,7 +84,9 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     verifier_pb2.StepResult: st.builds(
         m.StepResult, st.lists(VERDICTS, max_size=3).map(tuple), SECONDS, SECONDS, SECONDS, SECONDS
     ),
-    verifier_pb2.FeatureReply: st.builds(m.FeatureBlock, KEYS, UINT32, UINT32, st.binary(), error=st.none()),
+    verifier_pb2.FeatureReply: st.builds(
+        m.FeatureBlock, KEYS, UINT32, UINT32, st.binary(), error=st.none(), token_ids=IDS
+    ),
     draft_pb2.AttachSequence: st.builds(m.AttachSequence, KEYS, TEXT, SAMPLING, UINT32, TEXT),
     draft_pb2.Attached: st.builds(m.Attached, KEYS, error=st.none()),
     draft_pb2.ProposeItem: st.builds(m.ProposeItem, KEYS, UINT32, UINT32, UINT32),

@@ -17,6 +17,7 @@ from dspark.errors import (
     UnknownSequence,
 )
 from dspark.messages import AttachSequence, Mode, ProposeItem, Sampling, SequenceKey
+from dspark.models.drafters.calibration import Calibration
 from services.verifier.verification import Candidate, verify
 
 FEATURES = make_features(64)
@@ -174,6 +175,36 @@ def test_coupled_drafts_of_the_targets_own_distribution_are_accepted(temperature
     outcomes = verify(logits.flatten(0, 1), candidates, noise_candidates=512)
     assert [outcome.accepted for outcome in outcomes] == [5] * 24
     assert len({tuple(row.tolist()) for row in drafted.tokens}) > 20  # not all the same, as greedy drafts might be
+
+
+def test_confidences_are_calibrated_by_setting_and_position() -> None:
+    fitted = (
+        Calibration("rejection", (0.5, 1.0, 2.0, 4.0, 8.0), (0.1, -0.2, 0.3, -0.4, 0.5)),
+        Calibration("greedy", (3.0,) * 5, (1.0,) * 5),
+    )
+    engine = make_engine(make_drafter(calibration=fitted))
+    settings = {
+        "rejection": Sampling(seed=1, mode=Mode.REJECTION),
+        "coupled": Sampling(seed=2),
+        "greedy": Sampling(temperature=0.0, mode=Mode.REJECTION),
+    }
+    for name, sampling in settings.items():
+        attach(engine, key_of(name), sampling=sampling)
+        feed(engine, key_of(name), FEATURES[:20])
+    items = [item(key_of(name), 21, max_tokens=4) for name in settings]
+    raw = engine.draft(items).confidence_logits
+    assert raw is not None
+    plain = make_engine(make_drafter())
+    attach(plain, key_of("greedy"))
+    feed(plain, key_of("greedy"), FEATURES[:20])
+    alone = plain.draft(items[2:]).confidence_logits
+    assert alone is not None
+    assert torch.equal(raw[2:], alone)  # logits stay raw
+    table = {one.setting: (one.temperatures, one.biases) for one in fitted} | {"coupled": ((1.0,) * 5, (0.0,) * 5)}
+    for name, row, proposal in zip(settings, raw.tolist(), engine.propose(items).proposals, strict=True):
+        expected = [1 / (1 + math.exp(-(x / t + b))) for x, t, b in zip(row, *table[name], strict=False)]
+        assert proposal.confidences == pytest.approx(expected, abs=1e-6)
+        assert len(proposal.confidences) == 4
 
 
 def test_noise_is_of_the_position_and_the_seed() -> None:

@@ -28,7 +28,7 @@ def module_block(drafter: DSparkDrafter, features: Tensor, anchor: int) -> tuple
     tokens, confidences, tops = [], [], []
     for k in range(drafter.config.block_size):
         bias, state = drafter.head.step(state, previous, hidden[:, k])
-        confidence = drafter.confidence_logits(hidden[:, k], previous)
+        confidence = drafter.confidences(previous, hidden[:, k])
         assert confidence is not None
         top, index = (drafter.base_logits(hidden[:, k]) + bias).max(-1)
         previous = index if drafter.d2t is None else index + drafter.d2t[index]

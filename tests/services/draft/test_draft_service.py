@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from support import drafters
-from support.drafting import GREEDY, item, key_of, make_drafter, make_engine, make_features
+from support.drafting import GREEDY, item, key_of, make_any, make_drafter, make_engine, make_features
 from support.scripted_verifier import ScriptedVerifier
 from support.scripted_verifier import running as running_verifier
 
 from dspark.errors import InvalidRequest, StartupError, Unavailable, UnknownSequence
 from dspark.messages import Attached, AttachSequence, ProposeItem, ProposeResult, SequenceKey
+from dspark.models.drafters import save_drafter
 from dspark.rpc.channel import connect
 from dspark.rpc.codec import attach_call, decode, detach_call, propose_call
 from dspark.rpc.server import serve
@@ -208,6 +209,20 @@ async def test_the_program_serves_until_told_and_says_so_in_the_store(tmp_path: 
             await directory.wait_for(lambda records: not records)
 
 
+@pytest.mark.parametrize("architecture", ["dspark", "dflash", "eagle3", "mtp", "ngram"])
+def test_every_kind_of_drafter_is_made_ready(tiny_qwen: Path, tmp_path: Path, architecture: str) -> None:
+    """From settings to an engine that has drafted already, without the weights that it arranged anew."""
+    drafter = "ngram"
+    if architecture != "ngram":
+        save_drafter(make_any(architecture), tmp_path)
+        drafter = str(tmp_path)
+    engine, offer = prepare(Settings(drafter=Path(drafter), target=str(tiny_qwen), store="redis://unused"))
+    assert offer.drafter.architecture == architecture
+    assert (offer.tap is None) == (offer.drafter.tap_id == "") == (architecture == "ngram")
+    assert engine.load().running == 0
+    assert engine.load().free_pages == engine.load().total_pages
+
+
 async def test_what_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
     drafters.save_published(tmp_path / "drafter")
     good, nowhere = str(tmp_path / "drafter"), "redis://127.0.0.1:1/0"
@@ -235,6 +250,7 @@ def test_what_cannot_be_loaded_is_a_startup_error(tmp_path: Path) -> None:
         ({"drafter": tmp_path / "none"}, "none"),
         ({"drafter": tmp_path / "broken"}, "broken"),
         ({"target": str(tmp_path / "none")}, "none"),
+        ({"drafter": "ngram"}, "drafter ngram: the target is needed, for its vocabulary"),
         ({"device": "tpu9"}, "device 'tpu9'"),
         ({"device": "cuda:77"}, "device 'cuda:77'"),
         ({"kernels": "triton"}, "triton"),

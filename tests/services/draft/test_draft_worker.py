@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.drafting import GREEDY, attach, feed, item, key_of, make_drafter, make_engine, make_features
+import torch
+from support.drafting import GREEDY, attach, block_of, feed, item, key_of, make_drafter, make_engine, make_features
 from support.scripted_verifier import MODEL, ScriptedVerifier, running
 
 from dspark.errors import (
@@ -27,10 +28,12 @@ from dspark.messages import AttachSequence, FeatureBlock, Proposal, ProposeItem,
 from dspark.sampling import DraftChooser
 from services.draft.engine import DraftEngine
 from services.draft.metrics import DraftMetrics
+from services.draft.ngram import PromptLookup
 from services.draft.offer import TapOffer
 from services.draft.worker import DraftWorker
 
 FEATURES = make_features(300)
+LOOKUP = PromptLookup(vocab_size=512)
 A, B, C = key_of("a"), key_of("b"), key_of("c")
 
 
@@ -230,6 +233,37 @@ async def test_broken_feature_bytes_are_not_believed() -> None:
         await attached(worker, address, A)
         await tokens(worker, item(A, 11))
         verifier.send(FeatureBlock(A, 10, 5, b"\0" * 17))
+        verifier.grow(A, 15)
+        assert await tokens(worker, item(A, 16)) == [drafted_alone(A, 15).tokens]
+
+
+async def test_prompt_lookup_wants_ids_and_no_tap() -> None:
+    verifier = ScriptedVerifier()
+    verifier.open(A, torch.empty(300, 0, dtype=torch.bfloat16), 40)
+    offer, engine = TapOffer.of(LOOKUP, Path("ngram")), make_engine(LOOKUP)
+    async with running(verifier) as address, worker_of(engine, offer=offer) as worker:
+        await attached(worker, address, A)
+        assert await tokens(worker, item(A, 41)) == [()]  # no id of the first 512 comes twice
+        verifier.grow(A, 45)
+        assert await tokens(worker, item(A, 46)) == [()]
+        assert verifier.taps_wanted == {""}
+        assert verifier.registered == []
+        (refused,) = await worker.attach([asking(B, "127.0.0.1:1")])
+        assert isinstance(refused.error, Unavailable)
+    stranger = ScriptedVerifier(replace(MODEL, vocab_size=600))
+    async with running(stranger) as address, worker_of(make_engine(LOOKUP), offer=offer) as worker:
+        (refused,) = await worker.attach([asking(A, address)])
+        assert isinstance(refused.error, Mismatch)
+        assert "600" in str(refused.error)
+
+
+async def test_blocks_without_their_ids_are_not_believed() -> None:
+    verifier = ScriptedVerifier()
+    verifier.open(A, FEATURES, 10)
+    async with running(verifier) as address, worker_of() as worker:
+        await attached(worker, address, A)
+        await tokens(worker, item(A, 11))
+        verifier.send(replace(block_of(A, -FEATURES, 10, 15), token_ids=(1, 2)))
         verifier.grow(A, 15)
         assert await tokens(worker, item(A, 16)) == [drafted_alone(A, 15).tokens]
 

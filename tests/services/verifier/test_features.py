@@ -1,5 +1,6 @@
 """Features: what is computed equals the formula on transformers' hidden states, and who wants it gets all of it."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,15 @@ class Reader:
         data = bytearray(b"".join(block.data for block in own))
         assert data
         return torch.frombuffer(data, dtype=torch.bfloat16).view(-1, size)
+
+    def ids(self, key: SequenceKey, size: int = 0) -> list[int]:
+        """The ids behind positions 0, 1, … of one sequence, from all of its blocks, with features of that size."""
+        self.read()
+        own = [block for block in self.log if block.key == key and block.error is None]
+        for before, block in itertools.pairwise([FeatureBlock(key, 0, 0), *own]):
+            assert block.start == before.start + before.count
+            assert (len(block.token_ids), len(block.data)) == (block.count, 2 * size * block.count)
+        return [token_id for block in own for token_id in block.token_ids]
 
     def errors(self) -> list[DSparkError]:
         """Of what is queued now."""
@@ -273,6 +283,58 @@ def test_a_slow_reader_is_left_behind_and_gets_everything_later(tiny_gemma: Path
         assert torch.equal(reader.rows(stream.key, info.feature_size), rows)
 
 
+@pytest.mark.parametrize("tapped", [True, False])
+def test_the_ids_behind_each_position_come_along(tiny_gemma: Path, tapped: bool) -> None:
+    """Prompt pieces, accepted and rejected drafts, and a subscription in the middle."""
+    engine = make_engine(tiny_gemma, prefix_cache=False)
+    known = Stream(engine, "known", PROMPT, features=False).run()
+    info, tensors = TAPS[0]
+    tap_id, size = (info.tap_id, info.feature_size) if tapped else ("", 0)
+    if tapped:
+        engine.register_tap(info, tensors)
+    for name, drafts in (("wrong", garbage(3)), ("some", oracle(PROMPT, known, 4, wrong_every=7))):
+        stream = Stream(engine, name, PROMPT, features=True, drafts=drafts, piece=10)
+        early, late = Reader(engine), Reader(engine)
+        engine.subscribe(early.stream, stream.key, tap_id, 0)
+        for _ in range(9):
+            stream.take(engine.step([stream.item()]).verdicts[0])
+        engine.subscribe(late.stream, stream.key, tap_id, 0)
+        drive(engine, [stream], close=False)
+        engine.publish()
+        assert early.ids(stream.key, size) == late.ids(stream.key, size) == stream.ids[1:]
+    assert engine.tap_ids == ((info.tap_id,) if tapped else ())
+
+
+def test_ids_alone_recompute_nothing(tiny_gemma: Path) -> None:
+    """Where features are missing, who wants no features does not notice."""
+    engine = make_engine(tiny_gemma)
+    info, tensors = TAPS[0]
+    engine.register_tap(info, tensors)
+    Stream(engine, "first", PROMPT, features=False).run()
+    stream = Stream(engine, "again", PROMPT, features=True)
+    assert stream.cached >= 32
+    reader = Reader(engine)
+    engine.subscribe(reader.stream, stream.key, "", 0)
+    assert reader.ids(stream.key) == PROMPT[1 : stream.cached + 1]
+    assert not engine.has_background_work
+    assert not engine._feed.taps_in_use
+    engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
+    assert engine.has_background_work
+
+
+def test_a_slow_reader_of_ids_is_left_behind_too(tiny_gemma: Path) -> None:
+    engine = make_engine(tiny_gemma)
+    limit = 4 * 60
+    reader = Reader(engine, limit)
+    stream = Stream(engine, "a", PROMPT, features=True)
+    engine.subscribe(reader.stream, stream.key, "", 0)
+    drive(engine, [stream], close=False)
+    engine.publish()
+    assert reader.stream.queued_bytes == limit < 4 * stream.computed
+    assert reader.ids(stream.key) == stream.ids[1:]
+    assert reader.stream.queued_bytes == 0
+
+
 def test_a_new_subscription_replaces_the_old(tiny_gemma: Path) -> None:
     engine = make_engine(tiny_gemma)
     info, tensors = TAPS[0]
@@ -303,10 +365,11 @@ def test_what_is_wrong_with_a_subscription_is_told(tiny_gemma: Path) -> None:
         (SequenceKey("with", 1), info.tap_id, 0),
         (SequenceKey("with", 0), "other", 0),
         (SequenceKey("without", 0), info.tap_id, 0),
+        (SequenceKey("without", 0), "", 0),
         (SequenceKey("with", 0), info.tap_id, 10_000),
     ):
         engine.subscribe(reader.stream, key, tap_id, position)
-    kinds = [UnknownSequence, StaleMessage, Mismatch, InvalidRequest, InvalidRequest]
+    kinds = [UnknownSequence, StaleMessage, Mismatch, InvalidRequest, InvalidRequest, InvalidRequest]
     assert [type(error) for error in reader.errors()] == kinds
     engine.subscribe(reader.stream, SequenceKey("with", 0), info.tap_id, 0)
     engine.open([OpenSequence(SequenceKey("with", 1), tuple(PROMPT), Sampling(), 60)])

@@ -1,0 +1,151 @@
+"""Prompt lookup: a draft is what followed the last occurrence of the text's present end (Saxena, 2023). No model.
+
+The ids of the sequence's own committed text are all it knows; it registers no tap and reads no hidden state. The end is
+looked up as its last four ids, else three, else two, and of several occurrences the last one counts. What is copied may
+run into the copy itself, so that a loop drafts a whole block of its next turns.
+
+Over answers of Gemma 3 270M, at temperature 1 and 0, the first draft stood .68 and .95 of the time after four ids, .49
+and .70 after three, .40 and .60 after two; after a single one .21 and .38, too little to be worth a row so often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark.messages import DrafterInfo, SparseDistribution
+from dspark.models.drafters.calibration import Calibration, setting_of
+from services.draft.drafting import Block, Drafted, Piece
+
+__all__ = ["Match", "NgramBlocks", "NgramContext", "PromptLookup"]
+
+CERTAIN = SparseDistribution((), ())
+"""In rejection mode: the token was not drawn, nothing else could have been proposed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLookup:
+    """What there is to choose about prompt lookup, and the vocabulary of the target that it is for."""
+
+    vocab_size: int
+    block_size: int = 8
+    longest: int = 4
+    shortest: int = 2
+
+    @property
+    def info(self) -> DrafterInfo:
+        """What a draft worker says about itself."""
+        return DrafterInfo(
+            name="ngram",
+            architecture="ngram",
+            fingerprint="",
+            tap_id="",
+            model_fingerprint="",
+            vocab_size=self.vocab_size,
+            draft_vocab_size=self.vocab_size,
+            block_size=self.block_size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What followed the occurrence, and how many ids before it agree with the text's end."""
+
+    tokens: Sequence[int]
+    matched: int
+
+
+NOTHING = Match((), 0)
+
+
+class NgramContext:
+    """The ids of positions 1 … length, indexed as they come: the work of a round is that of its new ids.
+
+    About 500 bytes an id.
+    """
+
+    def __init__(self, longest: int, shortest: int) -> None:
+        self._lengths = range(longest, shortest - 1, -1)
+        self._ids: list[int] = []
+        self._followed: dict[tuple[int, ...], int] = {}  # ids -> where what followed them last begins
+
+    @property
+    def length(self) -> int:
+        """Positions that have come, each with the id behind it."""
+        return len(self._ids)
+
+    def append(self, token_ids: Iterable[int]) -> None:
+        """The text goes on."""
+        for token_id in token_ids:
+            for end in self._ends():  # only now something follows them
+                self._followed[end] = len(self._ids)
+            self._ids.append(token_id)
+
+    def lookup(self, count: int) -> Match:
+        """Up to `count` ids after the longest end that occurred before; `NOTHING` where none did."""
+        for end in self._ends():
+            start = self._followed.get(end)
+            if start is not None:
+                return Match(self._copy(start, count), len(end))
+        return NOTHING
+
+    def _ends(self) -> Iterator[tuple[int, ...]]:
+        """The text's last ids, longest run first."""
+        for length in self._lengths:
+            if length <= len(self._ids):
+                yield tuple(self._ids[-length:])
+
+    def _copy(self, start: int, count: int) -> list[int]:
+        copied = self._ids[start : start + count]
+        while len(copied) < count:  # the text ends: on with the copy itself
+            copied.append(copied[start + len(copied) - len(self._ids)])
+        return copied
+
+
+class NgramBlocks:
+    """Prompt lookup for many sequences. Implements `BlockDrafter`."""
+
+    block_rows = 0
+    feature_size = 0
+    calibration: tuple[Calibration, ...] = ()
+
+    def __init__(self, settings: PromptLookup) -> None:
+        self.vocab_size = settings.vocab_size
+        self.block_size = settings.block_size
+        self._settings = settings
+
+    def open(self, limit: int) -> NgramContext:
+        """As in `BlockDrafter`; the limit is kept by who sends the ids."""
+        del limit
+        return NgramContext(self._settings.longest, self._settings.shortest)
+
+    def extend(self, pieces: Sequence[Piece[NgramContext]], features: Tensor) -> None:
+        """As in `BlockDrafter`; there are no features."""
+        del features
+        for piece in pieces:
+            piece.context.append(piece.require_ids())
+
+    def draft(self, blocks: Sequence[Block[NgramContext]], count: int) -> Drafted:
+        """As in `BlockDrafter`; a block is empty where the text's end is new. Drafts are certain in every mode."""
+        matches = [block.context.lookup(count) for block in blocks]
+        tokens = [[*match.tokens, *[0] * (count - len(match.tokens))] for match in matches]
+        certain = [CERTAIN if setting_of(block.sampling) == "rejection" else None for block in blocks]
+        return Drafted(
+            tokens=torch.tensor(tokens),
+            distributions=[certain] * count,
+            confidence_logits=_confidence_logits([match.matched for match in matches], count),
+            lengths=[len(match.tokens) for match in matches],
+        )
+
+
+def _confidence_logits(matched: Sequence[int], count: int) -> Tensor:
+    """Rough: m / (m + 2) for a token after m agreeing ids, so (b, count) logits log(m / 2).
+
+    The tokens of the block before it count as agreeing, for c_k presumes that they stand. At temperature 1 that
+    was right within .12, for greedy answers it is too low.
+    """
+    agreeing = torch.tensor(matched)[:, None] + torch.arange(count)
+    return (agreeing.clamp(min=1) / 2.0).log()

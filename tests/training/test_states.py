@@ -1,0 +1,109 @@
+"""The target's states of texts: computed as served, kept within the bound, believed only when whole."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dspark.errors import ConfigError
+from dspark.models.batch import RaggedBatch
+from dspark.models.kv_cache import KVCache
+from dspark.models.target import TargetModel
+from training.dataset import Texts, read_texts
+from training.state_cache import StateCache, StateCaches, TextStates
+from training.states import TargetStates, rms_normalise
+
+LAYERS = (0, 2, 4)
+
+
+def cache_of(directory: Path, texts: Texts, gigabytes: float, name: str = "a") -> StateCache:
+    lengths = [len(ids) for ids in texts.token_ids]
+    return StateCache(directory, {"of": name}, lengths, layers=3, width=64, gigabytes=gigabytes)
+
+
+def test_batch_holds_the_targets_states(target: TargetModel, data_set: Path) -> None:
+    texts = read_texts(data_set)
+    batch = TargetStates(texts, target, LAYERS).batch([3, 0, 17])
+    for row, text in enumerate([3, 0, 17]):
+        ids = texts.token_ids[text].tolist()
+        cache = KVCache(target.config, pages=16, dtype=target.dtype, device=target.device)
+        place = cache.open(ids, len(ids) + 1)
+        forward = target.forward(RaggedBatch.build([(place, ids, 0)]), cache, capture=frozenset(LAYERS))
+        captured = torch.stack([forward.captured[layer] for layer in LAYERS], 1)
+        n, first = len(ids), texts.prompt_lengths[text]
+        assert batch.token_ids[row, :n].tolist() == ids
+        assert torch.equal(batch.hidden[row, :n], forward.hidden)
+        assert torch.equal(batch.captured[row, :n], rms_normalise(captured, 1e-6))
+        logz = torch.logsumexp(target.logits(forward.hidden[first:]).float(), -1)
+        torch.testing.assert_close(batch.logz[row, first:n], logz, atol=1e-3, rtol=1e-4)
+
+
+def test_what_is_kept_is_what_was_computed(target: TargetModel, data_set: Path, tmp_path: Path) -> None:
+    texts = read_texts(data_set)
+    first = TargetStates(texts, target, LAYERS, cache_of(tmp_path, texts, 0.1))
+    fresh = first.batch([5, 6])
+    again = TargetStates(texts, target, LAYERS, cache_of(tmp_path, texts, 0.1))
+    found = again.batch([5, 6])
+    assert (first.computed, again.computed) == (2, 0)
+    for name in ("captured", "hidden", "logz", "token_ids"):
+        assert torch.equal(getattr(found, name), getattr(fresh, name))
+
+
+def test_cache_stays_within_its_bound(target: TargetModel, data_set: Path, tmp_path: Path) -> None:
+    texts = read_texts(data_set)
+    bytes_a_token = 2 * (4 * 64 + 2)
+    room = sum(len(ids) for ids in texts.token_ids[:10]) * bytes_a_token + 100
+    cache = cache_of(tmp_path, texts, room / 1e9)
+    assert cache.kept == 10
+    states = TargetStates(texts, target, LAYERS, cache)
+    states.batch(range(20))
+    states.batch(range(20))
+    assert states.computed == 20 + 10
+    assert (tmp_path / "states.bin").stat().st_size == cache.bytes <= room
+
+
+def test_no_cache_at_all_writes_nothing(target: TargetModel, data_set: Path, tmp_path: Path) -> None:
+    texts = read_texts(data_set)
+    states = TargetStates(texts, target, LAYERS, cache_of(tmp_path, texts, 0))
+    states.batch([0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_entry_is_computed_again(target: TargetModel, data_set: Path, tmp_path: Path) -> None:
+    texts = read_texts(data_set)
+    whole = TargetStates(texts, target, LAYERS, cache_of(tmp_path, texts, 0.1)).batch([2])
+    words = np.memmap(tmp_path / "states.bin", np.int16, "r+")
+    words[(len(texts.token_ids[0]) + len(texts.token_ids[1])) * (4 * 64 + 2) + 40] ^= 1
+    words.flush()
+    states = TargetStates(texts, target, LAYERS, cache_of(tmp_path, texts, 0.1))
+    assert torch.equal(states.batch([2]).captured, whole.captured)
+    assert states.computed == 1
+
+
+def test_cache_of_other_states_is_thrown_away(data_set: Path, tmp_path: Path) -> None:
+    texts = read_texts(data_set)
+    cache = cache_of(tmp_path, texts, 0.1)
+    n = len(texts.token_ids[0])
+    cache.put(0, TextStates(torch.ones(n, 3, 64).bfloat16(), torch.ones(n, 64).bfloat16(), torch.ones(n)))
+    assert cache_of(tmp_path, texts, 0.1).get(0) is not None
+    assert cache_of(tmp_path, texts, 0.1, name="b").get(0) is None
+    assert cache_of(tmp_path, texts, 0.1).get(0) is None  # the other one took its place
+
+
+def test_unusable_place_is_one_clear_error(data_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="state cache"):
+        cache_of(tmp_path / "file", read_texts(data_set), 0.1)
+
+
+def test_caches_of_several_data_sets_count_on(data_set: Path, tmp_path: Path) -> None:
+    texts = read_texts(data_set)
+    parts = [cache_of(tmp_path / name, texts, 0.1, name) for name in ("a", "b")]
+    caches, n = StateCaches(parts), len(texts.token_ids[1])
+    states = TextStates(torch.ones(n, 3, 64).bfloat16(), torch.ones(n, 64).bfloat16(), torch.ones(n))
+    caches.put(len(texts) + 1, states)
+    assert parts[0].get(1) is None
+    assert parts[1].get(1) is not None
+    assert caches.get(len(texts) + 1) is not None
+    assert caches.get(1) is None

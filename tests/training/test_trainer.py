@@ -1,0 +1,171 @@
+"""Training on a tiny random target: every drafter learns, steps follow from seed and number alone."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.data_sets import SETTINGS, SHAPE
+
+from dspark.errors import ConfigError, Mismatch
+from dspark.models.drafters import Drafter, DSparkDrafter, load_drafter
+from training.blocks import block_rows, sample_anchors
+from training.dataset import read_manifest, read_texts
+from training.initialise import Shape, drafter_config, fold_for_serving, measure, spread_layers
+from training.plan import RunPlan
+from training.prepare import open_target, prepare, split, target_states
+from training.run import train
+from training.state import load_state, save_state
+from training.trainer import Alone, StepReport, Trainer, TrainSettings, learning_rate
+from training.validate import validate
+
+
+def begin(plan: RunPlan) -> Trainer:
+    plan.run.mkdir(exist_ok=True)
+    texts = [read_texts(path) for path in plan.data]
+    states = target_states(plan, [read_manifest(path) for path in plan.data], texts)
+    training, _ = split(len(states.texts))
+    with open_target(plan.target) as (source, config):
+        drafter, standardisation = prepare(plan, source, config, states, training, Alone())
+    return Trainer(drafter, states, training, standardisation, plan.settings)
+
+
+def of(plan: RunPlan, architecture: str) -> RunPlan:
+    layers = 1 if architecture == "eagle3" else 2
+    return replace(plan, shape=replace(SHAPE, architecture=architecture, layers=layers))
+
+
+def same_parameters(one: Drafter, other: Drafter) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["dspark", "dflash", "eagle3", "mtp"])
+def test_learns_and_leaves_a_checkpoint(plan: RunPlan, architecture: str) -> None:
+    plan = of(plan, architecture)
+    trainer = begin(plan)
+    _, held_out = split(48)
+    before = validate(trainer.drafter, trainer.states, held_out, trainer.standardisation)
+    outcome = train(plan, Alone(), lambda _: None)
+    assert outcome.validation.tau > before.tau + 0.1
+    assert len(outcome.validation.acceptance) == len(outcome.validation.greedy_acceptance) == 3
+    assert outcome.cache_bytes <= 0.1e9
+    loaded = load_drafter(plan.out, target_path=plan.target, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert loaded.config.architecture == architecture
+    assert loaded.config.normalize_inputs
+    log = (plan.run / "log.jsonl").read_text()
+    assert '"event": "step"' in log
+    assert '"event": "validation"' in log
+    assert train(plan, Alone(), lambda _: None).step is None  # over already: nothing more to do, nothing broken
+
+
+@pytest.mark.parametrize("head", ["gated", "rnn"])
+def test_other_heads_learn(plan: RunPlan, head: str) -> None:
+    plan = replace(plan, shape=replace(SHAPE, markov_head_type=head))
+    losses: list[float] = []
+    train(plan, Alone(), lambda step: losses.append(step.loss))
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize("architecture", ["dspark", "mtp"])
+def test_stopped_run_goes_on_as_if_never_stopped(plan: RunPlan, architecture: str) -> None:
+    plan = of(plan, architecture)
+    whole = begin(plan)
+    reports = [whole.step() for _ in range(6)]
+    first = begin(plan)
+    for _ in range(3):
+        first.step()
+    save_state(plan.run, first.drafter, first.optimizer, first.progress)
+    second = begin(plan)
+    second.progress = load_state(plan.run, second.drafter, second.optimizer)
+    again = [second.step() for _ in range(3)]
+    assert [report.loss for report in again] == [report.loss for report in reports[3:]]
+    assert same_parameters(whole.drafter, second.drafter)
+
+
+def test_parts_of_a_step_are_as_good_as_the_whole(plan: RunPlan) -> None:
+    whole, parts = begin(plan), begin(replace(plan, settings=replace(SETTINGS, accumulate=4)))
+    for _ in range(3):
+        one, other = whole.step(), parts.step()
+        assert one.loss == pytest.approx(other.loss, rel=0.03)  # a part weighs its own rows
+    with pytest.raises(ConfigError, match="do not divide"):
+        replace(SETTINGS, accumulate=3).check(1)
+
+
+def test_labels_and_targets_follow_the_text(plan: RunPlan) -> None:
+    trainer = begin(plan)
+    drafter, batch = trainer.drafter, trainer.states.batch([1, 3])
+    anchors = sample_anchors(batch, 12, torch.Generator().manual_seed(0))
+    assert bool((anchors >= batch.prompt_lengths[:, None]).all())
+    assert bool((anchors < batch.lengths[:, None] - 1).all())
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = block_rows(drafter, batch, anchors)
+    assert drafter.rows is not None
+    seen = set()
+    for s, a, k in torch.cartesian_prod(torch.arange(2), torch.arange(12), torch.arange(3)).tolist():
+        at = int(anchors[s, a]) + k + 1
+        assert bool(rows.valid[s, a, k]) == (at < int(batch.lengths[s]))
+        seen.add(bool(rows.valid[s, a, k]))
+        if rows.valid[s, a, k]:
+            row = int(drafter.rows[batch.token_ids[s, at]])
+            assert int(rows.labels[s, a, k]) == (row if row < 128 else -1)
+            logits = batch.hidden[s, at - 1] @ drafter.head_weight.T
+            expected = (logits.float() - batch.logz[s, at - 1]).exp()
+            torch.testing.assert_close(rows.target[s, a, k], expected, atol=1e-3, rtol=0.1)
+    assert seen == {True, False}
+
+
+def test_loss_that_is_no_number_ends_the_run_and_spoils_nothing(plan: RunPlan) -> None:
+    wild = replace(plan, settings=replace(SETTINGS, learning_rate=1e30, clip=1e30, warmup=0.0))
+    with pytest.raises(ConfigError, match=r"the loss is .* at step"):
+        train(wild, Alone(), lambda _: None)
+    assert not wild.out.exists()
+
+
+def test_run_directory_of_another_run_is_refused(plan: RunPlan) -> None:
+    short = replace(plan, settings=replace(SETTINGS, blocks=32))
+    train(short, Alone(), lambda _: None)
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        train(plan, Alone(), lambda _: None)
+
+
+def test_data_of_another_model_is_refused(plan: RunPlan, tiny_qwen: Path) -> None:
+    with pytest.raises(Mismatch, match="was written by"):
+        train(replace(plan, target=tiny_qwen), Alone(), lambda _: None)
+
+
+def test_checkpoint_on_raw_states_equals_training_on_standardised_ones(plan: RunPlan) -> None:
+    torch.manual_seed(0)
+    raw = torch.randn(1, 50, 3, 64) * 4 + 1
+    with open_target(plan.target) as (_, target):
+        config = drafter_config(target, SHAPE, name="tiny")
+    drafter = DSparkDrafter(config, embed_weight=torch.zeros(512, 64), head_weight=torch.zeros(128, 64))
+    normalised = raw / raw.square().mean(-1, keepdim=True).sqrt()
+    standardisation = measure(normalised, torch.tensor([50]))
+    standardised = normalised.clone()
+    standardisation.apply_(standardised)
+    folded = fold_for_serving(drafter, standardisation)
+    assert folded.config == replace(drafter.config, normalize_inputs=True)
+    torch.testing.assert_close(folded.features(raw), drafter.features(standardised), atol=1e-4, rtol=1e-3)
+
+
+def test_learning_rate_warms_up_and_comes_down() -> None:
+    rates = [learning_rate(SETTINGS, fraction) for fraction in (0.0, 0.02, 0.04, 0.5, 1.0)]
+    assert rates[0] < rates[1] < rates[2] == pytest.approx(5e-3)
+    assert rates[2] > rates[3] > rates[4] > 0
+
+
+def test_feature_layers_are_spread_and_never_the_last() -> None:
+    assert spread_layers(18) == (1, 6, 11, 16)
+    assert spread_layers(36, 5) == (1, 9, 18, 26, 34)
+    assert spread_layers(3) == (1,)
+    assert Shape().target_layer_ids == ()
+
+
+def test_settings_count_steps() -> None:
+    assert TrainSettings(blocks=6400, sequences=4, anchors=16).steps == 100
+
+
+def test_report_is_finite(plan: RunPlan) -> None:
+    step: StepReport = begin(plan).step()
+    assert all(math.isfinite(value) for value in (step.loss, step.gradient_norm, *step.acceptance))

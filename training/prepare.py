@@ -1,0 +1,142 @@
+"""Everything that a run needs before its first step: the target's states and a drafter at its start.
+
+The first process decides what the run keeps to (draft vocabulary, standardisation) and the others read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from dspark.errors import ConfigError, Mismatch
+from dspark.kernels import select_kernels
+from dspark.models.config import TargetConfig, parse_config, read_config
+from dspark.models.drafters import CLASSES, Drafter
+from dspark.models.drafters.checkpoint import target_tensors
+from dspark.models.gguf import GgufSource
+from dspark.models.target import load_target
+from dspark.models.weights import SafetensorsSource, TensorSource
+from training.blocks import block_rows, sample_anchors
+from training.dataset import Manifest, Texts
+from training.initialise import (
+    Standardisation,
+    absorb_post_norms,
+    as_it_is,
+    draft_vocabulary,
+    drafter_config,
+    measure,
+    sample_batch,
+    start_from_target,
+)
+from training.plan import RunPlan
+from training.state import SETUP_FILE, load_setup, save_setup
+from training.state_cache import StateCache, StateCaches
+from training.states import TargetStates
+from training.trainer import Exchange
+
+__all__ = ["open_target", "prepare", "split", "target_states"]
+
+HELD_OUT_EVERY = 40
+VALIDATED = 64
+SETUP_TEXTS = 96
+
+
+def split(count: int) -> tuple[list[int], list[int]]:
+    """Training and held-out texts; a small data set holds out its last."""
+    held_out = [n for n in range(count) if n % HELD_OUT_EVERY == HELD_OUT_EVERY - 1] or [count - 1]
+    training = sorted(set(range(count)) - set(held_out))
+    if not training:
+        raise ConfigError("a data set needs at least two responses")
+    return training, held_out[:VALIDATED]
+
+
+@contextlib.contextmanager
+def open_target(path: Path) -> Iterator[tuple[TensorSource, TargetConfig]]:
+    """A target's tensors and config, from a Hugging Face directory or a .gguf file."""
+    if path.is_file():
+        gguf = GgufSource(path)
+        yield gguf, parse_config(gguf.config, source=str(path))
+        return
+    with SafetensorsSource(path) as source:
+        yield source, read_config(path)
+
+
+def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[Texts]) -> TargetStates:
+    """The states of the data sets' texts, one after the other; `Mismatch` where another model wrote any."""
+    device = torch.device(plan.device)
+    target = load_target(plan.target, dtype=torch.bfloat16, device=device, kernels=select_kernels("auto", device))
+    for path, manifest in zip(plan.data, manifests, strict=True):
+        if target.info.model_fingerprint != manifest.model_fingerprint:
+            raise Mismatch(
+                f"{path} was written by {manifest.target} ({manifest.model_fingerprint[:12]}), "
+                f"not by this {target.info.name} ({target.info.model_fingerprint[:12]})"
+            )
+    layers = drafter_config(target.config, plan.shape, name=plan.name).target_layer_ids
+    caches = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size)))
+    joined = functools.reduce(operator.add, texts)
+    return TargetStates(joined, target, layers, caches, normalise=not plan.shape.plain_tap)
+
+
+def _caches(
+    plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[Texts], layers: Sequence[int], width: int
+) -> Iterator[StateCache]:
+    """One a data set; a later one gets the room that those before leave."""
+    left = plan.cache_gb
+    for number, (manifest, some) in enumerate(zip(manifests, texts, strict=True)):
+        cache = StateCache(
+            plan.cache_of(number),
+            {"data": manifest.identity, "layers": list(layers)},
+            [len(ids) for ids in some.token_ids],
+            layers=len(layers),
+            width=width,
+            gigabytes=left,
+        )
+        left -= cache.bytes / 1e9
+        yield cache
+
+
+def prepare(
+    plan: RunPlan,
+    source: TensorSource,
+    target: TargetConfig,
+    states: TargetStates,
+    training: Sequence[int],
+    exchange: Exchange,
+) -> tuple[Drafter, Standardisation]:
+    """The drafter at its start; the first process decides what the run keeps to."""
+    torch.manual_seed(plan.settings.seed)
+    config = drafter_config(target, plan.shape, name=plan.name)
+    device = torch.device(plan.device)
+    embed, head = (
+        tensor.to(device)
+        for tensor in target_tensors(plan.target, target.vocab_size, target.hidden_size, torch.bfloat16)
+    )
+    if exchange.rank == 0 and not (plan.run / SETUP_FILE).exists():
+        sample = sample_batch(states, training, SETUP_TEXTS)
+        d2t = draft_vocabulary(sample, head, config.draft_vocab_size, keep=target.eos_token_ids)
+        measured = as_it_is(sample.captured) if plan.shape.plain_tap else measure(sample.captured, sample.lengths)
+        save_setup(plan.run, d2t.cpu(), measured.to(torch.device("cpu")))
+    exchange.meet()
+    d2t, standardisation = load_setup(plan.run)
+    d2t, standardisation = d2t.to(device), standardisation.to(device)
+    own_head = head[torch.arange(len(d2t), device=device) + d2t]
+    reduced = d2t if config.reduced_vocabulary else None
+    drafter = CLASSES[config.architecture](config, embed_weight=embed, head_weight=own_head, d2t=reduced).to(device)
+    if plan.warm_start:
+        start_from_target(drafter, source, target, standardisation)
+        absorb_post_norms(drafter, source, target, lambda: _first_rows(drafter, states, training, standardisation))
+    return drafter, standardisation
+
+
+def _first_rows(
+    drafter: Drafter, states: TargetStates, training: Sequence[int], standardisation: Standardisation
+) -> None:
+    batch = sample_batch(states, training, 8)
+    standardisation.apply_(batch.captured)
+    with torch.autocast(batch.captured.device.type, torch.bfloat16):
+        block_rows(drafter, batch, sample_anchors(batch, 16, torch.Generator().manual_seed(0)))

@@ -1,0 +1,152 @@
+"""The target's hidden states of texts, computed while training and served as batches (DSpark §3.3, §5.1).
+
+Kept are the captured layers, the final hidden state and log Z of the target's logits, in a bounded `StateCache`; what
+does not fit is computed again each time. Logits are never kept: the loss makes those it needs from the hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark.models.batch import RaggedBatch
+from dspark.models.kv_cache import KVCache
+from dspark.models.target import TargetModel
+from training.dataset import Texts
+from training.state_cache import StateCache, StateCaches, TextStates
+
+__all__ = ["Batch", "TargetStates", "rms_normalise"]
+
+_PAGE_SIZE = 16
+_HEAD_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some texts padded to t tokens: `captured` (s, t, m, d), `hidden` (s, t, d), `logz` and `token_ids` (s, t).
+
+    Captured layers are divided by their root mean square unless told otherwise. `logz` is float32, log of the sum of
+    exp(logits), and means something at positions from `prompt_lengths` on only.
+    """
+
+    captured: Tensor
+    hidden: Tensor
+    logz: Tensor
+    token_ids: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    temperatures: Tensor
+
+
+class TargetStates:
+    """Batches of a data set's texts, their states computed by the target."""
+
+    def __init__(
+        self,
+        texts: Texts,
+        target: TargetModel,
+        layer_ids: Sequence[int],
+        cache: StateCache | StateCaches | None = None,
+        *,
+        normalise: bool = True,
+    ) -> None:
+        self.texts = texts
+        self._target = target
+        self._layer_ids = tuple(layer_ids)
+        self._cache = cache
+        self._normalise = normalise
+        self._kv: KVCache | None = None
+        self.computed = 0
+        """Texts whose states were computed rather than found."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache takes on disk."""
+        return self._cache.bytes if self._cache else 0
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The texts at `rows`, padded at the end to the longest of them, on the target's device."""
+        states = self._states(rows)
+        captured = _padded([one.captured for one in states]).to(self._target.device)
+        lengths = torch.tensor([len(self.texts.token_ids[row]) for row in rows])
+        device = self._target.device
+        return Batch(
+            captured=captured if not self._normalise else rms_normalise(captured, self._target.config.rms_norm_eps),
+            hidden=_padded([one.hidden for one in states]).to(device),
+            logz=_padded([one.logz for one in states]).to(device),
+            token_ids=_padded([self.texts.token_ids[row].long() for row in rows]).to(device),
+            lengths=lengths.to(device),
+            prompt_lengths=torch.tensor([self.texts.prompt_lengths[row] for row in rows], device=device),
+            temperatures=torch.tensor([self.texts.temperatures[row] for row in rows], device=device),
+        )
+
+    def _states(self, rows: Sequence[int]) -> list[TextStates]:
+        found = {row: self._cache.get(row) if self._cache else None for row in rows}
+        missing = [row for row, states in found.items() if states is None]
+        if missing:
+            for row, computed in zip(missing, self._compute(missing), strict=True):
+                found[row] = computed
+                if self._cache:
+                    self._cache.put(row, computed)
+        return [states for row in rows if (states := found[row]) is not None]
+
+    @torch.inference_mode()
+    def _compute(self, rows: Sequence[int]) -> list[TextStates]:
+        """One forward over whole texts."""
+        self.computed += len(rows)
+        ids = [self.texts.token_ids[row].tolist() for row in rows]
+        cache = self._room(ids)
+        places = [cache.open(text, len(text) + 1) for text in ids]
+        batch = RaggedBatch.build([(place, text, 0) for place, text in zip(places, ids, strict=True)])
+        forward = self._target.forward(batch, cache, capture=frozenset(self._layer_ids))
+        for place in places:
+            cache.close(place)
+        captured = torch.stack([forward.captured[layer] for layer in self._layer_ids], 1).bfloat16()
+        firsts = [self.texts.prompt_lengths[row] for row in rows]
+        spans = zip(batch.first_rows[:-1], batch.first_rows[1:], firsts, strict=True)
+        return [
+            TextStates(
+                captured[start:end].cpu(),
+                forward.hidden[start:end].bfloat16().cpu(),
+                self._logz(forward.hidden[start:end], first),
+            )
+            for start, end, first in spans
+        ]
+
+    def _logz(self, hidden: Tensor, first: int) -> Tensor:
+        """Log Z (t,) of the rows from `first` on, 0 before."""
+        parts = [torch.zeros(first)]
+        for rows in torch.split(hidden[first:], _HEAD_ROWS):
+            logits = self._target.logits(rows)
+            parts += [torch.logsumexp(some.float(), -1).cpu() for some in torch.split(logits, 8)]
+        return torch.cat(parts)
+
+    def _room(self, ids: Sequence[Sequence[int]]) -> KVCache:
+        """K/V pages for one forward, kept for the next."""
+        pages = sum(len(text) // _PAGE_SIZE + 2 for text in ids) + len(ids)
+        pages = max(pages, len(ids) * (max(map(len, ids)) // _PAGE_SIZE + 3))
+        if self._kv is None or self._kv.total_pages < pages:
+            target = self._target
+            self._kv = KVCache(
+                target.config,
+                pages=pages,
+                dtype=target.dtype,
+                device=target.device,
+                prefix_cache=False,
+                max_step_rows=sum(map(len, ids)),
+            )
+        return self._kv
+
+
+def rms_normalise(captured: Tensor, eps: float) -> Tensor:
+    """Every (…, d) row divided by its root mean square, in the rows' dtype."""
+    wide = captured.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(captured.dtype)
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """(t_i, …) tensors as one (s, t, …), filled up with zeros."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
