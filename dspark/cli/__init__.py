@@ -28,6 +28,7 @@ _COMMANDS = {
     "chat": "dspark.cli.chat",
     "demo": "dspark.cli.demo",
     "evaluate": "dspark.cli.evaluate",
+    "bench": "dspark.cli.bench",
     "propose": "dspark.cli.propose",
     "models": "dspark.cli.models",
     "train": "dspark.cli.train",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
 import uuid
 from collections.abc import Iterable
@@ -33,6 +34,10 @@ _SPECULATION: dict[int, bool] = {
     pb.SPECULATION_OFF: False,
 }
 
+_FIXED = re.compile(r"fixed:([0-9]{1,3})", re.ASCII)
+_NOT_SERVED = re.compile(r"adaptive|cap-accept|threshold:[0-9.]+", re.ASCII)
+_POLICY_FORMS = "none, fixed:N, threshold:X, adaptive or cap-accept"
+
 
 def check(
     proto: pb.GenerateRequest, prompt: tuple[int, ...], request_id: str, model: ServedModel, room: int
@@ -51,6 +56,7 @@ def check(
     """
     _check_prompt(prompt, model.info.vocab_size, room)
     stop_ids = _stop_ids(proto.stop_token_ids, model.info.vocab_size)
+    speculation, cap = _verification(proto)
     ends = frozenset() if proto.ignore_eos else frozenset((*model.info.eos_token_ids, *model.tokenizer.eos_token_ids))
     return Request(
         request_id=request_id,
@@ -59,8 +65,8 @@ def check(
         max_tokens=_max_tokens(proto, len(prompt), room),
         stop=_stop_strings(proto.stop),
         stop_token_ids=stop_ids | ends,
-        speculation=_speculation(proto.speculation),
-        max_verify_length=proto.max_verify_length if proto.HasField("max_verify_length") else None,
+        speculation=speculation,
+        max_verify_length=cap,
     )
 
 
@@ -161,6 +167,26 @@ def _stop_ids(ids: Iterable[int], vocab_size: int) -> frozenset[int]:
         raise InvalidRequest(f"stop_token_ids: {len(stop)} ids; the limit is {MAX_STOP_IDS}")
     _check_ids("stop_token_ids", stop, vocab_size)
     return frozenset(stop)
+
+
+def _verification(proto: pb.GenerateRequest) -> tuple[bool, int | None]:
+    """Whether to speculate, and the cap on what is verified a round: the stricter of the fields and the policy."""
+    asked, (allowed, cap) = _speculation(proto.speculation), _policy(proto.policy)
+    caps = [cap, proto.max_verify_length if proto.HasField("max_verify_length") else None]
+    return asked and allowed, min((c for c in caps if c is not None), default=None)
+
+
+def _policy(text: str) -> tuple[bool, int | None]:
+    """What a policy's name says of speculation and cap. Empty: as the router is set up."""
+    if not text:
+        return True, None
+    if text == "none":
+        return False, None
+    if match := _FIXED.fullmatch(text):
+        return True, int(match[1])
+    if _NOT_SERVED.fullmatch(text):
+        raise InvalidRequest(f"policy {text!r} is not served by this router; none and fixed:N are")
+    raise InvalidRequest(f"policy is {text!r}; it must be {_POLICY_FORMS}, or empty for the router's own")
 
 
 def _speculation(value: int) -> bool:

@@ -52,6 +52,7 @@ async def test_every_parameter_arrives() -> None:
             ignore_eos=True,
             speculation=False,
             max_verify_length=2,
+            policy="fixed:3",
             model="m",
             request_id="r7",
             timeout=30,
@@ -64,7 +65,7 @@ async def test_every_parameter_arrives() -> None:
     assert sampling.HasField("logprobs")
     assert (sent.max_tokens, list(sent.stop), list(sent.stop_token_ids)) == (5, ["a", "b"], [4])
     assert (sent.ignore_eos, sent.speculation, sent.max_verify_length) == (True, pb.SPECULATION_OFF, 2)
-    assert (sent.model, sent.request_id) == ("m", "r7")
+    assert (sent.policy, sent.model, sent.request_id) == ("fixed:3", "m", "r7")
     assert {("x-api-key", "k"), ("x-request-id", "r7")} <= set(router.metadata)
 
 
@@ -72,6 +73,7 @@ def test_what_is_left_out_stays_unset() -> None:
     request = request_of("p", {"temperature": None, "stop": "x"})
     assert not request.sampling.HasField("temperature")
     assert not request.HasField("max_tokens")
+    assert not request.HasField("policy")
     assert list(request.stop) == ["x"]
 
 

@@ -273,6 +273,14 @@ BAD: dict[str, tuple[pb.GenerateRequest, str]] = {
     "stop too many": (request_of("a", stop=[str(n) for n in range(17)]), "stop: 17 strings; the limit is 16"),
     "stop id": (request_of("a", stop_token_ids=[VOCAB]), "stop_token_ids[0]"),
     "speculation": (request_of("a", speculation=9), "speculation is 9"),
+    "speculation beside a policy": (request_of("a", speculation=9, policy="none"), "speculation is 9"),
+    "policy": (
+        request_of("a", policy="fastest"),
+        "policy is 'fastest'; it must be none, fixed:N, threshold:X, adaptive",
+    ),
+    "policy without its number": (request_of("a", policy="fixed:"), "policy is 'fixed:'; it must be none, fixed:N"),
+    "policy below zero": (request_of("a", policy="fixed:-1"), "policy is 'fixed:-1'"),
+    "policy not served": (request_of("a", policy="adaptive"), "policy 'adaptive' is not served by this router"),
     "request_id": (request_of("a", request_id="x" * 129), "request_id: 129 characters; at most 128"),
 }
 

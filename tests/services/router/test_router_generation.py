@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import re
+from typing import Any
 
 import grpc
 import prometheus_client
@@ -93,6 +94,29 @@ async def test_speculation_can_be_off_or_capped_for_a_request() -> None:
     assert max(len(item.draft_tokens) for step in verifier.steps for item in step) == 2
     assert capped.finished.speculation.verified > 0
     assert none.finished.speculation.drafted == none.finished.speculation.missed_rounds == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "longest"),
+    [
+        ({}, 5),
+        ({"policy": ""}, 5),
+        ({"policy": "none"}, 0),
+        ({"policy": "fixed:0"}, 0),
+        ({"policy": "fixed:2"}, 2),
+        ({"policy": "fixed:99"}, 5),  # what the router allows
+        ({"policy": "fixed:3", "max_verify_length": 1}, 1),
+        ({"policy": "fixed:1", "max_verify_length": 3}, 1),
+        ({"policy": "fixed:3", "speculation": 2}, 0),
+    ],
+)
+async def test_a_request_chooses_its_policy(fields: dict[str, Any], longest: int) -> None:
+    verifier = ToyVerifier()
+    async with cluster(verifier, ToyDraft()) as toys:
+        result = await toys.generate("hello", max_tokens=40, **fields)
+    assert result.ids == expected(letters, PROMPT, 5, 40)
+    assert max(len(item.draft_tokens) for step in verifier.steps for item in step) == longest
+    assert result.finished.speculation.enabled == (fields.get("policy") != "none" and "speculation" not in fields)
 
 
 async def test_verify_length_zero_decodes_plainly() -> None:

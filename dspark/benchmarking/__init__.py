@@ -1,0 +1,1 @@
+"""Compares speculation policies under load: closed loops through a router, policies interleaved, medians of repeats."""

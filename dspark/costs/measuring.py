@@ -1,0 +1,116 @@
+"""When to time which step, so that a profile is honest and done in time. What a step is, workers know.
+
+Points are timed in rounds, each once a round, and not five times in a row: a neighbour's burst of a second or two then
+falls on one sample of many points instead of all samples of one, and the median drops it. The first round warms up,
+tells what each point costs and leaves out those that would go over the budget.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from dspark.costs.files import alone, read_profile, write_profile
+from dspark.costs.model import CostModel
+from dspark.costs.profile import CostProfile, Kind, Point
+
+__all__ = ["REPEATS", "Clock", "Shape", "Timer", "check", "measure", "obtain"]
+
+REPEATS = 5
+CHECK_TOLERANCE = 2.0  # a kept profile may be off by this factor before somebody is told
+
+Shape = tuple[int, int]
+"""Tokens and context."""
+
+Timer = Callable[[int, int], float]
+"""Runs one step of so many tokens at a context and returns its seconds, preparations left out."""
+
+Clock = Callable[[], float]
+
+_log = structlog.get_logger(__name__)
+
+
+def obtain(
+    kind: Kind, fingerprint: str, choice: str, shapes: Sequence[Shape], timer: Timer, *, budget_seconds: float
+) -> CostProfile | None:
+    """The profile of this fingerprint: kept, or measured and kept. None where nothing can be or is to be measured.
+
+    `choice`: "auto" takes the kept one, checks it at two points and says so where it is off; "measure" measures in any
+    case; "off" does without.
+    """
+    if choice == "off" or not shapes:
+        return None
+    if choice == "auto" and (kept := read_profile(fingerprint)) is not None:
+        check(kept, shapes, timer)
+        return kept
+    began = time.perf_counter()
+    with alone(3.0 * budget_seconds):
+        points = measure(shapes, timer, budget_seconds=budget_seconds)
+    profile = CostProfile(kind, fingerprint, points, time.time())
+    write_profile(profile)
+    _log.info("costs measured", kind=kind, points=len(points), seconds=round(time.perf_counter() - began, 2))
+    return profile
+
+
+def measure(
+    shapes: Sequence[Shape],
+    timer: Timer,
+    *,
+    budget_seconds: float,
+    repeats: int = REPEATS,
+    clock: Clock = time.perf_counter,
+) -> tuple[Point, ...]:
+    """The median of `repeats` samples at each shape that fits into the budget; cheaper shapes come first.
+
+    The first shape is always measured. Where the machine slows down meanwhile, points keep the samples they have.
+    """
+    deadline = clock() + 1.5 * budget_seconds
+    samples = _warm_up(shapes, timer, budget_seconds / (repeats + 1), clock)
+    for number in range(repeats):
+        for shape, own in samples.items():
+            if clock() < deadline or not number:
+                own.append(timer(*shape))
+    return tuple(Point(*shape, statistics.median(own)) for shape, own in samples.items())
+
+
+def _warm_up(shapes: Sequence[Shape], timer: Timer, seconds: float, clock: Clock) -> dict[Shape, list[float]]:
+    """Run every shape once, as long as all of them together take at most so many seconds; room for their samples."""
+    spent = 0.0
+    last: dict[int, tuple[int, float]] = {}  # context -> tokens and seconds of its last shape, preparations included
+    samples: dict[Shape, list[float]] = {}
+    for tokens, context in sorted(shapes):
+        before, took = last.get(context, (tokens, 0.0))
+        if samples and spent + took * tokens / before > seconds:
+            continue
+        began = clock()
+        timer(tokens, context)
+        last[context] = tokens, clock() - began
+        spent += last[context][1]
+        samples[tokens, context] = []
+    return samples
+
+
+def check(profile: CostProfile, shapes: Sequence[Shape], timer: Timer) -> float:
+    """Time two steps and compare: observed over profiled seconds. Says so where they are far apart, and no more.
+
+    Steps correct what they are predicted by (`refined`), so a profile that is off costs the first seconds only.
+    """
+    model = CostModel(profile)
+    few = min(shapes)
+    some = max((shape for shape in sorted(shapes) if shape[0] <= 8 * few[0]), key=lambda shape: shape[0])
+    ratios = []
+    for shape in (few, some):
+        timer(*shape)
+        ratios.append(min(timer(*shape) for _ in range(3)) / model.predict(*shape))
+    ratio = statistics.geometric_mean(ratios)
+    if not 1.0 / CHECK_TOLERANCE <= ratio <= CHECK_TOLERANCE:
+        _log.warning(
+            "steps do not take what the kept profile says: measure again with --profile measure",
+            kind=profile.kind,
+            fingerprint=profile.fingerprint,
+            ratio=round(ratio, 2),
+        )
+    return ratio
