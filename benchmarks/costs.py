@@ -81,6 +81,16 @@ def _measured(bursts: bool) -> Array:
 # ---------------------------------------------------------------- the machine's factor
 
 
+def mean(window: Array) -> float:
+    """All of it."""
+    return float(window.mean())
+
+
+def median(window: Array) -> float:
+    """The one in the middle."""
+    return float(np.median(window))
+
+
 def middle(window: Array) -> float:
     """Mean of the middle half."""
     cut = len(window) // 4
@@ -96,9 +106,9 @@ def huber(window: Array) -> float:
     return centre
 
 
-def factors(runs: int = 400, size: int = 21) -> list[dict[str, Any]]:
+def factors(runs: int = 400, size: int = 25) -> list[dict[str, Any]]:
     """Each centre of the last `size` logs: spread and bias, what slow steps do to it, steps to follow a doubling."""
-    kinds = {"mean": lambda w: float(w.mean()), "middle half": middle, "huber": huber, "median": lambda w: np.median(w)}
+    kinds = {"mean": mean, "middle half": middle, "huber": huber, "median": median}
     found = []
     for name, kind in kinds.items():
         series = [np.log(noise(120)) for _ in range(runs)]
@@ -137,9 +147,14 @@ def speed(repeats: int = 2000) -> dict[str, float]:
         "model.table(512)": lambda: model.table(512, 300),
         "refined.table(512)": lambda: refined.table(512, 300),
         "refined.observe": lambda: refined.observe(16, 300, 0.03),
-        "refined.observe + fixed_seconds": lambda: (refined.observe(16, 300, 0.03), refined.fixed_seconds),
+        "refined.observe, fixed_seconds": lambda: _observe_and_fit(refined),
     }
     return {name: _microseconds(call, repeats) for name, call in calls.items()}
+
+
+def _observe_and_fit(refined: Refined) -> float:
+    refined.observe(16, 300, 0.03)
+    return refined.fixed_seconds
 
 
 def _microseconds(call: Callable[[], Any], repeats: int) -> float:

@@ -80,6 +80,7 @@ class WorkerLoad:
     total_pages: int = 0
     step_seconds: float = 0.0
     draining: bool = False
+    observed_ratio: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +186,20 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Verdicts of one step, in the order of its items, and where its time went."""
+    """Verdicts of one step, in the order of its items, and where its time went.
+
+    The step had `other_tokens` more rows, of other callers; a step of about as many rows in all costs
+    `fixed_seconds` + rows · `marginal_seconds` (both 0 where the worker cannot say).
+    """
 
     verdicts: tuple[Verdict, ...]
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
     total_seconds: float = 0.0
     queue_seconds: float = 0.0
+    fixed_seconds: float = 0.0
+    marginal_seconds: float = 0.0
+    other_tokens: int = 0
 
 
 # ---------------------------------------------------------------- router ⇄ draft
@@ -243,13 +251,18 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class ProposeResult:
-    """Proposals of one batch, in the order of its items, and where its time went."""
+    """Proposals of one batch, in the order of its items, and where its time went.
+
+    Drafting for about as many requests costs `fixed_seconds` + requests · `marginal_seconds`, as in `StepResult`.
+    """
 
     proposals: tuple[Proposal, ...]
     forward_seconds: float = 0.0
     total_seconds: float = 0.0
     feature_wait_seconds: float = 0.0
     queue_seconds: float = 0.0
+    fixed_seconds: float = 0.0
+    marginal_seconds: float = 0.0
 
 
 # ---------------------------------------------------------------- verifier ⇄ draft

@@ -21,8 +21,8 @@ BUCKETS = np.array(sorted({1.0, *(2.0**k for k in range(1, 14)), *(3.0 * 2**k fo
 
 HALF_LIFE = 64.0  # steps
 KEPT = 16  # deviations of a bucket
-ZEROS = 6.0  # weight of "no deviation", in fresh deviations
-BAND = 0.4, 0.6  # of the weight in order: averaged, so that one deviation more changes little
+ZEROS = 5.0  # weight of "no deviation", in fresh deviations
+BAND = 0.42, 0.58  # of the weight in order: averaged, so that one deviation more changes little
 
 _LOG_CENTRES = np.log(BUCKETS)
 _EDGES = np.sqrt(BUCKETS[:-1] * BUCKETS[1:]).tolist()

@@ -2,10 +2,10 @@
 
 The envelope is the largest monotonic surface below the points: a step counts for no more than any larger one was
 measured at. On a shared processor noise only ever adds time, and adds it to several repeats in a row, so that a point
-too high is common and one too low is not. Median errors (95 % quantile) over 18 points of a line with a flat start,
+too high is common and one too low is not. Mean errors (95 % quantile) over 18 points of a line with a flat start,
 each the median of five under log-normal noise (5 %) with an exponential tail (12 % of steps, mean 0.5 in log), and one
-point in ten measured during a burst: this envelope 4 % (21 %), isotonic regression 8 % (42 %), running maximum 21 %
-(114 %); without bursts 2.5 %, 2.5 % and 3.2 % (`benchmarks/costs.py`).
+point in ten measured during a burst: this envelope 4 % (20 %), isotonic regression 8 % (43 %), running maximum 22 %
+(120 %); without bursts 2.5 %, 2.4 % and 3.1 % (`benchmarks/costs.py`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class CostModel:
         """(n,) seconds at a context."""
         contexts = self.contexts
         if len(contexts) == 1 or context <= contexts[0]:
-            return self.envelope[0]
+            first: Seconds = self.envelope[0]
+            return first
         upper = min(int(np.searchsorted(contexts, context)), len(contexts) - 1)
         share = (context - contexts[upper - 1]) / (contexts[upper] - contexts[upper - 1])
         row: Seconds = self.envelope[upper - 1] + share * (self.envelope[upper] - self.envelope[upper - 1])
@@ -68,7 +69,8 @@ class CostModel:
 
 def _lower(seconds: Seconds, axis: int) -> Seconds:
     """The largest non-decreasing values below these."""
-    return np.flip(np.minimum.accumulate(np.flip(seconds, axis), axis), axis)
+    lower: Seconds = np.flip(np.minimum.accumulate(np.flip(seconds, axis), axis), axis)
+    return lower
 
 
 def _surface(points: Iterable[Point], tokens: Seconds, contexts: Seconds) -> Seconds:

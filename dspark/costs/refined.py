@@ -1,16 +1,16 @@
 """A cost model that follows the steps that really run: one factor for the machine, corrections by number of tokens.
 
 Everything happens in logs of observed over profiled seconds. On a shared processor their noise has a heavy tail to the
-right (preemption, a neighbour's burst) and shifts of the whole machine, so the factor is the median of the last 21.
+right (preemption, a neighbour's burst) and shifts of the whole machine, so the factor is the median of the last 25.
 Simulated (5 % log-normal, 12 % of steps with an exponential tail of mean 0.5; `benchmarks/costs.py`), in per cent:
 
-    of the last 21     spread   bias   one 20x step, most   three, most   steps to follow a doubling within 15 %
-    mean                 5.3     6.0        14                43            15
-    interquartile mean   1.3     0.9         6                19            14
-    Huber                1.6     1.3         4                12            13
-    median               1.6     0.8         3.5               6            11
+    of the last 25     spread   bias   one 20x step, most   three, most   steps to follow a doubling within 15 %
+    mean                 5.0     5.8        12                36            18
+    middle half          1.3     0.9         4                13            16
+    Huber                1.5     1.2         4                 6            15
+    median               1.5     0.8         2                 4            13
 
-What single sizes deviate by is judged ten steps later, against the median of the steps on both sides: a median keeps
+What single sizes deviate by is judged twelve steps later, against the median of the steps on both sides: a median keeps
 edges, so a change of the whole machine leaves no trace in the corrections (`corrections`). What is predicted is the
 typical step, not the mean with its accidents: those do not depend on what a scheduler chooses.
 """
@@ -27,7 +27,7 @@ from dspark.costs.model import CostModel, Seconds
 
 __all__ = ["Refined"]
 
-WINDOW = 21  # steps
+WINDOW = 25  # steps
 _MIDDLE = WINDOW // 2
 _SHORTEST_LINE = 8  # tokens that fixed and marginal seconds are fitted over, at least
 
@@ -98,7 +98,10 @@ class Refined:
 
     def _centre(self) -> float:
         """Median of the window, corrections of single sizes taken off."""
-        return float(np.median(np.array(self._residuals) - self._local[list(self._buckets)]))
+        local: list[float] = self._local.tolist()  # plain numbers: sorting 25 takes a fraction of numpy's call
+        return sorted(
+            residual - local[bucket] for residual, bucket in zip(self._residuals, self._buckets, strict=True)
+        )[_MIDDLE]
 
     def _fitted(self) -> tuple[float, float]:
         if self._line is None:

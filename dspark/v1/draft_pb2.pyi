@@ -280,11 +280,16 @@ class ProposeResult(google.protobuf.message.Message):
     TOTAL_SECONDS_FIELD_NUMBER: builtins.int
     FEATURE_WAIT_SECONDS_FIELD_NUMBER: builtins.int
     QUEUE_SECONDS_FIELD_NUMBER: builtins.int
+    FIXED_SECONDS_FIELD_NUMBER: builtins.int
+    MARGINAL_SECONDS_FIELD_NUMBER: builtins.int
     forward_seconds: builtins.float
     total_seconds: builtins.float
     """in the engine"""
     feature_wait_seconds: builtins.float
     queue_seconds: builtins.float
+    fixed_seconds: builtins.float
+    """What drafts for about this many requests cost now: fixed + requests * marginal. Both 0: the worker cannot say."""
+    marginal_seconds: builtins.float
     @property
     def proposals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Proposal]: ...
     def __init__(
@@ -295,8 +300,10 @@ class ProposeResult(google.protobuf.message.Message):
         total_seconds: builtins.float = ...,
         feature_wait_seconds: builtins.float = ...,
         queue_seconds: builtins.float = ...,
+        fixed_seconds: builtins.float = ...,
+        marginal_seconds: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["feature_wait_seconds", b"feature_wait_seconds", "forward_seconds", b"forward_seconds", "proposals", b"proposals", "queue_seconds", b"queue_seconds", "total_seconds", b"total_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["feature_wait_seconds", b"feature_wait_seconds", "fixed_seconds", b"fixed_seconds", "forward_seconds", b"forward_seconds", "marginal_seconds", b"marginal_seconds", "proposals", b"proposals", "queue_seconds", b"queue_seconds", "total_seconds", b"total_seconds"]) -> None: ...
 
 global___ProposeResult = ProposeResult
 

@@ -185,6 +185,7 @@ class WorkerLoad(google.protobuf.message.Message):
     TOTAL_PAGES_FIELD_NUMBER: builtins.int
     STEP_SECONDS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    OBSERVED_RATIO_FIELD_NUMBER: builtins.int
     running: builtins.int
     """sequences open on the worker"""
     waiting: builtins.int
@@ -197,6 +198,8 @@ class WorkerLoad(google.protobuf.message.Message):
     """of the last step"""
     draining: builtins.bool
     """open nothing new here"""
+    observed_ratio: builtins.float
+    """observed over profiled step time, recently; 0: nothing to compare with"""
     def __init__(
         self,
         *,
@@ -207,8 +210,9 @@ class WorkerLoad(google.protobuf.message.Message):
         total_pages: builtins.int = ...,
         step_seconds: builtins.float = ...,
         draining: builtins.bool = ...,
+        observed_ratio: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "free_pages", b"free_pages", "running", b"running", "step_seconds", b"step_seconds", "tokens_in_flight", b"tokens_in_flight", "total_pages", b"total_pages", "waiting", b"waiting"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "free_pages", b"free_pages", "observed_ratio", b"observed_ratio", "running", b"running", "step_seconds", b"step_seconds", "tokens_in_flight", b"tokens_in_flight", "total_pages", b"total_pages", "waiting", b"waiting"]) -> None: ...
 
 global___WorkerLoad = WorkerLoad
 

@@ -361,11 +361,19 @@ class StepResult(google.protobuf.message.Message):
     SAMPLE_SECONDS_FIELD_NUMBER: builtins.int
     TOTAL_SECONDS_FIELD_NUMBER: builtins.int
     QUEUE_SECONDS_FIELD_NUMBER: builtins.int
+    FIXED_SECONDS_FIELD_NUMBER: builtins.int
+    MARGINAL_SECONDS_FIELD_NUMBER: builtins.int
+    OTHER_TOKENS_FIELD_NUMBER: builtins.int
     forward_seconds: builtins.float
     sample_seconds: builtins.float
     total_seconds: builtins.float
     """in the engine, queueing excluded"""
     queue_seconds: builtins.float
+    fixed_seconds: builtins.float
+    """What steps of about this many rows cost now, as a line: fixed + rows * marginal. Both 0: the worker cannot say."""
+    marginal_seconds: builtins.float
+    other_tokens: builtins.int
+    """rows of the same step for other callers"""
     @property
     def verdicts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Verdict]: ...
     def __init__(
@@ -376,8 +384,11 @@ class StepResult(google.protobuf.message.Message):
         sample_seconds: builtins.float = ...,
         total_seconds: builtins.float = ...,
         queue_seconds: builtins.float = ...,
+        fixed_seconds: builtins.float = ...,
+        marginal_seconds: builtins.float = ...,
+        other_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["forward_seconds", b"forward_seconds", "queue_seconds", b"queue_seconds", "sample_seconds", b"sample_seconds", "total_seconds", b"total_seconds", "verdicts", b"verdicts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fixed_seconds", b"fixed_seconds", "forward_seconds", b"forward_seconds", "marginal_seconds", b"marginal_seconds", "other_tokens", b"other_tokens", "queue_seconds", b"queue_seconds", "sample_seconds", b"sample_seconds", "total_seconds", b"total_seconds", "verdicts", b"verdicts"]) -> None: ...
 
 global___StepResult = StepResult
 

@@ -90,6 +90,7 @@ def _(message: m.WorkerLoad) -> types_pb2.WorkerLoad:
         total_pages=message.total_pages,
         step_seconds=message.step_seconds,
         draining=message.draining,
+        observed_ratio=message.observed_ratio,
     )
 
 
@@ -103,6 +104,7 @@ def _(message: types_pb2.WorkerLoad) -> m.WorkerLoad:
         total_pages=message.total_pages,
         step_seconds=message.step_seconds,
         draining=message.draining,
+        observed_ratio=message.observed_ratio,
     )
 
 

@@ -142,6 +142,8 @@ def _(message: m.ProposeResult) -> pb.ProposeResult:
         total_seconds=message.total_seconds,
         feature_wait_seconds=message.feature_wait_seconds,
         queue_seconds=message.queue_seconds,
+        fixed_seconds=message.fixed_seconds,
+        marginal_seconds=message.marginal_seconds,
     )
 
 
@@ -153,6 +155,8 @@ def _(message: pb.ProposeResult) -> m.ProposeResult:
         total_seconds=message.total_seconds,
         feature_wait_seconds=message.feature_wait_seconds,
         queue_seconds=message.queue_seconds,
+        fixed_seconds=message.fixed_seconds,
+        marginal_seconds=message.marginal_seconds,
     )
 
 

@@ -155,6 +155,9 @@ def _(message: m.StepResult) -> pb.StepResult:
         sample_seconds=message.sample_seconds,
         total_seconds=message.total_seconds,
         queue_seconds=message.queue_seconds,
+        fixed_seconds=message.fixed_seconds,
+        marginal_seconds=message.marginal_seconds,
+        other_tokens=message.other_tokens,
     )
 
 
@@ -166,6 +169,9 @@ def _(message: pb.StepResult) -> m.StepResult:
         sample_seconds=message.sample_seconds,
         total_seconds=message.total_seconds,
         queue_seconds=message.queue_seconds,
+        fixed_seconds=message.fixed_seconds,
+        marginal_seconds=message.marginal_seconds,
+        other_tokens=message.other_tokens,
     )
 
 

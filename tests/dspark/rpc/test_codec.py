@@ -60,7 +60,15 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     types_pb2.PositionLogprobs: POSITIONS,
     types_pb2.SparseDistribution: DISTRIBUTIONS,
     types_pb2.WorkerLoad: st.builds(
-        m.WorkerLoad, UINT32, UINT32, UINT32, UINT32, UINT32, SECONDS, draining=st.booleans()
+        m.WorkerLoad,
+        UINT32,
+        UINT32,
+        UINT32,
+        UINT32,
+        UINT32,
+        SECONDS,
+        draining=st.booleans(),
+        observed_ratio=SECONDS,
     ),
     types_pb2.ModelInfo: st.builds(
         m.ModelInfo, TEXT, TEXT, TEXT, TEXT, UINT32, UINT32, UINT32, UINT32, IDS, st.none() | UINT32, st.booleans()
@@ -82,7 +90,15 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     verifier_pb2.StepItem: st.builds(m.StepItem, KEYS, UINT32, UINT32, IDS, SOME_DISTRIBUTIONS),
     verifier_pb2.Verdict: VERDICTS,
     verifier_pb2.StepResult: st.builds(
-        m.StepResult, st.lists(VERDICTS, max_size=3).map(tuple), SECONDS, SECONDS, SECONDS, SECONDS
+        m.StepResult,
+        st.lists(VERDICTS, max_size=3).map(tuple),
+        SECONDS,
+        SECONDS,
+        SECONDS,
+        SECONDS,
+        SECONDS,
+        SECONDS,
+        other_tokens=UINT32,
     ),
     verifier_pb2.FeatureReply: st.builds(
         m.FeatureBlock, KEYS, UINT32, UINT32, st.binary(), error=st.none(), token_ids=IDS
@@ -92,7 +108,14 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     draft_pb2.ProposeItem: st.builds(m.ProposeItem, KEYS, UINT32, UINT32, UINT32),
     draft_pb2.Proposal: PROPOSALS,
     draft_pb2.ProposeResult: st.builds(
-        m.ProposeResult, st.lists(PROPOSALS, max_size=3).map(tuple), SECONDS, SECONDS, SECONDS, SECONDS
+        m.ProposeResult,
+        st.lists(PROPOSALS, max_size=3).map(tuple),
+        SECONDS,
+        SECONDS,
+        SECONDS,
+        SECONDS,
+        SECONDS,
+        SECONDS,
     ),
 }
 
