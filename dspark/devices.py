@@ -1,15 +1,18 @@
-"""Which device a worker computes on, and how its use is read."""
+"""Which device a worker computes on, what it is, and how its use is read."""
 
 from __future__ import annotations
 
+import contextlib
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from dspark.errors import ConfigError
 from dspark.store import Usage, cpu_usage, gpu_usage
 
-__all__ = ["pick_device", "usage_of"]
+__all__ = ["pick_device", "processor_name", "usage_of"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,4 +30,18 @@ def pick_device(name: str) -> torch.device:
 
 def usage_of(device: torch.device) -> Callable[[], Usage]:
     """Reads utilization and memory of the device, or of the processor."""
-    return gpu_usage(device.index or 0) if device.type == "cuda" else cpu_usage()
+    if device.type != "cuda":
+        return cpu_usage()
+    # NVML counts all cards of the machine, torch those that CUDA_VISIBLE_DEVICES leaves, in an order of its own.
+    return gpu_usage(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+
+def processor_name() -> str:
+    """The kind of CPU, as exactly as the machine says; its instructions and caches are what this stands for."""
+    facts = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines():
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    names = ("vendor_id", "model name", "cpu family", "model")
+    return " ".join(facts[name] for name in names if name in facts) or platform.processor()

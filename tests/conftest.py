@@ -1,5 +1,6 @@
 """Models that several tests share; each is made once a run."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from support import tiny
 # In the background a suite ignores Ctrl-C, and the programs that it tests would too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Programs that tests start measure nothing, unless a test is about that.
+os.environ.setdefault("DSPARK_PROFILE", "off")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {  # package -> what nothing below it may import
     "dspark": {"services", "training", "benchmarks"},
+    "dspark.costs": {"torch", "triton", "dspark.models"},
     "services.router": {"torch", "triton", "services.draft", "services.verifier", "training"},
     "services.draft": {"services.router", "services.verifier", "training"},
     "services.verifier": {"services.router", "services.draft", "training"},
@@ -55,7 +56,7 @@ def test_no_module_imports_past_its_layer(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["services.router.service", "services.router.__main__", "dspark.client", "dspark.cli"]
+    "module", ["services.router.service", "services.router.__main__", "dspark.client", "dspark.cli", "dspark.costs"]
 )
 def test_router_and_client_load_without_torch(module: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; import {module}; print('fine')"

@@ -29,6 +29,7 @@ _COMMANDS = {
     "demo": "dspark.cli.demo",
     "evaluate": "dspark.cli.evaluate",
     "bench": "dspark.cli.bench",
+    "profile": "dspark.cli.profile",
     "propose": "dspark.cli.propose",
     "models": "dspark.cli.models",
     "train": "dspark.cli.train",

@@ -1,15 +1,19 @@
-"""Fingerprints that say whether two workers serve the same model, and would compute the same bits."""
+"""Fingerprints: whether two workers serve the same model, would compute the same bits, and take as long for it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dspark import __version__
+from dspark.costs.profile import Kind, fingerprint_of
+from dspark.devices import processor_name
 from dspark.errors import ModelFileError
 from dspark.kernels import Kernels
 from dspark.models.config import read_config
@@ -45,6 +49,28 @@ def numerics_fingerprint(dtype: torch.dtype, kernels: Kernels, device: torch.dev
         **settings,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_LENGTH]
+
+
+def cost_fingerprint(
+    kind: Kind, model: str, *, dtype: torch.dtype, kernels: Kernels, device: torch.device, **settings: Any
+) -> str:
+    """Hex sha256 of what step times depend on: `model` (or drafter), machine, software and further `settings`.
+
+    Number of threads and cores are those of this moment: set them before.
+    """
+    facts = {
+        "model": model,
+        "dtype": str(dtype),
+        "kernels": kernels.name,
+        "device": _device_name(device),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch": torch.__version__,
+        "dspark": __version__,
+        **settings,
+    }
+    return fingerprint_of(kind, facts)
 
 
 def _device_name(device: torch.device) -> str:

@@ -7,7 +7,8 @@ a running sequence never runs out. Rolling back is a change of length: rows past
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -202,6 +203,20 @@ class KVCache:
             for page in reversed(pages):  # so that the beginning of a prefix outlives its end
                 if page != NULL_PAGE:
                     group.pool.release(page)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether committed pages become reusable now."""
+        return self._prefix_cache
+
+    @contextmanager
+    def unshared(self) -> Iterator[None]:
+        """Inside, nothing is reused and nothing becomes reusable: for sequences whose contents are made up."""
+        shared, self._prefix_cache = self._prefix_cache, False
+        try:
+            yield
+        finally:
+            self._prefix_cache = shared
 
     def drop_prefixes(self) -> None:
         """Forget all reusable pages that nobody holds."""

@@ -12,8 +12,18 @@ from typing import Self
 import redis
 import structlog
 
+from dspark.costs import CostProfile
 from dspark.errors import StoreError
-from dspark.store.records import WORKERS_KEY, WorkerRecord, decode_all, missing, open_async_client, shown, worker_key
+from dspark.store.records import (
+    WORKERS_KEY,
+    WorkerRecord,
+    decode_all,
+    missing,
+    open_async_client,
+    profile_key,
+    shown,
+    worker_key,
+)
 
 __all__ = ["Directory", "Reading"]
 
@@ -44,6 +54,8 @@ class Directory:
         self._url = url
         self._interval = interval
         self._readings: dict[str, Reading] = {}
+        self._profiles: dict[str, CostProfile] = {}
+        self._unreadable: set[str] = set()
         self._read_at = time.monotonic()
         self._changed = asyncio.Condition()
         self._reachable = True
@@ -72,6 +84,10 @@ class Directory:
     def readings(self) -> tuple[Reading, ...]:
         """The same, with their ages."""
         return tuple(self._readings.values())
+
+    def profile(self, fingerprint: str) -> CostProfile | None:
+        """A cost profile that some worker's record named; each is read once. None where it is not there (yet)."""
+        return self._profiles.get(fingerprint)
 
     @property
     def age(self) -> float:
@@ -103,7 +119,24 @@ class Directory:
         if faults and faults != self._faults:
             _log.warning("worker records that cannot be read", reasons=faults)
         self._faults = faults
+        await self._read_profiles(records)
         await self._take(records)
+
+    async def _read_profiles(self, records: tuple[WorkerRecord, ...]) -> None:
+        """Those that are named and not known yet."""
+        named = {record.profile_fingerprint for record in records} - {""}
+        unknown = sorted(named - self._profiles.keys() - self._unreadable)
+        texts = await self._client.mget([profile_key(name) for name in unknown]) if unknown else []
+        for fingerprint, text in zip(unknown, texts, strict=True):
+            if text is not None:
+                self._keep_profile(fingerprint, text)
+
+    def _keep_profile(self, fingerprint: str, text: str | bytes) -> None:
+        try:
+            self._profiles[fingerprint] = CostProfile.from_json(text)
+        except ValueError as error:
+            self._unreadable.add(fingerprint)
+            _log.warning("a cost profile that cannot be read", fingerprint=fingerprint, reason=str(error))
 
     async def _take(self, records: tuple[WorkerRecord, ...]) -> None:
         now = self._read_at = time.monotonic()

@@ -13,6 +13,7 @@ from typing import Self
 import redis
 import structlog
 
+from dspark.costs import CostProfile
 from dspark.store.records import (
     BEAT_SECONDS,
     TTL_SECONDS,
@@ -20,6 +21,7 @@ from dspark.store.records import (
     WorkerRecord,
     check_store,
     open_client,
+    profile_key,
     shown,
     worker_key,
 )
@@ -35,7 +37,8 @@ class Heartbeat:
 
     `make_record` is called in the heartbeat's thread and must not block; the heartbeat fills in utilization, memory
     and time. A store that is away, emptied or restarted is no error: the record is back with the next beat that
-    reaches it. Only at the start an unreachable store raises `StoreError`.
+    reaches it. Only at the start an unreachable store raises `StoreError`. A `profile` is written at the start, in the
+    place of an older one of its fingerprint, and again whenever the store has lost it; it stays when the worker goes.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class Heartbeat:
         make_record: Callable[[], WorkerRecord],
         *,
         usage: Callable[[], Usage] | None = None,
+        profile: CostProfile | None = None,
         interval: float = BEAT_SECONDS,
         ttl: float = TTL_SECONDS,
     ) -> None:
         self._url = url
         self._make_record = make_record
         self._usage = usage or cpu_usage()
+        self._profile = profile
         self._interval = interval
         self._ttl = ttl
         self._wake = threading.Event()
@@ -61,6 +66,7 @@ class Heartbeat:
     def __enter__(self) -> Self:
         check_store(self._url)
         self._client = open_client(self._url)
+        self._publish()
         self._beat()
         self._thread.start()
         return self
@@ -112,7 +118,14 @@ class Heartbeat:
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.set(worker_key(record.worker_id), record.to_json(), px=round(self._ttl * 1000))
             pipeline.sadd(WORKERS_KEY, record.worker_id)
-            pipeline.execute()
+            pipeline.exists(profile_key(record.profile_fingerprint))
+            *_, known = pipeline.execute()
+        if not known:
+            self._publish()
+
+    def _publish(self) -> None:
+        if self._profile is not None:
+            self._client.set(profile_key(self._profile.fingerprint), self._profile.to_json())
 
     def _note(self, *, reachable: bool, reason: str = "") -> None:
         if reachable != self._reachable:

@@ -2,6 +2,7 @@
 
 `dspark:1:workers`            set of the ids below; an id whose record has expired is removed by whoever notices
 `dspark:1:worker:<worker_id>` JSON of a `WorkerRecord`, expiring `TTL_SECONDS` after its last heartbeat
+`dspark:1:profile:<fingerprint>` JSON of a `CostProfile`, which does not expire
 
 The number is the format's version: processes of different formats share a store without seeing each other.
 """
@@ -49,6 +50,7 @@ class WorkerRecord:
 
     `model` is a verify worker's, `drafter` a draft worker's. `tap_ids` are the taps that a verify worker has
     registered. `utilization` is 0 … 1, memory in bytes, `heartbeat_at` Unix seconds on the worker's clock.
+    `profile_fingerprint` names the worker's cost profile, "" where it has none.
     """
 
     worker_id: str
@@ -65,6 +67,7 @@ class WorkerRecord:
     memory_used: int = 0
     memory_total: int = 0
     heartbeat_at: float = 0.0
+    profile_fingerprint: str = ""
 
     def to_json(self) -> str:
         """The stored text."""
@@ -86,6 +89,11 @@ _ADAPTER = TypeAdapter(WorkerRecord)
 def worker_key(worker_id: str) -> str:
     """Where a worker's record is."""
     return f"dspark:1:worker:{worker_id}"
+
+
+def profile_key(fingerprint: str) -> str:
+    """Where a cost profile is."""
+    return f"dspark:1:profile:{fingerprint}"
 
 
 def decode_all(texts: Iterable[str | bytes | None]) -> tuple[tuple[WorkerRecord, ...], list[str]]:

@@ -35,17 +35,20 @@ def cpu_usage() -> Callable[[], Usage]:
     return read
 
 
-def gpu_usage(index: int = 0) -> Callable[[], Usage]:
-    """Reads a GPU's utilization and memory through NVML. `ConfigError` where there is none to read."""
+def gpu_usage(uuid: str) -> Callable[[], Usage]:
+    """Reads a GPU's utilization and memory through NVML, other processes' share included.
+
+    `uuid` as `nvidia-smi -L` shows it. `ConfigError` where there is none to read.
+    """
     try:
         import pynvml  # noqa: PLC0415 - only workers on a GPU have it
     except ImportError as error:
         raise ConfigError("reading a GPU's load needs the package nvidia-ml-py") from error
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
     except pynvml.NVMLError as error:
-        raise ConfigError(f"GPU {index}: {error}") from error
+        raise ConfigError(f"GPU {uuid}: {error}") from error
 
     def read() -> Usage:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)

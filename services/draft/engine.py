@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dspark.costs import Refined
 from dspark.errors import DSparkError, FeaturesMissing, InvalidRequest, StaleMessage, UnknownSequence
 from dspark.kernels import Kernels
 from dspark.messages import (
@@ -81,6 +82,8 @@ class DraftEngine:
         self._confidences = Confidences(self._blocks.calibration, self._blocks.block_size)
         self._room = ContextRoom(context_positions, self._blocks.block_rows)
         self._sequences: dict[str, _Sequence] = {}
+        self.costs: Refined | None = None
+        """What drafting costs by requests: follows what is drafted once it is there."""
         self._last_tokens = 0
         self._last_seconds = 0.0
 
@@ -124,6 +127,7 @@ class DraftEngine:
             free_pages=self._room.free_pages,
             total_pages=self._room.total_pages,
             step_seconds=self._last_seconds,
+            observed_ratio=self.costs.ratio if self.costs is not None else 0.0,
         )
 
     # ------------------------------------------------------------ features
@@ -171,6 +175,13 @@ class DraftEngine:
 
         The batch is as long as its longest item wants, each proposal as long as its own.
         """
+        result = self.answer(items)
+        self._last_tokens = sum(len(proposal.tokens) for proposal in result.proposals)
+        self._last_seconds = result.total_seconds
+        return self._learn(items, result)
+
+    def answer(self, items: Sequence[ProposeItem]) -> ProposeResult:
+        """As `propose`, and nothing remembers it: neither load nor costs."""
         began = time.perf_counter()
         errors = [self._refusal(item) for item in items]
         wanted = [item for item, error in zip(items, errors, strict=True) if error is None and item.max_tokens > 0]
@@ -181,9 +192,18 @@ class DraftEngine:
             _proposal(item, next(rows) if error is None and item.max_tokens > 0 else _NOTHING, error)
             for item, error in zip(items, errors, strict=True)
         )
-        self._last_tokens = sum(len(proposal.tokens) for proposal in proposals)
-        self._last_seconds = time.perf_counter() - began
-        return ProposeResult(proposals, forward_seconds=forward_seconds, total_seconds=self._last_seconds)
+        return ProposeResult(proposals, forward_seconds, time.perf_counter() - began)
+
+    def _learn(self, items: Sequence[ProposeItem], result: ProposeResult) -> ProposeResult:
+        """Let the costs follow drafts of whole blocks, which are what was profiled, and add what they come to."""
+        if self.costs is None:
+            return result
+        pairs = zip(items, result.proposals, strict=True)
+        served = [item for item, proposal in pairs if proposal.error is None and item.max_tokens > 0]
+        if served and max(item.max_tokens for item in served) >= self._blocks.block_size:
+            context = sum(item.committed_len for item in served) / len(served)
+            self.costs.observe(len(served), context, result.total_seconds)
+        return replace(result, fixed_seconds=self.costs.fixed_seconds, marginal_seconds=self.costs.marginal_seconds)
 
     def draft(self, items: Sequence[ProposeItem]) -> Drafted:
         """The blocks of items that can be served, as tensors: as many tokens as the longest item wants."""

@@ -11,10 +11,12 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from dspark import program
+from dspark.costs import CostModel, CostProfile, Refined
 from dspark.devices import pick_device, usage_of
-from dspark.kernels import select_kernels
+from dspark.kernels import Kernels, select_kernels
 from dspark.messages import AttachSequence, DrafterInfo, ProposeItem, Sampling, SequenceKey
 from dspark.models.drafters import Drafter
+from dspark.models.fingerprint import cost_fingerprint
 from dspark.models.pull import resolve_model
 from dspark.rpc.server import Servicer, serve
 from dspark.sampling import DraftChooser
@@ -25,6 +27,7 @@ from services.draft.architectures import load
 from services.draft.engine import DraftEngine
 from services.draft.metrics import DraftMetrics
 from services.draft.offer import TapOffer
+from services.draft.profiling import profile
 from services.draft.service import DraftService
 from services.draft.settings import Settings
 from services.draft.worker import DraftWorker
@@ -51,11 +54,17 @@ async def serve_until_told(settings: Settings) -> None:
                 connect_seconds=settings.connect_seconds,
             ) as worker,
         ):
-            await _serve(settings, worker, offer.drafter, shown.port, stop)
+            known = engine.costs.model.profile if engine.costs is not None else None
+            await _serve(settings, worker, offer.drafter, known, shown.port, stop)
 
 
 async def _serve(
-    settings: Settings, worker: DraftWorker, drafter: DrafterInfo, metrics_port: int, stop: asyncio.Event
+    settings: Settings,
+    worker: DraftWorker,
+    drafter: DrafterInfo,
+    known: CostProfile | None,
+    metrics_port: int,
+    stop: asyncio.Event,
 ) -> None:
     service = DraftService(worker, worker_id=settings.worker_id, drafter=drafter)
     servicer: Servicer = (add_DraftServicer_to_server, service, "dspark.v1.Draft")
@@ -70,9 +79,11 @@ async def _serve(
                 metrics_port=metrics_port,
                 drafter=drafter,
                 load=worker.load(),
+                profile_fingerprint=known.fingerprint if known is not None else "",
             )
 
-        with Heartbeat(settings.store, record, usage=usage_of(pick_device(settings.device))) as beat:
+        usage = usage_of(pick_device(settings.device))
+        with Heartbeat(settings.store, record, usage=usage, profile=known) as beat:
             _log.info("ready", address=address, metrics_port=metrics_port, drafter=drafter.name)
             await stop.wait()
             _log.info("draining", sequences=worker.load().running, seconds=settings.drain_seconds)
@@ -101,17 +112,44 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
     target = resolve_model(settings.target) if settings.target else None
     drafter = load(settings.drafter, target, dtype=getattr(torch, settings.dtype), device=device)
     offer = TapOffer.of(drafter, settings.drafter)
+    kernels = select_kernels(settings.kernels, device)
     engine = DraftEngine(
         drafter,
         DraftChooser(draft_top_k=settings.draft_top_k),
-        select_kernels(settings.kernels, device),
+        kernels,
         context_positions=settings.context_positions,
     )
     if isinstance(drafter, Drafter):
         _let_go(drafter)
     _warm_up(engine, offer.row_bytes // 2)
     _log.info("drafter loaded", drafter=offer.drafter.name, seconds=round(time.perf_counter() - began, 2))
+    engine.costs = _costs(settings, engine, offer, kernels, device)
     return engine, offer
+
+
+def _costs(
+    settings: Settings, engine: DraftEngine, offer: TapOffer, kernels: Kernels, device: torch.device
+) -> Refined | None:
+    """What drafting costs, kept or measured; the number of threads counts and is set by now."""
+    drafter = offer.drafter
+    fingerprint = cost_fingerprint(
+        "draft",
+        drafter.fingerprint or drafter.name,
+        dtype=getattr(torch, settings.dtype),
+        kernels=kernels,
+        device=device,
+        target=drafter.model_fingerprint,
+        vocab_size=drafter.vocab_size,
+        draft_top_k=settings.draft_top_k,
+    )
+    known = profile(
+        engine,
+        offer.row_bytes // 2,
+        fingerprint=fingerprint,
+        choice=settings.profile,
+        budget_seconds=settings.profile_seconds,
+    )
+    return Refined(CostModel(known)) if known is not None else None
 
 
 def _let_go(drafter: Drafter) -> None:

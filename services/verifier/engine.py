@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dspark.errors import DSparkError, InvalidRequest, OutOfPages, StaleMessage, Unavailable, UnknownSequence
+from dspark.costs import Refined
+from dspark.errors import (
+    DSparkError,
+    InvalidRequest,
+    OutOfPages,
+    StaleMessage,
+    Unavailable,
+    UnknownSequence,
+)
 from dspark.messages import (
     ModelInfo,
     Opened,
@@ -31,7 +39,7 @@ from services.verifier.backfill import Backfill
 from services.verifier.features import FeatureStore
 from services.verifier.feed import FeatureStream, Feed, refused
 from services.verifier.metrics import Metrics
-from services.verifier.sequences import Limits, SequenceState, Work, check_open, describe, plan, refusal
+from services.verifier.sequences import Limits, SequenceState, Work, check_open, describe, plan, refusal, step_shape
 from services.verifier.step import Computed, Stepper, split
 from services.verifier.taps import Tap, check_info
 
@@ -65,6 +73,7 @@ class VerifyEngine:
         self.info = info or model.info
         self.metrics = metrics or Metrics()
         self.draining = False
+        self.costs: Refined | None = None  # follows steps once it is there
         self._cache = cache
         self._kernels = model.kernels
         self._limits = Limits(self.info.vocab_size, self.info.max_context, self.settings.max_step_tokens)
@@ -108,7 +117,9 @@ class VerifyEngine:
         self.publish()
         planned = self._plan(items)
         work = [entry for entry in planned if isinstance(entry, Work)]
-        computed = [self._stepper.run(part) for part in split(work, self.settings.max_step_tokens, _rows)]
+        computed = [
+            self._stepper.run(part) for part in split(work, self.settings.max_step_tokens, lambda own: own.rows)
+        ]
         self._unpublished = computed
         verdicts = self._collect(planned, computed)
         result = StepResult(
@@ -118,7 +129,7 @@ class VerifyEngine:
             time.perf_counter() - began,
         )
         self._count(computed, result)
-        return result
+        return self._learn(computed, result)
 
     def publish(self) -> None:
         """Compute features of what the last step committed and send them to subscribers.
@@ -130,6 +141,15 @@ class VerifyEngine:
             self._stepper.keep_features(part)
             for work in part.work:
                 self._feed.push(work.state)
+
+    def find(self, key: SequenceKey) -> SequenceState:
+        """An open sequence. `UnknownSequence`, or `StaleMessage` for another epoch."""
+        state = self._sequences.get(key.sequence_id)
+        if state is None:
+            raise UnknownSequence(f"{describe(key)} is not open here")
+        if state.key.epoch != key.epoch:
+            raise StaleMessage(f"{describe(key)}: the sequence is at epoch {state.key.epoch}")
+        return state
 
     def load(self) -> WorkerLoad:
         """What the worker is doing; any thread may ask."""
@@ -153,7 +173,7 @@ class VerifyEngine:
         """Send a sequence's features from a position on; what is wrong with the request is sent to the stream."""
         self.publish()
         try:
-            self._feed.subscribe(stream, self._find(key), tap_id, position)
+            self._feed.subscribe(stream, self.find(key), tap_id, position)
         except DSparkError as error:
             stream.put(refused(key, error, position))
 
@@ -187,14 +207,6 @@ class VerifyEngine:
         self._note_load()
 
     # ------------------------------------------------------------ inside
-
-    def _find(self, key: SequenceKey) -> SequenceState:
-        state = self._sequences.get(key.sequence_id)
-        if state is None:
-            raise UnknownSequence(f"{describe(key)} is not open here")
-        if state.key.epoch != key.epoch:
-            raise StaleMessage(f"{describe(key)}: the sequence is at epoch {state.key.epoch}")
-        return state
 
     def _answer_open(self, request: OpenSequence) -> Opened:
         try:
@@ -243,7 +255,7 @@ class VerifyEngine:
                 if item.key.sequence_id in seen:
                     raise InvalidRequest(f"{describe(item.key)}: a second item about one sequence in one step")
                 seen.add(item.key.sequence_id)
-                planned.append(plan(item, self._find(item.key), self._limits))
+                planned.append(plan(item, self.find(item.key), self._limits))
             except DSparkError as error:
                 self.metrics.refused.labels(type(error).__name__).inc()
                 planned.append(refusal(item, error))
@@ -256,14 +268,22 @@ class VerifyEngine:
         return tuple(next(fresh) if isinstance(entry, Work) else entry for entry in planned)
 
     def _count(self, computed: Sequence[Computed], result: StepResult) -> None:
-        rows = 0
+        rows = sum(work.rows for part in computed for work in part.work)
         for part in computed:
-            rows += sum(map(_rows, part.work))
             for work, verdict in zip(part.work, part.verdicts, strict=True):
                 self.metrics.committed(work, verdict)
         if computed:
             self.metrics.stepped(result, rows)
             self._load = replace(self._load, tokens_in_flight=rows, step_seconds=result.total_seconds)
+
+    def _learn(self, computed: Sequence[Computed], result: StepResult) -> StepResult:
+        """Let the costs follow the step, and add what they come to."""
+        if self.costs is None:
+            return result
+        if len(computed) == 1 and (shape := step_shape(computed[0].work)) is not None:
+            self.costs.observe(*shape, result.total_seconds)
+        self._load = replace(self._load, observed_ratio=self.costs.ratio)
+        return replace(result, fixed_seconds=self.costs.fixed_seconds, marginal_seconds=self.costs.marginal_seconds)
 
     def _note_load(self) -> None:
         self._load = replace(
@@ -277,7 +297,3 @@ class VerifyEngine:
 def _page_ids(cache: KVCache) -> int:
     """Ids of full-attention pages are below this."""
     return int(cache.layer(cache.config.layer_types.index(FULL)).shape[1])
-
-
-def _rows(work: Work) -> int:
-    return work.rows

@@ -24,9 +24,10 @@ from dspark.messages import (
 )
 from dspark.models.kv_cache import CachedSequence
 
-__all__ = ["Limits", "SequenceState", "Work", "check_open", "describe", "plan", "refusal"]
+__all__ = ["Limits", "SequenceState", "Work", "check_open", "describe", "plan", "refusal", "step_shape"]
 
 MAX_LOGPROBS = 100
+_JUDGED = 0.75  # of a step's rows, at least, for its time to say something
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,19 @@ class Work:
     def row_ids(self) -> list[int]:
         """Input token of each row."""
         return [*self.state.token_ids[self.start : self.start + self.count], *self.draft_tokens]
+
+
+def step_shape(work: Sequence[Work]) -> tuple[int, float] | None:
+    """A step's rows and its sequences' mean context, by which its time is learned; None where it teaches nothing.
+
+    Rows inside a prompt go through the layers but not through the head: a step of mostly such rows is no measure of
+    what verifying as many costs.
+    """
+    rows = sum(own.rows for own in work)
+    judged = sum(1 + len(own.draft_tokens) for own in work if own.reaches_anchor)
+    if not rows or judged < _JUDGED * rows:
+        return None
+    return rows, sum(own.start + own.count for own in work) / len(work)
 
 
 def describe(key: SequenceKey) -> str:

@@ -171,10 +171,11 @@ class EngineThread:
             for call in live:
                 call.answer.set_exception(InternalError(f"the step failed: {type(error).__name__}: {error}"))
             return
-        verdicts = iter(result.verdicts)
+        verdicts, rows = iter(result.verdicts), sum(call.rows for call in live)
         for call in live:
             own = tuple(itertools.islice(verdicts, len(call.items or ())))
-            call.answer.set_result(replace(result, verdicts=own, queue_seconds=began - call.queued_at))
+            queued, others = began - call.queued_at, rows - call.rows
+            call.answer.set_result(replace(result, verdicts=own, queue_seconds=queued, other_tokens=others))
 
     def _execute(self, call: _Call) -> None:
         if not call.answer.set_running_or_notify_cancel():

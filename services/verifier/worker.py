@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,18 +14,21 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from dspark import program
-from dspark.devices import pick_device, usage_of
+from dspark.costs import CostModel, CostProfile, Refined
+from dspark.devices import pick_device, processor_name, usage_of
 from dspark.errors import InternalError
 from dspark.kernels import select_kernels
-from dspark.models.fingerprint import numerics_fingerprint
+from dspark.messages import ModelInfo
+from dspark.models.fingerprint import cost_fingerprint, numerics_fingerprint
 from dspark.models.kv_cache import KVCache
-from dspark.models.target import load_target
+from dspark.models.target import TargetModel, load_target
 from dspark.rpc.server import Servicer, serve
 from dspark.store import Heartbeat, WorkerRecord
 from dspark.telemetry import start_metrics_server
 from dspark.v1.verifier_pb2_grpc import add_VerifierServicer_to_server
 from services.verifier.engine import EngineSettings, VerifyEngine
 from services.verifier.metrics import Metrics
+from services.verifier.profiling import profile
 from services.verifier.service import VerifierService
 from services.verifier.settings import Settings
 from services.verifier.step import warm_up
@@ -59,7 +61,8 @@ async def serve_until_told(settings: Settings, path: Path) -> None:
         async with serve(settings.listen, [servicer]) as server:
             address = program.address_of(settings.listen, settings.advertise, server.port)
             record = _record(settings, thread, address, metrics.port)
-            with Heartbeat(settings.store, record, usage=usage_of(pick_device(settings.device))) as beat:
+            usage = usage_of(pick_device(settings.device))
+            with Heartbeat(settings.store, record, usage=usage, profile=_profile(engine)) as beat:
                 _log.info("ready", address=address, metrics_port=metrics.port, model=engine.info.name)
                 await stop.wait()
                 if thread.failed:
@@ -106,7 +109,7 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
             device,
             model=model.info.model_fingerprint,
             noise_candidates=settings.noise_candidates,
-            processor=_processor(),
+            processor=processor_name(),
         ),
         has_chat_template=chat_template(path) is not None,
     )
@@ -120,32 +123,42 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
         prefix_cache=settings.prefix_cache,
     )
     warm_up(model, cache, settings.noise_candidates)
-    engine = VerifyEngine(
-        model,
-        cache,
-        EngineSettings(max_step_tokens=settings.max_step_tokens, noise_candidates=settings.noise_candidates),
-        info=info,
-        metrics=Metrics(CollectorRegistry()),
-    )
+    own = EngineSettings(max_step_tokens=settings.max_step_tokens, noise_candidates=settings.noise_candidates)
+    engine = VerifyEngine(model, cache, own, info=info, metrics=Metrics(CollectorRegistry()))
     _log.info("model loaded", model=info.name, path=str(path), seconds=round(time.perf_counter() - began, 2))
+    engine.costs = _costs(settings, model, cache, own, info)
     return engine, tokenizer_files(path, info)
 
 
-def _processor() -> str:
-    """The kind of CPU: its instructions and caches decide how oneDNN cuts a product, so how it rounds.
-
-    The number of threads does not: bf16 and float32 rows are bit-equal with 1, 2 and 3 (torch 2.13, Gemma 3 270M).
-    """
-    facts = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines():
-            name, _, value = line.partition(":")
-            facts[name.strip()] = value.strip()
-    names = ("vendor_id", "model name", "cpu family", "model")
-    return " ".join(facts[name] for name in names if name in facts) or platform.processor()
+def _costs(
+    settings: Settings, model: TargetModel, cache: KVCache, own: EngineSettings, info: ModelInfo
+) -> Refined | None:
+    """What steps cost, kept or measured; the number of threads counts and is set by now."""
+    fingerprint = cost_fingerprint(
+        "verify",
+        info.model_fingerprint,
+        dtype=model.dtype,
+        kernels=model.kernels,
+        device=model.device,
+        page_size=settings.page_size,
+        max_step_tokens=own.max_step_tokens,
+        noise_candidates=own.noise_candidates,
+    )
+    known = profile(
+        model,
+        cache,
+        own,
+        info,
+        fingerprint=fingerprint,
+        choice=settings.profile,
+        budget_seconds=settings.profile_seconds,
+    )
+    return Refined(CostModel(known)) if known is not None else None
 
 
 def _record(settings: Settings, thread: EngineThread, address: str, metrics_port: int) -> Callable[[], WorkerRecord]:
+    known = _profile(thread.engine)
+
     def record() -> WorkerRecord:
         return WorkerRecord(
             worker_id=settings.worker_id,
@@ -157,6 +170,11 @@ def _record(settings: Settings, thread: EngineThread, address: str, metrics_port
             tap_ids=thread.engine.tap_ids,
             page_size=settings.page_size,
             max_step_tokens=settings.max_step_tokens,
+            profile_fingerprint=known.fingerprint if known is not None else "",
         )
 
     return record
+
+
+def _profile(engine: VerifyEngine) -> CostProfile | None:
+    return engine.costs.model.profile if engine.costs is not None else None

@@ -55,7 +55,7 @@ async def test_version() -> None:
     assert (done.status, done.out) == (0, f"dspark {__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["up", "generate", "chat", "demo", "evaluate", "propose", "models"])
+@pytest.mark.parametrize("command", ["up", "generate", "chat", "demo", "evaluate", "propose", "profile", "models"])
 async def test_every_command_explains_itself(command: str) -> None:
     done = await dspark(command, "--help")
     assert done.status == 0, done.err
@@ -66,7 +66,9 @@ async def test_every_command_explains_itself(command: str) -> None:
 async def test_the_help_lists_every_command() -> None:
     done = await dspark("--help")
     assert done.status == 0, done.err
-    assert all(name in done.out for name in ("up", "generate", "chat", "demo", "evaluate", "propose", "models"))
+    assert all(
+        name in done.out for name in ("up", "generate", "chat", "demo", "evaluate", "propose", "profile", "models")
+    )
 
 
 @pytest.mark.parametrize(

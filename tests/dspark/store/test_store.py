@@ -1,22 +1,28 @@
 """Records, heartbeats and the directory against a real embedded server."""
 
 import asyncio
+import json
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+import redis
 import redis.asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dspark.costs import CostProfile, Point
 from dspark.errors import ConfigError, StoreError
 from dspark.messages import DrafterInfo, ModelInfo, WorkerLoad
-from dspark.store import Directory, EmbeddedStore, Heartbeat, WorkerRecord, check_store, cpu_usage
+from dspark.store import Directory, EmbeddedStore, Heartbeat, WorkerRecord, check_store, cpu_usage, gpu_usage
 from dspark.store.embedded import _free_port
 from dspark.store.records import shown
 
@@ -31,10 +37,21 @@ async def store() -> AsyncIterator[str]:
         yield url
 
 
+PROFILE = CostProfile("verify", "abc", (Point(1, 64, 0.5), Point(8, 64, 0.9)), 1.5)
+
+
 def test_record_round_trip() -> None:
-    full = replace(RECORD, drafter=DRAFTER, tap_ids=("a", "b"), utilization=0.5, heartbeat_at=1.5)
+    full = replace(
+        RECORD, drafter=DRAFTER, tap_ids=("a", "b"), utilization=0.5, heartbeat_at=1.5, profile_fingerprint="abc"
+    )
     assert WorkerRecord.from_json(full.to_json()) == full
     assert WorkerRecord.from_json(RECORD.to_json().replace("{", '{"later_field": 1, ', 1)) == RECORD
+
+
+def test_records_of_earlier_workers_are_read() -> None:
+    fields = json.loads(RECORD.to_json())
+    del fields["profile_fingerprint"], fields["load"]["observed_ratio"]
+    assert WorkerRecord.from_json(json.dumps(fields)) == RECORD
 
 
 @given(st.text(max_size=8), st.floats(), st.booleans())
@@ -168,9 +185,114 @@ async def test_the_embedded_server_that_died_says_why() -> None:
             await EmbeddedStore(port=taken.getsockname()[1]).__aenter__()
 
 
-def test_cpu_usage() -> None:
+# ---------------------------------------------------------------- cost profiles
+
+
+async def until_known(directory: Directory, fingerprint: str) -> CostProfile:
+    async with asyncio.timeout(3):
+        while (found := directory.profile(fingerprint)) is None:
+            await asyncio.sleep(0.01)
+    return found
+
+
+async def test_a_profile_is_published_and_read_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = replace(RECORD, profile_fingerprint="abc")
+    read: list[list[str]] = []
+    mget = redis.asyncio.Redis.mget
+
+    async def spied(client: redis.asyncio.Redis, keys: list[str]) -> Any:
+        read.append([key for key in keys if "profile" in key])
+        return await mget(client, keys)
+
+    monkeypatch.setattr(redis.asyncio.Redis, "mget", spied)
+    async with Directory(store, interval=0.02) as directory:
+        assert directory.profile("abc") is None
+        with Heartbeat(store, lambda: named, interval=0.05, profile=PROFILE):
+            assert await until_known(directory, "abc") == PROFILE
+            count = len(read)
+            while len(read) < count + 5:
+                await asyncio.sleep(0.01)
+        assert [keys for keys in read if keys] == [["dspark:1:profile:abc"]]
+        async with asyncio.timeout(2):
+            await directory.wait_for(lambda workers: not workers)
+        assert directory.profile("abc") == PROFILE
+    async with redis.asyncio.Redis.from_url(store) as client:
+        assert await client.ttl("dspark:1:profile:abc") == -1  # stays, and does not expire
+
+
+async def test_a_new_measurement_takes_the_old_ones_place_and_an_emptied_store_gets_it_again(store: str) -> None:
+    newer = replace(PROFILE, made_at=2.5)
+    named = replace(RECORD, profile_fingerprint="abc")
+    async with redis.asyncio.Redis.from_url(store) as client:
+        await client.set("dspark:1:profile:abc", PROFILE.to_json())
+        with Heartbeat(store, lambda: named, interval=0.05, profile=newer):
+            assert await client.get("dspark:1:profile:abc") == newer.to_json().encode()
+            await client.flushall()
+            async with Directory(store, interval=0.02) as directory:
+                assert await until_known(directory, "abc") == newer
+
+
+async def test_a_profile_that_comes_later_or_is_broken_hides_no_worker(store: str) -> None:
+    async with redis.asyncio.Redis.from_url(store) as client, Directory(store, interval=0.02) as directory:
+        broken = replace(RECORD, worker_id="v2", profile_fingerprint="bad")
+        await client.set("dspark:1:profile:bad", "{}")
+        with (
+            Heartbeat(store, lambda: replace(RECORD, profile_fingerprint="late")),
+            Heartbeat(store, lambda: broken),
+        ):
+            async with asyncio.timeout(2):
+                await directory.wait_for(lambda workers: len(workers) == 2)
+            assert directory.profile("late") is directory.profile("bad") is None
+            await client.set("dspark:1:profile:late", replace(PROFILE, fingerprint="late").to_json())
+            assert (await until_known(directory, "late")).points == PROFILE.points
+            assert directory.profile("bad") is None
+
+
+# ---------------------------------------------------------------- usage
+
+
+def test_cpu_usage_is_this_process_by_all_its_cores() -> None:
     read = cpu_usage()
-    sum(range(2_000_000))
+    began = time.process_time(), time.perf_counter()
+    while time.process_time() - began[0] < 0.3:
+        sum(range(10_000))
+    busy = (time.process_time() - began[0]) / (time.perf_counter() - began[1])
     usage = read()
-    assert 0 <= usage.utilization <= 1
-    assert usage.memory_total > usage.memory_used > 0
+    assert usage.utilization == pytest.approx(busy / len(os.sched_getaffinity(0)), rel=0.2)
+    time.sleep(0.3)
+    assert read().utilization < 0.2
+    assert usage.memory_used == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
+    assert usage.memory_total == psutil.virtual_memory().total
+
+
+class FakeNvml(SimpleNamespace):
+    """Two cards; the second is busy."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        try:
+            return ["GPU-a", "GPU-b"].index(uuid)
+        except ValueError:
+            raise self.NVMLError("Not Found") from None
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(used=(handle + 1) << 30, total=80 << 30)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(gpu=(3, 97)[handle], memory=50)
+
+
+def test_gpu_usage_is_the_card_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    assert (gpu_usage("GPU-b")().utilization, gpu_usage("GPU-a")().utilization) == (0.97, 0.03)
+    assert gpu_usage("GPU-b")().memory_used == 2 << 30
+    assert gpu_usage("GPU-b")().memory_total == 80 << 30
+    with pytest.raises(ConfigError, match="GPU GPU-c: Not Found"):
+        gpu_usage("GPU-c")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(ConfigError, match="nvidia-ml-py"):
+        gpu_usage("GPU-a")
