@@ -2,7 +2,9 @@
 
 Points are timed in rounds, each once a round, and not five times in a row: a neighbour's burst of a second or two then
 falls on one sample of many points instead of all samples of one, and the median drops it. The first round warms up,
-tells what each point costs and leaves out those that would go over the budget.
+tells what each point costs and leaves out those that would go over the budget. What tells most comes first: powers of
+four at the shortest context, then by and by longer contexts and sizes between. Measured from the smallest size on, a
+busy machine's budget ended at 8 rows of Gemma 3 270M, on a step of the curve whose slope says nothing of 64.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dspark.costs.profile import CostProfile, Kind, Point
 __all__ = ["REPEATS", "Clock", "Shape", "Timer", "check", "measure", "obtain"]
 
 REPEATS = 5
+_SHARE = 0.25  # of the budget, for one shape at most
 CHECK_TOLERANCE = 2.0  # a kept profile may be off by this factor before somebody is told
 
 Shape = tuple[int, int]
@@ -63,9 +66,10 @@ def measure(
     repeats: int = REPEATS,
     clock: Clock = time.perf_counter,
 ) -> tuple[Point, ...]:
-    """The median of `repeats` samples at each shape that fits into the budget; cheaper shapes come first.
+    """The median of `repeats` samples at each shape that fits into the budget.
 
-    The first shape is always measured. Where the machine slows down meanwhile, points keep the samples they have.
+    No shape gets more than a quarter of it; one shape is always measured. Where the machine slows down meanwhile,
+    points keep the samples they have.
     """
     deadline = clock() + 1.5 * budget_seconds
     samples = _warm_up(shapes, timer, budget_seconds / (repeats + 1), clock)
@@ -78,19 +82,31 @@ def measure(
 
 def _warm_up(shapes: Sequence[Shape], timer: Timer, seconds: float, clock: Clock) -> dict[Shape, list[float]]:
     """Run every shape once, as long as all of them together take at most so many seconds; room for their samples."""
-    spent = 0.0
-    last: dict[int, tuple[int, float]] = {}  # context -> tokens and seconds of its last shape, preparations included
-    samples: dict[Shape, list[float]] = {}
-    for tokens, context in sorted(shapes):
-        before, took = last.get(context, (tokens, 0.0))
-        if samples and spent + took * tokens / before > seconds:
+    took: dict[Shape, float] = {}  # preparations included
+    timer(*min(shapes))  # the very first step pays for more than its shape
+    for shape in _telling(shapes):
+        known = max((other for other in took if other[0] <= shape[0]), default=None)
+        growth = (1.0 + shape[0] / known[0]) / 2.0 if known is not None else 0.0  # half fixed, half by tokens
+        expected = took[known] * growth if known is not None else 0.0
+        if took and (expected > _SHARE * seconds or sum(took.values()) + expected > seconds):
             continue
         began = clock()
-        timer(tokens, context)
-        last[context] = tokens, clock() - began
-        spent += last[context][1]
-        samples[tokens, context] = []
-    return samples
+        timer(*shape)
+        took[shape] = clock() - began
+    return {shape: [] for shape in sorted(took)}
+
+
+def _telling(shapes: Sequence[Shape]) -> list[Shape]:
+    """Those that tell most first."""
+    contexts = sorted({context for _, context in shapes})
+
+    def rank(shape: Shape) -> tuple[int, Shape]:
+        tokens, context = shape
+        power = tokens & (tokens - 1) == 0
+        between = 0 if power and tokens.bit_length() % 2 else 1 if power else 2
+        return between + contexts.index(context), shape
+
+    return sorted(shapes, key=rank)
 
 
 def check(profile: CostProfile, shapes: Sequence[Shape], timer: Timer) -> float:

@@ -43,11 +43,11 @@ def test_every_shape_is_warmed_up_and_then_the_median_of_five() -> None:
     points = measure(SHAPES, machine.step, budget_seconds=100, clock=machine.clock)
     assert {(p.tokens, p.context) for p in points} == set(SHAPES)
     assert all(p.seconds == pytest.approx(0.01 * p.tokens + 1e-5 * p.context) for p in points)
-    assert len(machine.calls) == 6 * len(SHAPES)
+    assert len(machine.calls) == 6 * len(SHAPES) + 1
 
 
 def test_a_burst_falls_on_one_sample_of_many_points() -> None:
-    machine = Machine(slow=range(10, 10 + 2 * len(SHAPES)))  # two whole rounds
+    machine = Machine(slow=range(11, 11 + 2 * len(SHAPES)))  # two whole rounds
     points = measure(SHAPES, machine.step, budget_seconds=100, clock=machine.clock)
     assert all(p.seconds == pytest.approx(0.01 * p.tokens + 1e-5 * p.context) for p in points)
 
@@ -55,22 +55,32 @@ def test_a_burst_falls_on_one_sample_of_many_points() -> None:
 def test_what_would_go_over_the_budget_is_left_out() -> None:
     machine = Machine()
     shapes = [(2**k, 64) for k in range(10)]
-    points = measure(shapes, machine.step, budget_seconds=4, clock=machine.clock)
+    points = measure(shapes, machine.step, budget_seconds=8, clock=machine.clock)
     assert [p.tokens for p in points] == [1, 2, 4, 8, 16, 32]
-    assert machine.now < 4
+    assert machine.now < 8
     machine = Machine()
     (point,) = measure(shapes, machine.step, budget_seconds=1e-9, clock=machine.clock)
     assert point.tokens == 1
+
+
+def test_what_tells_most_comes_first() -> None:
+    machine = Machine()
+    shapes = [(tokens, context) for context in (64, 512, 2048) for tokens in (1, 2, 3, 4, 6, 8, 12, 16)]
+    measure(shapes, machine.step, budget_seconds=1000, clock=machine.clock)
+    first = machine.calls[1 : 1 + len(shapes)]
+    assert first[:3] == [(1, 64), (4, 64), (16, 64)]
+    assert set(first[3:8]) == {(2, 64), (8, 64), (1, 512), (4, 512), (16, 512)}
+    assert sorted(first) == sorted(shapes)
 
 
 def test_a_machine_that_slows_down_meanwhile_bounds_the_time_all_the_same() -> None:
     machine = Machine()
 
     def step(tokens: int, context: int) -> float:
-        machine.factor = 50.0 if len(machine.calls) > len(SHAPES) else 1.0
+        machine.factor = 50.0 if len(machine.calls) > len(SHAPES) + 1 else 1.0
         return machine.step(tokens, context)
 
-    points = measure(SHAPES, step, budget_seconds=3.0, clock=machine.clock)
+    points = measure(SHAPES, step, budget_seconds=9.0, clock=machine.clock)
     assert len(points) == len(SHAPES)
     assert len(machine.calls) < 4 * len(SHAPES)
 

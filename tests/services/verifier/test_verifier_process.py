@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.verifying import GREEDY, Stream, make_engine
 
+from dspark.costs.files import read_profile
 from dspark.errors import ModelFileError, StartupError, Unavailable
 from dspark.messages import OpenSequence, SequenceKey, StepItem
 from dspark.processes import Child, spawn
@@ -94,6 +95,30 @@ async def test_draining_ends_in_time_though_a_sequence_stays_open(tiny_qwen: Pat
             child.send(signal.SIGTERM)
             assert await child.wait(10) == 0
             assert session.broken.is_set()
+
+
+async def test_a_worker_publishes_what_its_steps_cost(
+    tiny_gemma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    flags = ["--profile", "auto", "--profile-seconds", "1", "--max-step-tokens", "64"]
+    async with worker(tiny_gemma, tmp_path, *flags) as (child, directory):
+        found = await record(child, directory)
+        kept = read_profile(found.profile_fingerprint)
+        assert kept is not None
+        async with asyncio.timeout(5):
+            while directory.profile(found.profile_fingerprint) is None:
+                await asyncio.sleep(0.05)
+        assert directory.profile(found.profile_fingerprint) == kept
+        assert found.load.running == 0
+        assert found.load.free_pages == found.load.total_pages
+        async with connect(found.address) as channel, RouterSession(VerifierStub(channel).Session) as session:
+            await session.call(open_call([OpenSequence(KEY, PROMPT, GREEDY, 60)]), timeout=10)
+            await session.call(step_call([StepItem(KEY, len(PROMPT), len(PROMPT))]), timeout=10)
+            reply = await session.call(step_call([StepItem(KEY, len(PROMPT) + 1, 1)]), timeout=10)
+            result = decode(reply.step)
+            assert result.fixed_seconds + result.marginal_seconds > 0
+            assert reply.load.observed_ratio > 0
 
 
 @pytest.mark.parametrize(
