@@ -188,11 +188,14 @@ def _calibrated(
     how: Answering,
 ) -> list[_Outcome]:
     target, path = open_target(model, device=device)
-    loaded = open_drafter(drafter, path, target)
+    from dspark.models.drafters import Drafter
     from training.calibration import calibrate
     from training.gathering import gather
     from training.reliability import Report
 
+    loaded = open_drafter(str(drafter), path, target)
+    if not isinstance(loaded, Drafter):
+        raise ConfigError(f"{drafter} has no confidences to calibrate")
     fit, check = texts.prompts(open_tokenizer(path, target), code, longest, how.seed)
     checking = replace(how, seed=how.seed + _CHECK_SEED)
     answers = how.repeat * (settings != ["greedy"]) + ("greedy" in settings)

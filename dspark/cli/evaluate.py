@@ -131,7 +131,7 @@ def _offline(
 ) -> dict[str, Any]:
     """Once the cluster has gone, so that neither slows the other."""
     target, path = open_target(cluster.model, dtype=cluster.dtype)
-    _check_same_model(served.model, target.info)
+    check_same_model(served.model, target.info)  # a worker's numerics name more than the loaded model knows
     return compare_rounds(result, prompts, settings, served, target, open_drafter(cluster.drafter, path, target))
 
 

@@ -83,6 +83,11 @@ def test_stopped_run_goes_on_as_if_never_stopped(plan: RunPlan, architecture: st
     assert same_parameters(whole.drafter, second.drafter)
 
 
+def test_another_seed_takes_other_texts(plan: RunPlan) -> None:
+    losses = {begin(replace(plan, settings=replace(SETTINGS, seed=seed))).step().loss for seed in (0, 1, 2)}
+    assert len(losses) == 3
+
+
 def test_parts_of_a_step_are_as_good_as_the_whole(plan: RunPlan) -> None:
     whole, parts = begin(plan), begin(replace(plan, settings=replace(SETTINGS, accumulate=4)))
     for _ in range(3):
