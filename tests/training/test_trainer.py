@@ -88,9 +88,26 @@ def test_another_seed_takes_other_texts(plan: RunPlan) -> None:
     assert len(losses) == 3
 
 
+def test_run_begins_with_the_drafter_of_another(plan: RunPlan, tmp_path: Path) -> None:
+    first = train(plan, Alone(), lambda _: None)
+    more = replace(plan, run=tmp_path / "more", out=tmp_path / "better", begin_with=plan.run)
+    begun = begin(more)
+    _, held_out = split(48)
+    assert validate(begun.drafter, begun.states, held_out, begun.standardisation) == first.validation
+    assert train(more, Alone(), lambda _: None).validation.tau > first.validation.tau - 0.05
+    with pytest.raises(ConfigError, match="no run to go on from"):
+        train(replace(more, run=tmp_path / "other", begin_with=tmp_path / "nowhere"), Alone(), lambda _: None)
+    wider = replace(more, run=tmp_path / "wide", shape=replace(SHAPE, markov_rank=16))
+    with pytest.raises(ConfigError, match="another shape"):
+        train(wider, Alone(), lambda _: None)
+
+
 def test_parts_of_a_step_are_as_good_as_the_whole(plan: RunPlan) -> None:
     whole, parts = begin(plan), begin(replace(plan, settings=replace(SETTINGS, accumulate=4)))
-    for tolerance in (0.03, 0.1):  # a part weighs its own rows, so the second steps start from slightly different places
+    for tolerance in (
+        0.03,
+        0.1,
+    ):  # a part weighs its own rows, so the second steps start from slightly different places
         one, other = whole.step(), parts.step()
         assert one.loss == pytest.approx(other.loss, rel=tolerance)
     with pytest.raises(ConfigError, match="do not divide"):
