@@ -40,7 +40,7 @@ from training.state_cache import StateCache, StateCaches
 from training.states import TargetStates
 from training.trainer import Exchange
 
-__all__ = ["open_target", "prepare", "split", "target_states"]
+__all__ = ["open_target", "prepare", "split", "target_states", "with_blocks"]
 
 HELD_OUT_EVERY = 40
 VALIDATED = 64
@@ -54,6 +54,11 @@ def split(count: int) -> tuple[list[int], list[int]]:
     if not training:
         raise ConfigError("a data set needs at least two responses")
     return training, held_out[:VALIDATED]
+
+
+def with_blocks(rows: Sequence[int], texts: Texts) -> list[int]:
+    """Those of the rows whose response has a block to predict: an anchor and a token behind it."""
+    return [row for row in rows if len(texts.token_ids[row]) - texts.prompt_lengths[row] >= 2]
 
 
 @contextlib.contextmanager

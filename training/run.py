@@ -13,7 +13,7 @@ from torch import distributed
 
 from training.dataset import read_manifest, read_texts
 from training.plan import RunPlan, claim
-from training.prepare import open_target, prepare, split, target_states
+from training.prepare import open_target, prepare, split, target_states, with_blocks
 from training.recorder import Recorder
 from training.state import load_setup, load_state
 from training.trainer import Alone, Exchange, Joined, StepReport, Trainer
@@ -59,6 +59,7 @@ def train(plan: RunPlan, exchange: Exchange, report: Callable[[StepReport], None
         load_setup(plan.begin_with)
     training, held_out = split(sum(map(len, texts)))
     states = target_states(plan, manifests, texts)
+    training, held_out = with_blocks(training, states.texts), with_blocks(held_out, states.texts)
     if exchange.rank == 0:  # nothing is written before all that can be checked has been
         claim(plan, manifests)
     exchange.meet()

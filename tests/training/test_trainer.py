@@ -11,10 +11,10 @@ from support.data_sets import SETTINGS, SHAPE
 from dspark.errors import ConfigError, Mismatch
 from dspark.models.drafters import Drafter, DSparkDrafter, load_drafter
 from training.blocks import block_rows, sample_anchors
-from training.dataset import read_manifest, read_texts
+from training.dataset import Texts, read_manifest, read_texts
 from training.initialise import Shape, drafter_config, fold_for_serving, measure, spread_layers
 from training.plan import RunPlan
-from training.prepare import open_target, prepare, split, target_states
+from training.prepare import open_target, prepare, split, target_states, with_blocks
 from training.run import train
 from training.state import load_state, save_state
 from training.trainer import Alone, StepReport, Trainer, TrainSettings, learning_rate
@@ -112,6 +112,11 @@ def test_parts_of_a_step_are_as_good_as_the_whole(plan: RunPlan) -> None:
         assert one.loss == pytest.approx(other.loss, rel=tolerance)
     with pytest.raises(ConfigError, match="do not divide"):
         replace(SETTINGS, accumulate=3).check(1)
+
+
+def test_texts_without_a_block_are_left_out() -> None:
+    ids = [torch.arange(n, dtype=torch.int32) for n in (5, 6, 7)]
+    assert with_blocks([0, 1, 2], Texts(ids, [4, 4, 6], [1.0] * 3)) == [1]
 
 
 def test_labels_and_targets_follow_the_text(plan: RunPlan) -> None:
