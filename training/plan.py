@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dspark.errors import ConfigError
+from dspark.files import write_json
 from training.dataset import Manifest
 from training.initialise import Shape
 from training.trainer import TrainSettings
@@ -58,7 +58,7 @@ def claim(plan: RunPlan, manifests: Sequence[Manifest]) -> None:
     plan.run.mkdir(parents=True, exist_ok=True)
     path, facts = plan.run / "plan.json", plan.identity(manifests)
     if not path.exists():
-        path.write_text(json.dumps(facts, indent=2) + os.linesep, encoding="utf-8")
+        write_json(path, facts)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     differing = [key for key in facts if found.get(key) != facts[key]]

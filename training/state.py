@@ -6,18 +6,18 @@ all of the random state there is.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dspark.errors import ConfigError
 from dspark.models.drafters import Drafter
+from dspark.models.weights import write_tensors
 from training.initialise import Standardisation
 
 SETUP_FILE = "setup.safetensors"
@@ -35,7 +35,7 @@ class Progress:
 def save_setup(run: Path, d2t: Tensor, standardisation: Standardisation) -> None:
     """Draft vocabulary and standardisation: fixed for the whole run, whatever data is added."""
     tensors = {"d2t": d2t, "mean": standardisation.mean, "deviation": standardisation.deviation}
-    _write(run / SETUP_FILE, {name: tensor.contiguous() for name, tensor in tensors.items()}, {})
+    write_tensors(run / SETUP_FILE, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def load_setup(run: Path) -> tuple[Tensor, Standardisation]:
@@ -56,7 +56,7 @@ def save_state(run: Path, drafter: Drafter, optimizer: torch.optim.AdamW, progre
         tensors[f"first.{name}"] = moments.get("exp_avg", torch.zeros_like(parameter)).detach()
         tensors[f"second.{name}"] = moments.get("exp_avg_sq", torch.zeros_like(parameter)).detach()
     facts = {"step": progress.step, "seconds": progress.seconds}
-    _write(run / STATE_FILE, tensors, {"progress": json.dumps(facts)})
+    write_tensors(run / STATE_FILE, tensors, {"progress": json.dumps(facts)})
 
 
 def load_state(run: Path, drafter: Drafter, optimizer: torch.optim.AdamW) -> Progress:
@@ -89,14 +89,3 @@ def load_parameters(run: Path, drafter: Drafter) -> None:
         raise ConfigError(f"{run} has no state to begin with: {error}") from error
     except (KeyError, RuntimeError) as error:
         raise ConfigError(f"the drafter of {run} has another shape: {error}") from error
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise ConfigError(f"cannot write {path}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from dspark.cli.offline import open_drafter, open_target, open_tokenizer
 from dspark.cli.train.data import TemplateName
 from dspark.cluster import DEFAULT_MODEL
 from dspark.errors import ConfigError
+from dspark.files import write_json
 from dspark.models.drafters.calibration import SETTINGS, Calibration, write_calibrations
 
 if TYPE_CHECKING:
@@ -277,7 +277,4 @@ def _write(path: Path, drafter: Path, outcomes: Sequence[_Outcome], *, written: 
         outcome.report.to_json() | {"fitted_rounds": outcome.fitted, "calibration": asdict(outcome.calibration)}
         for outcome in outcomes
     ]
-    try:
-        path.write_text(json.dumps({"drafter": str(drafter), "written": written, "settings": figures}, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {path}: {error.strerror}") from error
+    write_json(path, {"drafter": str(drafter), "written": written, "settings": figures})

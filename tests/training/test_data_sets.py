@@ -97,7 +97,7 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path, data_set: Path) -> None:
 def test_full_disk_is_one_clear_error_and_leaves_no_shard(target: TargetModel, tmp_path: Path) -> None:
     plan = Plan(tmp_path / "set", make_prompts(4), 6, 16, per_shard=4)
     plan.directory.mkdir()
-    blocked = shard_path(plan.directory, 0).with_suffix(".partial")
+    blocked = Path(f"{shard_path(plan.directory, 0)}.partial")
     blocked.mkdir()  # as good as no room: the shard cannot be written
     (plan.directory / "manifest.json").write_text(json.dumps(vars_of(plan, target)))
     with pytest.raises(ConfigError, match="cannot write"):
