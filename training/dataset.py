@@ -6,9 +6,7 @@ written whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dspark.errors import ConfigError
+from dspark.files import write_json
+from dspark.models.weights import write_tensors
 
 __all__ = [
     "Manifest",
@@ -102,24 +102,12 @@ def write_shard(path: Path, responses: Sequence[Response]) -> None:
         "prompt_lengths": torch.tensor([one.prompt_length for one in responses], dtype=torch.int32),
         "temperatures": torch.tensor([one.temperature for one in responses]),
     }
-    partial = path.with_suffix(".partial")
-    try:
-        save_file(tensors, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise ConfigError(f"cannot write {path}: {error}") from error
+    write_tensors(path, tensors)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all."""
-    partial = directory / f"{MANIFEST_FILE}.partial"
-    try:
-        partial.write_text(json.dumps(asdict(manifest), indent=2) + os.linesep, encoding="utf-8")
-        partial.replace(directory / MANIFEST_FILE)
-    except OSError as error:
-        raise ConfigError(f"cannot write the manifest of {directory}: {error}") from error
+    write_json(directory / MANIFEST_FILE, asdict(manifest))
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dspark.files import whole
 from dspark.models.drafters.calibration import Calibration
 from training.reliability import prefix_survival, reliability
 from training.rounds import Rounds
@@ -29,6 +30,5 @@ def draw_reliability(path: Path, rounds: Rounds, calibration: Calibration) -> No
     panels[0].set_ylabel("share of rounds")
     panels[0].legend()
     figure.suptitle(calibration.setting)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

@@ -5,18 +5,16 @@ That layout knows Qwen3-type layers, the whole vocabulary and a plain tap; what 
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from dspark.errors import ConfigError
+from dspark.files import write_json
 from dspark.models.drafters import Drafter, DrafterConfig, load_drafter
 from dspark.models.drafters.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from dspark.models.weights import write_tensors
 
 __all__ = ["export_deepspec", "misfits"]
 
@@ -53,12 +51,11 @@ def export_deepspec(drafter: Drafter, directory: Path) -> None:
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        own = {name: tensor.detach().cpu().bfloat16().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(own, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps(published_config(drafter.config), indent=2) + os.linesep
-        (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot write {directory}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot make {directory}: {error}") from error
+    own = {name: tensor.detach().cpu().bfloat16().clone().contiguous() for name, tensor in tensors.items()}
+    write_tensors(directory / WEIGHTS_FILE, own)
+    write_json(directory / CONFIG_FILE, published_config(drafter.config))
     _check(drafter, directory)
 
 

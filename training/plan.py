@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dspark.errors import ConfigError
+from dspark.files import write_json
 from training.dataset import Manifest
 from training.initialise import Shape
 from training.trainer import TrainSettings
@@ -22,8 +22,8 @@ class RunPlan:
     """What and where: target (directory or .gguf), data sets, the run's own directory, the finished checkpoint.
 
     `cache` (by default a place in each data set) holds at most `cache_gb` of the target's states in all; runs over the
-    same data may share it. `save_every`
-    and `validate_every` are in steps. Without `warm_start` layers begin at random.
+    same data may share it. `save_every` and `validate_every` are in steps. Without `warm_start` layers begin at random;
+    with `begin_with` the drafter begins as another run's ended, over that run's draft vocabulary.
     """
 
     target: Path
@@ -38,6 +38,7 @@ class RunPlan:
     save_every: int = 500
     validate_every: int = 1000
     warm_start: bool = True
+    begin_with: Path | None = None
     device: str = "cpu"
 
     def cache_of(self, number: int) -> Path:
@@ -47,6 +48,8 @@ class RunPlan:
     def identity(self, manifests: Sequence[Manifest]) -> dict[str, Any]:
         """What must be the same when a run is gone on with."""
         facts = {"settings": asdict(self.settings), "shape": asdict(self.shape), "warm_start": self.warm_start}
+        if self.begin_with is not None:
+            facts["begin_with"] = str(self.begin_with)
         return dict(json.loads(json.dumps({**facts, "data": [manifest.identity for manifest in manifests]})))
 
 
@@ -55,7 +58,7 @@ def claim(plan: RunPlan, manifests: Sequence[Manifest]) -> None:
     plan.run.mkdir(parents=True, exist_ok=True)
     path, facts = plan.run / "plan.json", plan.identity(manifests)
     if not path.exists():
-        path.write_text(json.dumps(facts, indent=2) + os.linesep, encoding="utf-8")
+        write_json(path, facts)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     differing = [key for key in facts if found.get(key) != facts[key]]

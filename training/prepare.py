@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dspark.errors import ConfigError, Mismatch
 from dspark.kernels import select_kernels
 from dspark.models.config import TargetConfig, parse_config, read_config
-from dspark.models.drafters import CLASSES, Drafter
+from dspark.models.drafters import CLASSES, Drafter, DrafterConfig
 from dspark.models.drafters.checkpoint import target_tensors
 from dspark.models.gguf import GgufSource
 from dspark.models.target import load_target
@@ -34,12 +35,12 @@ from training.initialise import (
     start_from_target,
 )
 from training.plan import RunPlan
-from training.state import SETUP_FILE, load_setup, save_setup
+from training.state import SETUP_FILE, load_parameters, load_setup, save_setup
 from training.state_cache import StateCache, StateCaches
 from training.states import TargetStates
 from training.trainer import Exchange
 
-__all__ = ["open_target", "prepare", "split", "target_states"]
+__all__ = ["open_target", "prepare", "split", "target_states", "with_blocks"]
 
 HELD_OUT_EVERY = 40
 VALIDATED = 64
@@ -53,6 +54,11 @@ def split(count: int) -> tuple[list[int], list[int]]:
     if not training:
         raise ConfigError("a data set needs at least two responses")
     return training, held_out[:VALIDATED]
+
+
+def with_blocks(rows: Sequence[int], texts: Texts) -> list[int]:
+    """Those of the rows whose response has a block to predict: an anchor and a token behind it."""
+    return [row for row in rows if len(texts.token_ids[row]) - texts.prompt_lengths[row] >= 2]
 
 
 @contextlib.contextmanager
@@ -117,20 +123,36 @@ def prepare(
         for tensor in target_tensors(plan.target, target.vocab_size, target.hidden_size, torch.bfloat16)
     )
     if exchange.rank == 0 and not (plan.run / SETUP_FILE).exists():
-        sample = sample_batch(states, training, SETUP_TEXTS)
-        d2t = draft_vocabulary(sample, head, config.draft_vocab_size, keep=target.eos_token_ids)
-        measured = as_it_is(sample.captured) if plan.shape.plain_tap else measure(sample.captured, sample.lengths)
-        save_setup(plan.run, d2t.cpu(), measured.to(torch.device("cpu")))
+        save_setup(plan.run, *_decide(plan, config, target, head, states, training))
     exchange.meet()
     d2t, standardisation = load_setup(plan.run)
     d2t, standardisation = d2t.to(device), standardisation.to(device)
     own_head = head[torch.arange(len(d2t), device=device) + d2t]
     reduced = d2t if config.reduced_vocabulary else None
     drafter = CLASSES[config.architecture](config, embed_weight=embed, head_weight=own_head, d2t=reduced).to(device)
-    if plan.warm_start:
+    if plan.begin_with is not None:
+        load_parameters(plan.begin_with, drafter)
+    elif plan.warm_start:
         start_from_target(drafter, source, target, standardisation)
         absorb_post_norms(drafter, source, target, lambda: _first_rows(drafter, states, training, standardisation))
     return drafter, standardisation
+
+
+def _decide(
+    plan: RunPlan,
+    config: DrafterConfig,
+    target: TargetConfig,
+    head: Tensor,
+    states: TargetStates,
+    training: Sequence[int],
+) -> tuple[Tensor, Standardisation]:
+    """What the run keeps to, on the CPU: d2t (draft vocabulary,) and standardisation."""
+    if plan.begin_with is not None:
+        return load_setup(plan.begin_with)
+    sample = sample_batch(states, training, SETUP_TEXTS)
+    d2t = draft_vocabulary(sample, head, config.draft_vocab_size, keep=target.eos_token_ids)
+    measured = as_it_is(sample.captured) if plan.shape.plain_tap else measure(sample.captured, sample.lengths)
+    return d2t.cpu(), measured.to(torch.device("cpu"))
 
 
 def _first_rows(

@@ -7,13 +7,12 @@ stopped goes on with the same answers, whatever shared a batch with what. Knows 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dspark.errors import ConfigError, InternalError
+from dspark.errors import ConfigError
 from dspark.messages import OpenSequence, Sampling, SequenceKey, StepItem
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
@@ -94,20 +93,22 @@ class Responder:
         )
 
     def _step(self, running: Sequence[_Running]) -> int:
-        """One step over what each sequence lacks, as far as rows go round."""
-        served, rows = [], 0
-        for one in deque(sorted(running, key=lambda one: one.missing)):
-            if rows + one.missing > _STEP_ROWS:
-                break
-            rows += one.missing
-            served.append(one)
-        items = [StepItem(one.request.key, len(one.token_ids), one.missing) for one in served]
-        for one, verdict in zip(served, self._engine.step(items).verdicts, strict=True):
-            if verdict.error is not None or verdict.token is None:
-                raise verdict.error or InternalError("a whole prompt gave no token")
-            one.computed = len(one.token_ids)
-            one.token_ids.append(verdict.token)
-        return len(served)
+        """One step over what each text lacks, as far as rows go round; a long prompt takes several. Tokens it gave."""
+        items, served, left, given = [], [], _STEP_ROWS, 0
+        for one in sorted(running, key=lambda one: one.missing):
+            count = min(one.missing, left)
+            if count:
+                left -= count
+                served.append(one)
+                items.append(StepItem(one.request.key, len(one.token_ids), count))
+        for one, item, verdict in zip(served, items, self._engine.step(items).verdicts, strict=True):
+            if verdict.error is not None:
+                raise verdict.error
+            one.computed += item.count
+            if verdict.token is not None:
+                one.token_ids.append(verdict.token)
+                given += 1
+        return given
 
     def _ended(self, one: _Running) -> bool:
         new = len(one.token_ids) - len(one.prompt.token_ids)

@@ -6,18 +6,18 @@ all of the random state there is.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dspark.errors import ConfigError
 from dspark.models.drafters import Drafter
+from dspark.models.weights import write_tensors
 from training.initialise import Standardisation
 
 SETUP_FILE = "setup.safetensors"
@@ -35,12 +35,15 @@ class Progress:
 def save_setup(run: Path, d2t: Tensor, standardisation: Standardisation) -> None:
     """Draft vocabulary and standardisation: fixed for the whole run, whatever data is added."""
     tensors = {"d2t": d2t, "mean": standardisation.mean, "deviation": standardisation.deviation}
-    _write(run / SETUP_FILE, {name: tensor.contiguous() for name, tensor in tensors.items()}, {})
+    write_tensors(run / SETUP_FILE, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def load_setup(run: Path) -> tuple[Tensor, Standardisation]:
     """What `save_setup` wrote: d2t and standardisation."""
-    tensors = load_file(run / SETUP_FILE)
+    try:
+        tensors = load_file(run / SETUP_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{run} is no run to go on from: {error}") from error
     return tensors["d2t"], Standardisation(tensors["mean"], tensors["deviation"])
 
 
@@ -53,7 +56,7 @@ def save_state(run: Path, drafter: Drafter, optimizer: torch.optim.AdamW, progre
         tensors[f"first.{name}"] = moments.get("exp_avg", torch.zeros_like(parameter)).detach()
         tensors[f"second.{name}"] = moments.get("exp_avg_sq", torch.zeros_like(parameter)).detach()
     facts = {"step": progress.step, "seconds": progress.seconds}
-    _write(run / STATE_FILE, tensors, {"progress": json.dumps(facts)})
+    write_tensors(run / STATE_FILE, tensors, {"progress": json.dumps(facts)})
 
 
 def load_state(run: Path, drafter: Drafter, optimizer: torch.optim.AdamW) -> Progress:
@@ -75,12 +78,14 @@ def load_state(run: Path, drafter: Drafter, optimizer: torch.optim.AdamW) -> Pro
     return progress
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_suffix(".partial")
+def load_parameters(run: Path, drafter: Drafter) -> None:
+    """Fill a drafter with another run's parameters; `ConfigError` where there are none or they do not fit."""
     try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
+        tensors = load_file(run / STATE_FILE)
+        with torch.no_grad():
+            for name, parameter in drafter.named_parameters():
+                parameter.copy_(tensors[f"parameter.{name}"])
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise ConfigError(f"cannot write {path}: {error}") from error
+        raise ConfigError(f"{run} has no state to begin with: {error}") from error
+    except (KeyError, RuntimeError) as error:
+        raise ConfigError(f"the drafter of {run} has another shape: {error}") from error

@@ -6,6 +6,7 @@ there are, they take the same steps. Leaves states to `training.states` and the 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -173,9 +174,9 @@ class Trainer:
     def _draw(self) -> Iterator[tuple[Batch, Tensor]]:
         """This process's texts and anchors of this step, in `accumulate` parts."""
         settings, world = self.settings, self.exchange.world
-        generator = torch.Generator().manual_seed((settings.seed << 40) + self.progress.step)
+        generator = torch.Generator().manual_seed(_seed(settings.seed, self.progress.step))
         chosen = torch.randint(len(self._rows), (settings.sequences,), generator=generator).tolist()
-        seeds = torch.randint(1 << 62, (settings.sequences,), generator=generator).tolist()
+        seeds = torch.randint(1 << 32, (settings.sequences,), generator=generator).tolist()
         mine = range(self.exchange.rank, settings.sequences, world)
         size = settings.sequences // (world * settings.accumulate)
         for first in range(0, len(mine), size):
@@ -216,6 +217,11 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         return float(norm)
+
+
+def _seed(*parts: int) -> int:
+    """One seed of several numbers: torch's generator looks at 32 bits of it only, so they cannot just be shifted."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
 
 
 def _anchors(batch: Batch, count: int, seeds: Sequence[int]) -> Tensor:

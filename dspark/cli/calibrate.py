@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from dspark.cli.offline import open_drafter, open_target, open_tokenizer
 from dspark.cli.train.data import TemplateName
 from dspark.cluster import DEFAULT_MODEL
 from dspark.errors import ConfigError
+from dspark.files import write_json
 from dspark.models.drafters.calibration import SETTINGS, Calibration, write_calibrations
 
 if TYPE_CHECKING:
@@ -188,11 +188,14 @@ def _calibrated(
     how: Answering,
 ) -> list[_Outcome]:
     target, path = open_target(model, device=device)
-    loaded = open_drafter(drafter, path, target)
+    from dspark.models.drafters import Drafter
     from training.calibration import calibrate
     from training.gathering import gather
     from training.reliability import Report
 
+    loaded = open_drafter(str(drafter), path, target)
+    if not isinstance(loaded, Drafter):
+        raise ConfigError(f"{drafter} has no confidences to calibrate")
     fit, check = texts.prompts(open_tokenizer(path, target), code, longest, how.seed)
     checking = replace(how, seed=how.seed + _CHECK_SEED)
     answers = how.repeat * (settings != ["greedy"]) + ("greedy" in settings)
@@ -274,7 +277,4 @@ def _write(path: Path, drafter: Path, outcomes: Sequence[_Outcome], *, written: 
         outcome.report.to_json() | {"fitted_rounds": outcome.fitted, "calibration": asdict(outcome.calibration)}
         for outcome in outcomes
     ]
-    try:
-        path.write_text(json.dumps({"drafter": str(drafter), "written": written, "settings": figures}, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {path}: {error.strerror}") from error
+    write_json(path, {"drafter": str(drafter), "written": written, "settings": figures})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from dspark.cluster import DEFAULT_MODEL
 from dspark.errors import ConfigError
 from dspark.evaluation import Evaluation, Settings, evaluate, read_prompts
 from dspark.events import ServerInfo
+from dspark.files import write_json
 from dspark.messages import Mode, ModelInfo
 
 app = typer.Typer(add_completion=False)
@@ -90,16 +90,9 @@ def command(
     report = common.run(_evaluate(cluster, texts, settings, compare))
     common.results.print(_table(report))
     if json_file is not None:
-        _write(json_file, report)
+        write_json(json_file, report)
     if compare is CompareWith.offline and report["offline"]["share"] < AGREEMENT:
         raise typer.Exit(1)
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {path}: {error.strerror}") from error
 
 
 async def _evaluate(
@@ -131,7 +124,7 @@ def _offline(
 ) -> dict[str, Any]:
     """Once the cluster has gone, so that neither slows the other."""
     target, path = open_target(cluster.model, dtype=cluster.dtype)
-    _check_same_model(served.model, target.info)
+    check_same_model(served.model, target.info)  # a worker's numerics name more than the loaded model knows
     return compare_rounds(result, prompts, settings, served, target, open_drafter(cluster.drafter, path, target))
 
 

@@ -6,6 +6,7 @@ Nothing here unpickles anything.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,12 +14,24 @@ from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from dspark.errors import ModelFileError
+from dspark.files import whole
 from dspark.models.config import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all; `ConfigError` where the disk refuses."""
+    with whole(path) as partial:
+        try:
+            save_file(dict(tensors), partial, metadata=dict(metadata or {"format": "pt"}))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        partial.chmod(0o644)  # the library makes it private
 
 
 class TensorSource(Protocol):

@@ -16,6 +16,8 @@ from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
 from training.answering import Plan, Progress, make_data_set
 from training.dataset import read_manifest, read_texts, shard_path
+from training.prompts import Prompt
+from training.responses import Responder
 
 
 class Stopped(Exception):
@@ -95,7 +97,7 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path, data_set: Path) -> None:
 def test_full_disk_is_one_clear_error_and_leaves_no_shard(target: TargetModel, tmp_path: Path) -> None:
     plan = Plan(tmp_path / "set", make_prompts(4), 6, 16, per_shard=4)
     plan.directory.mkdir()
-    blocked = shard_path(plan.directory, 0).with_suffix(".partial")
+    blocked = Path(f"{shard_path(plan.directory, 0)}.partial")
     blocked.mkdir()  # as good as no room: the shard cannot be written
     (plan.directory / "manifest.json").write_text(json.dumps(vars_of(plan, target)))
     with pytest.raises(ConfigError, match="cannot write"):
@@ -105,3 +107,14 @@ def test_full_disk_is_one_clear_error_and_leaves_no_shard(target: TargetModel, t
 
 def vars_of(plan: Plan, target: TargetModel) -> dict[str, object]:
     return plan.manifest(target).identity
+
+
+def test_prompt_longer_than_a_step_is_answered(target: TargetModel) -> None:
+    long = Prompt(tuple(3 + i % 200 for i in range(1500)), 0.0, 1)
+    short = Prompt((2, 5), 0.0, 2)
+    responder = Responder(target, longest=1500, max_new=4, batch=2)
+    answers = dict(responder.answer([(0, long), (1, short)], lambda _: None))
+    assert len(answers[0].token_ids) in range(1501, 1505)
+    assert answers[0].token_ids[:1500] == long.token_ids
+    alone = dict(Responder(target, longest=16, max_new=4, batch=1).answer([(1, short)], lambda _: None))
+    assert answers[1] == alone[1]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dspark import program
 from dspark.cli.common import AsJson, notes
+from dspark.cli.offline import open_target, open_tokenizer
 from dspark.cluster import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -87,15 +87,6 @@ def _make(
     batch: int,
     first: int | None,
 ) -> dict[str, Any]:
-    program.wait_briefly()
-    import torch
-
-    from dspark.devices import pick_device
-    from dspark.kernels import select_kernels
-    from dspark.models.pull import resolve_model
-    from dspark.models.target import load_target
-    from dspark.tokenizer import Tokenizer
-    from services.verifier.tokenizer_files import tokenizer_files
     from training.answering import Plan, make_data_set
     from training.prompts import mixed, read_hashes, read_turns, refuse_evaluation, templated
 
@@ -104,10 +95,8 @@ def _make(
         turns = read_turns(path)
         refuse_evaluation(path, turns, hashes)
         texts += [templated(f"{turn}\n{suffix}" if suffix else turn, template.value) for turn in turns]
-    where = pick_device(device)
-    path = resolve_model(model)
-    target = load_target(path, dtype=torch.bfloat16, device=where, kernels=select_kernels("auto", where))
-    chosen = mixed(Tokenizer(*tokenizer_files(path, target.info).values()), texts, mix)
+    target, where = open_target(model, device=device)
+    chosen = mixed(open_tokenizer(where, target), texts, mix)
     plan = Plan(out, chosen, max_new, mix.max_tokens, {**settings, "max_new_tokens": max_new}, batch=batch, first=first)
     with _Bar() as bar:
         return asdict(make_data_set(plan, target, bar.show))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from dspark.cli.train.data import TemplateName
 from dspark.cluster import DEFAULT_MODEL, find_drafter
 from dspark.errors import ConfigError
 from dspark.evaluation import read_prompts
+from dspark.files import write_json
 
 if TYPE_CHECKING:
     from dspark.models.target import TargetModel
@@ -77,7 +77,7 @@ def command(
     _print(rows, times)
     if json_file is not None:
         figures = {"model": target.info.name, "rows": to_json(rows), "times": [_time_json(one) for one in times]}
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(json_file, figures)
     if plots is not None:
         notes.print(f"drawn: {', '.join(path.name for path in draw(rows, logs, plots))}")
 

@@ -74,6 +74,9 @@ def command(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 500,
     validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 1000,
     warm_start: Annotated[bool, typer.Option(help="Start from the target's last layers.")] = True,
+    begin_with: Annotated[
+        Path | None, typer.Option(help="Run directory of another run: begin with its drafter and draft vocabulary.")
+    ] = None,
     compile_: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the loss [for 2,000 steps and more].")
     ] = None,
@@ -111,6 +114,7 @@ def command(
         save_every=save_every,
         validate_every=validate_every,
         warm_start=warm_start,
+        begin_with=begin_with,
         device=str(where),
     )
     outcome = _train(plan)

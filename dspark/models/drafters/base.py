@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import cast
@@ -24,7 +25,7 @@ from dspark.models.drafters.layers import DraftLayer, RmsNorm, Rotary, rotary_ta
 __all__ = ["Drafter"]
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, ABC):
     """A drafter beside frozen tensors of its target.
 
     `embed_weight` (vocab, d) and `head_weight` (draft vocab, d) are the target's: buffers that no optimiser sees and no
@@ -53,6 +54,7 @@ class Drafter(nn.Module):
 
     # ------------------------------------------------------------ training
 
+    @abstractmethod
     def training_hidden(self, captured: Tensor, token_ids: Tensor, anchors: Tensor) -> Tensor:
         """Many blocks of each sequence in one forward: (s, a, n, d), what the head reads for draft tokens 1 … n.
 
@@ -60,7 +62,6 @@ class Drafter(nn.Module):
         block sees the context before its anchor and itself only, exactly as when served, and is fed the sequence's own
         tokens where it takes any.
         """
-        raise NotImplementedError
 
     def sequential_logits(self, previous: Tensor, hidden: Tensor) -> Tensor | None:
         """B_k of known blocks: (b, n, draft vocabulary) from x_{k-1} (b, n) and h_k (b, n, d); None without a head."""

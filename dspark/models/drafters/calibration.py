@@ -6,14 +6,13 @@ format; leaves the fitting to `training.calibration`. Needs no torch: a router m
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark.errors import ConfigError, ModelFileError
+from dspark.errors import ModelFileError
+from dspark.files import write_json
 from dspark.messages import Mode, Sampling
 from dspark.models.config import read_json
 
@@ -79,12 +78,7 @@ def write_calibrations(path: Path, calibrations: Sequence[Calibration]) -> None:
     kept = {one.setting: one for one in parse_calibrations(config.get("calibration"), block_size, str(path))}
     merged = calibrations_to_json(list((kept | {one.setting: one for one in calibrations}).values()))
     parse_calibrations(merged, block_size, str(path))  # what would not be read again is not written
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps({**config, "calibration": merged}, indent=2) + os.linesep, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+    write_json(path, {**config, "calibration": merged})
 
 
 def _parse(entry: object, block_size: int, source: str) -> Calibration:

@@ -7,23 +7,22 @@ and `t2d` (vocab,) bool, `mask_embedding` and `fc.bias`. Nothing here unpickles 
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dspark.errors import ModelFileError
+from dspark.files import write_json
 from dspark.models.config import read_json
 from dspark.models.drafters.base import Drafter
 from dspark.models.drafters.chain import ChainDrafter
 from dspark.models.drafters.config import DrafterConfig, parse_drafter_config, to_json
 from dspark.models.drafters.dspark import DFlashDrafter, DSparkDrafter
 from dspark.models.gguf import GgufSource
-from dspark.models.weights import SafetensorsSource, TensorSource, check_tensor
+from dspark.models.weights import SafetensorsSource, TensorSource, check_tensor, write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -60,13 +59,8 @@ def save_drafter(drafter: Drafter, path: Path, *, dtype: torch.dtype = torch.bfl
         t2d = torch.zeros(drafter.config.vocab_size, dtype=torch.bool)
         t2d[torch.arange(len(d2t)) + d2t] = True
         tensors |= {"d2t": d2t, "t2d": t2d}
-    partial = path / (WEIGHTS_FILE + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # the library makes it private
-    partial.replace(path / WEIGHTS_FILE)
-    partial = path / (CONFIG_FILE + ".partial")
-    partial.write_text(json.dumps(to_json(drafter.config), indent=2) + os.linesep, encoding="utf-8")
-    partial.replace(path / CONFIG_FILE)
+    write_tensors(path / WEIGHTS_FILE, tensors)
+    write_json(path / CONFIG_FILE, to_json(drafter.config))
 
 
 def target_tensors(target_path: Path, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
