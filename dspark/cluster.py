@@ -70,7 +70,8 @@ class Cluster:
         draft: draft workers to start with; verify: verify workers.
         store: URL of a running store; None starts one of our own.
         listen: where the router listens; port 0 picks a free one, see `address`.
-        verify_length: draft tokens verified a round; None: the router's default.
+        policy: how verify lengths are chosen, as the router's --policy; None: its default.
+        verify_length: draft tokens verified a round at most; None: the router's default.
         log_dir: where each process's log goes; None: a temporary directory, kept if the start fails.
         router_args, draft_args, verify_args: further command-line arguments of the programs.
         start_seconds: how long the start may take.
@@ -88,6 +89,7 @@ class Cluster:
         verify: int = 1,
         store: str | None = None,
         listen: str = "127.0.0.1:0",
+        policy: str | None = None,
         verify_length: int | None = None,
         log_dir: Path | None = None,
         router_args: Sequence[str] = (),
@@ -100,6 +102,7 @@ class Cluster:
         self._counts: dict[Role, int] = {"verify": verify, "draft": draft}
         self._listen = listen
         self._store = store
+        self._policy = policy
         self._length_args = () if verify_length is None else ("--verify-length", str(verify_length))
         self._log_dir = log_dir
         self._router_args = router_args
@@ -208,7 +211,7 @@ class Cluster:
         return self._store
 
     async def _start(self) -> None:
-        router = ["services.router", "--listen", self._listen, *self._length_args, *self._router_args]
+        router = ["services.router", "--listen", self._listen, *self._rule_args(), *self._router_args]
         self._children["router"] = await self._spawn("router", router)
         names = [await self._spawn_worker(role) for role, count in self._counts.items() for _ in range(count)]
         async with asyncio.timeout(self._start_seconds) as limit:
@@ -219,6 +222,11 @@ class Cluster:
                 if limit.expired():
                     raise StartupError(self._late()) from None
                 raise
+
+    def _rule_args(self) -> list[str]:
+        """A cluster that will never have a drafter decodes plainly, which needs no costs."""
+        policy = self._policy or ("none" if self._drafter_path is None else None)
+        return [*(() if policy is None else ("--policy", policy)), *self._length_args]
 
     def _late(self) -> str:
         heard = "; ".join(f"{name}: {child.last_line()}" for name, child in self._children.items())
@@ -237,6 +245,8 @@ class Cluster:
         models = ["--model", str(self._model_path)]
         if role == "draft":
             models = ["--drafter", str(self._drafter_path), "--target", str(self._model_path)]
+        elif self._drafter_path is None:
+            models += ["--profile", "off"]
         program = "services.draft" if role == "draft" else "services.verifier"
         command = [program, *models, "--worker-id", name, *self._worker_args[role], *args]
         self._children[name] = await self._spawn(name, command)

@@ -36,6 +36,7 @@ class Settings:
     mode: Mode = Mode.COUPLED
     speculation: bool = True
     concurrency: int = 1
+    policy: str | None = None
 
     def params(self, index: int) -> GenerateParams:
         """The parameters of prompt `index`."""
@@ -45,6 +46,7 @@ class Settings:
             "seed": (self.seed + index) % 2**64,
             "mode": self.mode,
             "speculation": self.speculation,
+            "policy": self.policy,
         }
 
 

@@ -192,6 +192,7 @@ class ServerInfo:
     verify_length: int
     max_message_bytes: int
     version: str
+    policy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +287,12 @@ def completion_of(events: Sequence[Event]) -> Completion:
 def server_info_of(message: pb.DescribeResponse) -> ServerInfo:
     """What `Describe` answered."""
     return ServerInfo(
-        decode(message.model), message.drafter, message.verify_length, message.max_message_bytes, message.version
+        decode(message.model),
+        message.drafter,
+        message.verify_length,
+        message.max_message_bytes,
+        message.version,
+        message.policy,
     )
 
 

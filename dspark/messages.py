@@ -162,18 +162,25 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class StepItem:
-    """Compute `count` committed positions, then the drafts; a token is chosen once the anchor is reached."""
+    """Compute `count` committed positions, then the drafts; a token is chosen once the anchor is reached.
+
+    At most `keep` drafts are committed, however many are accepted: the token after them is then an accepted draft.
+    """
 
     key: SequenceKey
     committed_len: int
     count: int
     draft_tokens: tuple[int, ...] = ()
     draft_distributions: tuple[SparseDistribution, ...] = ()
+    keep: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one StepItem came to: accepted drafts, then the next anchor; token is None inside the prompt."""
+    """What one StepItem came to: accepted drafts, then the next anchor; token is None inside the prompt.
+
+    `matched` drafts were accepted before the item's `keep` cut them.
+    """
 
     key: SequenceKey
     committed_len: int
@@ -182,6 +189,7 @@ class Verdict:
     token: int | None = None
     logprobs: tuple[PositionLogprobs, ...] = ()
     error: DSparkError | None = None
+    matched: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +261,8 @@ class Proposal:
 class ProposeResult:
     """Proposals of one batch, in the order of its items, and where its time went.
 
-    Drafting for about as many requests costs `fixed_seconds` + requests · `marginal_seconds`, as in `StepResult`.
+    `other_requests` more were drafted for at the same time, for other callers; drafting for about as many in all costs
+    `fixed_seconds` + requests · `marginal_seconds`, as in `StepResult`.
     """
 
     proposals: tuple[Proposal, ...]
@@ -263,6 +272,7 @@ class ProposeResult:
     queue_seconds: float = 0.0
     fixed_seconds: float = 0.0
     marginal_seconds: float = 0.0
+    other_requests: int = 0
 
 
 # ---------------------------------------------------------------- verifier ⇄ draft

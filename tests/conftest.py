@@ -13,6 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Programs that tests start measure nothing, unless a test is about that.
 os.environ.setdefault("DSPARK_PROFILE", "off")
+os.environ.setdefault("DSPARK_POLICY", "fixed:5")
 
 
 @pytest.fixture(scope="session")

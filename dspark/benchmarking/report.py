@@ -66,6 +66,7 @@ def served(info: ServerInfo, workers: Mapping[str, int], *, prefix_cache: bool |
         "model": asdict(info.model),
         "drafter": info.drafter,
         "verify_length": info.verify_length,
+        "policy": info.policy,
         "version": info.version,
         "workers": dict(workers),
         "prefix_cache": prefix_cache,

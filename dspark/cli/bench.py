@@ -58,6 +58,7 @@ def command(
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
     log_dir: common.LogDir = None,
+    trace: common.Trace = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all to this file, after every repeat.")
     ] = None,
@@ -85,7 +86,16 @@ def command(
     session = Session(plan, read_prompts(prompts, template=template.value), touch=router is not None)
     length = verify_length if verify_length is not None else _longest(plan)
     cluster = common.ClusterSettings(
-        router, model, drafter, draft, verify, length, dtype, log_dir, verify_args=("--no-prefix-cache",)
+        router,
+        model,
+        drafter,
+        draft,
+        verify,
+        verify_length=length,
+        dtype=dtype,
+        log_dir=log_dir,
+        verify_args=("--no-prefix-cache",),
+        trace=trace,
     )
     bench = _Bench(session, cluster, json_file)
     try:
@@ -119,10 +129,10 @@ def _check_places(json_file: Path | None, plots: Path | None) -> None:
 
 def _longest(plan: Plan) -> int | None:
     """What a router must allow for every `fixed:N`; None where its default does."""
-    from services.router.policy import Policy
+    from services.router.options import Options
 
     longest = max((length for name in plan.policies if (length := fixed_length(name)) is not None), default=0)
-    return longest if longest > Policy().verify_length else None
+    return longest if longest > Options().verify_length else None
 
 
 # ---------------------------------------------------------------- the run

@@ -25,6 +25,7 @@ def chat(
     drafter: common.Drafter = "default",
     draft: common.Draft = 1,
     verify: common.Verify = 1,
+    policy: common.PolicyName = None,
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
     log_dir: common.LogDir = None,
@@ -36,13 +37,14 @@ def chat(
     no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode without the drafter.")] = False,
 ) -> None:
     """Talk with a chat model. An empty line or Ctrl-D ends, `/new` starts over."""
-    settings = common.ClusterSettings(router, model, drafter, draft, verify, verify_length, dtype, log_dir)
+    settings = common.ClusterSettings(router, model, drafter, draft, verify, policy, verify_length, dtype, log_dir)
     params: GenerateParams = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "seed": seed,
         "mode": None if mode is None else mode.value,
         "speculation": not no_speculation,
+        "policy": policy,
     }
     common.run(_converse(settings, system, params))
 

@@ -47,8 +47,19 @@ Drafter = Annotated[
 ]
 Draft = Annotated[int, typer.Option(min=0, help="Draft workers of a cluster of one's own.")]
 Verify = Annotated[int, typer.Option(min=1, help="Verify workers of a cluster of one's own.")]
+PolicyName = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        help="How verify lengths are chosen: adaptive (the default), none, fixed:N, threshold:X, cap-accept.",
+        envvar="DSPARK_POLICY",
+    ),
+]
 VerifyLength = Annotated[
-    int | None, typer.Option(min=0, help="Draft tokens verified a round in a cluster of one's own.")
+    int | None, typer.Option(min=0, help="Draft tokens verified a round at most, in a cluster of one's own.")
+]
+Trace = Annotated[
+    Path | None, typer.Option(help="Write a line of JSON for every round to this file, in a cluster of one's own.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16 or float32, in a cluster of one's own.")]
 LogDir = Annotated[Path | None, typer.Option(help="Keep the logs of a cluster of one's own here.")]
@@ -64,10 +75,12 @@ class ClusterSettings:
     drafter: str = "default"
     draft: int = 1
     verify: int = 1
+    policy: str | None = None
     verify_length: int | None = None
     dtype: str | None = None
     log_dir: Path | None = None
     verify_args: tuple[str, ...] = field(default=())
+    trace: Path | None = None
 
     def cluster(self, **changes: Any) -> Cluster:
         """The cluster, not yet started; `changes` are further arguments of `Cluster`."""
@@ -75,10 +88,12 @@ class ClusterSettings:
         settings: dict[str, Any] = {
             "draft": self.draft,
             "verify": self.verify,
+            "policy": self.policy,
             "verify_length": self.verify_length,
             "log_dir": self.log_dir,
             "verify_args": (*dtype, *self.verify_args),
             "draft_args": dtype,
+            "router_args": ("--trace", str(self.trace.absolute())) if self.trace else (),
         }
         return Cluster(self.model, self.drafter, **(settings | changes))
 

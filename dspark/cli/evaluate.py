@@ -67,6 +67,7 @@ def command(
     drafter: common.Drafter = "default",
     draft: common.Draft = 1,
     verify: common.Verify = 1,
+    policy: common.PolicyName = None,
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
     log_dir: common.LogDir = None,
@@ -78,8 +79,10 @@ def command(
     prefix cache, no drafter. `--compare offline` fails where less than 99 % of the rounds agree. With `--router` both
     need the model that is served there, as `--model`, and `offline` its drafter, as `--drafter`.
     """
-    cluster = common.ClusterSettings(router, model, drafter, draft, verify, verify_length, dtype, log_dir)
-    settings = Settings(max_tokens, temperature, seed, Mode(mode.value), not no_speculation, concurrency)
+    if compare is CompareWith.offline:
+        policy = _whole_blocks(policy)
+    cluster = common.ClusterSettings(router, model, drafter, draft, verify, policy, verify_length, dtype, log_dir)
+    settings = Settings(max_tokens, temperature, seed, Mode(mode.value), not no_speculation, concurrency, policy)
     if compare is not None and temperature > 0 and settings.mode is not Mode.COUPLED:
         raise typer.BadParameter("rejection mode draws anew with every run: compare at --temperature 0 or coupled")
     if compare is CompareWith.offline and no_speculation:
@@ -93,6 +96,13 @@ def command(
         write_json(json_file, report)
     if compare is CompareWith.offline and report["offline"]["share"] < AGREEMENT:
         raise typer.Exit(1)
+
+
+def _whole_blocks(policy: str | None) -> str:
+    """What offline rounds verify: blocks of fixed length, whole ones unless told otherwise."""
+    if policy is not None and not policy.startswith("fixed:"):
+        raise typer.BadParameter("--compare offline knows fixed verify lengths only: leave --policy out, or fixed:N")
+    return policy or "fixed:64"
 
 
 async def _evaluate(
@@ -133,9 +143,16 @@ async def _reference(
 ) -> Evaluation:
     """Started after the cluster under test has gone, so that neither slows the other."""
     plain = replace(
-        cluster, router=None, drafter="none", draft=0, verify=1, verify_length=None, verify_args=("--no-prefix-cache",)
+        cluster,
+        router=None,
+        drafter="none",
+        draft=0,
+        verify=1,
+        policy="none",
+        verify_length=None,
+        verify_args=("--no-prefix-cache",),
     )
-    alone = replace(settings, speculation=False, concurrency=1)
+    alone = replace(settings, speculation=False, concurrency=1, policy=None)
     async with common.open_client(plain) as client:
         _check_same_model(served.model, (await client.describe()).model)
         with _progress("reference", len(prompts)) as progress:
@@ -171,6 +188,7 @@ def _report(result: Evaluation, settings: Settings, info: ServerInfo) -> dict[st
         "max_tokens": settings.max_tokens,
         "concurrency": settings.concurrency,
         "speculation": settings.speculation,
+        "policy": settings.policy or info.policy,
         "model": info.model.name,
         "model_fingerprint": info.model.model_fingerprint,
         "numerics_fingerprint": info.model.numerics_fingerprint,

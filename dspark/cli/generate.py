@@ -26,6 +26,7 @@ def generate(
     drafter: common.Drafter = "default",
     draft: common.Draft = 1,
     verify: common.Verify = 1,
+    policy: common.PolicyName = None,
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
     log_dir: common.LogDir = None,
@@ -47,7 +48,7 @@ def generate(
     as_json: common.AsJson = False,
 ) -> None:
     """Continue a prompt with the model of a running router, or of a cluster that is started for this."""
-    settings = common.ClusterSettings(router, model, drafter, draft, verify, verify_length, dtype, log_dir)
+    settings = common.ClusterSettings(router, model, drafter, draft, verify, policy, verify_length, dtype, log_dir)
     params: GenerateParams = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -60,6 +61,7 @@ def generate(
         "ignore_eos": ignore_eos,
         "logprobs": logprobs,
         "max_verify_length": max_verify_length,
+        "policy": policy,
         "speculation": not no_speculation,
     }
     common.run(show(settings, common.read_text(prompt), params, compare_plain=compare_plain, as_json=as_json))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark import program
+from dspark.benchmarking.plan import fixed_length
 from dspark.cluster import find_drafter
 from dspark.errors import ConfigError
 from dspark.evaluation import Evaluation, Settings
@@ -86,7 +87,8 @@ def compare_rounds(
         streams.append(Stream(result.gains(index), completion.speculation.missed_rounds))
     setting = "greedy" if settings.temperature == 0 else "coupled"
     observed = observe(target, texts, [drafter] if isinstance(drafter, Drafter) else [])
-    found = compare(drafter, observed, streams, setting, verify_length=served.verify_length)
+    length = min(served.verify_length, fixed_length(settings.policy or served.policy) or served.verify_length)
+    found = compare(drafter, observed, streams, setting, verify_length=length)
     if not found.accepted:
         raise ConfigError("the cluster kept no draft token: agreement would say nothing")
     return {**asdict(found), "share": found.share}

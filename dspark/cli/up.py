@@ -23,9 +23,11 @@ def up(
     store: Annotated[
         str | None, typer.Option(help="URL of a running Redis or Valkey; none: one of our own.", envvar="DSPARK_STORE")
     ] = None,
+    policy: common.PolicyName = None,
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
     log_dir: common.LogDir = None,
+    trace: common.Trace = None,
     as_json: common.AsJson = False,
 ) -> None:
     """Start store, router, draft and verify workers on this machine, and serve until stopped (Ctrl-C)."""
@@ -34,9 +36,11 @@ def up(
         drafter=drafter,
         draft=draft,
         verify=verify,
+        policy=policy,
         verify_length=verify_length,
         dtype=dtype,
         log_dir=log_dir,
+        trace=trace,
     )
     common.run(_serve(settings.cluster(listen=listen, store=store), as_json=as_json))
 

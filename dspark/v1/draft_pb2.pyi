@@ -282,6 +282,7 @@ class ProposeResult(google.protobuf.message.Message):
     QUEUE_SECONDS_FIELD_NUMBER: builtins.int
     FIXED_SECONDS_FIELD_NUMBER: builtins.int
     MARGINAL_SECONDS_FIELD_NUMBER: builtins.int
+    OTHER_REQUESTS_FIELD_NUMBER: builtins.int
     forward_seconds: builtins.float
     total_seconds: builtins.float
     """in the engine"""
@@ -290,6 +291,8 @@ class ProposeResult(google.protobuf.message.Message):
     fixed_seconds: builtins.float
     """What drafts for about this many requests cost now: fixed + requests * marginal. Both 0: the worker cannot say."""
     marginal_seconds: builtins.float
+    other_requests: builtins.int
+    """drafted for other callers at the same time"""
     @property
     def proposals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Proposal]: ...
     def __init__(
@@ -302,8 +305,9 @@ class ProposeResult(google.protobuf.message.Message):
         queue_seconds: builtins.float = ...,
         fixed_seconds: builtins.float = ...,
         marginal_seconds: builtins.float = ...,
+        other_requests: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["feature_wait_seconds", b"feature_wait_seconds", "fixed_seconds", b"fixed_seconds", "forward_seconds", b"forward_seconds", "marginal_seconds", b"marginal_seconds", "proposals", b"proposals", "queue_seconds", b"queue_seconds", "total_seconds", b"total_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["feature_wait_seconds", b"feature_wait_seconds", "fixed_seconds", b"fixed_seconds", "forward_seconds", b"forward_seconds", "marginal_seconds", b"marginal_seconds", "other_requests", b"other_requests", "proposals", b"proposals", "queue_seconds", b"queue_seconds", "total_seconds", b"total_seconds"]) -> None: ...
 
 global___ProposeResult = ProposeResult
 

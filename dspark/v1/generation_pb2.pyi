@@ -573,11 +573,14 @@ class DescribeResponse(google.protobuf.message.Message):
     VERIFY_LENGTH_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
     drafter: builtins.str
     """empty: none is there"""
     verify_length: builtins.int
     max_message_bytes: builtins.int
     version: builtins.str
+    policy: builtins.str
+    """how verify lengths are chosen for requests that name no policy"""
     @property
     def model(self) -> dspark.v1.types_pb2.ModelInfo: ...
     def __init__(
@@ -588,9 +591,10 @@ class DescribeResponse(google.protobuf.message.Message):
         verify_length: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
         version: builtins.str = ...,
+        policy: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["drafter", b"drafter", "max_message_bytes", b"max_message_bytes", "model", b"model", "verify_length", b"verify_length", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drafter", b"drafter", "max_message_bytes", b"max_message_bytes", "model", b"model", "policy", b"policy", "verify_length", b"verify_length", "version", b"version"]) -> None: ...
 
 global___DescribeResponse = DescribeResponse
 

@@ -263,12 +263,15 @@ class StepItem(google.protobuf.message.Message):
     COUNT_FIELD_NUMBER: builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: builtins.int
     DRAFT_DISTRIBUTIONS_FIELD_NUMBER: builtins.int
+    KEEP_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
     committed_len: builtins.int
     """N: prompt and emitted tokens, anchor included"""
     count: builtins.int
     """committed positions to compute now; 1 in a running sequence (the anchor)"""
+    keep: builtins.int
+    """commit at most so many draft tokens, however many are accepted; unset: all"""
     @property
     def draft_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """only when `count` reaches N"""
@@ -286,8 +289,11 @@ class StepItem(google.protobuf.message.Message):
         count: builtins.int = ...,
         draft_tokens: collections.abc.Iterable[builtins.int] | None = ...,
         draft_distributions: collections.abc.Iterable[dspark.v1.types_pb2.SparseDistribution] | None = ...,
+        keep: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["committed_len", b"committed_len", "count", b"count", "draft_distributions", b"draft_distributions", "draft_tokens", b"draft_tokens", "epoch", b"epoch", "sequence_id", b"sequence_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_keep", b"_keep", "keep", b"keep"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_keep", b"_keep", "committed_len", b"committed_len", "count", b"count", "draft_distributions", b"draft_distributions", "draft_tokens", b"draft_tokens", "epoch", b"epoch", "keep", b"keep", "sequence_id", b"sequence_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_keep", b"_keep"]) -> typing.Literal["keep"] | None: ...
 
 global___StepItem = StepItem
 
@@ -319,6 +325,7 @@ class Verdict(google.protobuf.message.Message):
     TOKEN_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    MATCHED_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
     committed_len: builtins.int
@@ -328,6 +335,8 @@ class Verdict(google.protobuf.message.Message):
     accepted: builtins.int
     token: builtins.int
     """the next anchor; unset while the prompt is still being computed"""
+    matched: builtins.int
+    """draft tokens accepted before `keep` cut them; at least `accepted`"""
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[dspark.v1.types_pb2.PositionLogprobs]:
         """accepted + 1 entries when asked for"""
@@ -345,9 +354,10 @@ class Verdict(google.protobuf.message.Message):
         token: builtins.int | None = ...,
         logprobs: collections.abc.Iterable[dspark.v1.types_pb2.PositionLogprobs] | None = ...,
         error: dspark.v1.types_pb2.ItemError | None = ...,
+        matched: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_token", b"_token", "error", b"error", "token", b"token"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_token", b"_token", "accepted", b"accepted", "committed_len", b"committed_len", "computed_len", b"computed_len", "epoch", b"epoch", "error", b"error", "logprobs", b"logprobs", "sequence_id", b"sequence_id", "token", b"token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_token", b"_token", "accepted", b"accepted", "committed_len", b"committed_len", "computed_len", b"computed_len", "epoch", b"epoch", "error", b"error", "logprobs", b"logprobs", "matched", b"matched", "sequence_id", b"sequence_id", "token", b"token"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_token", b"_token"]) -> typing.Literal["token"] | None: ...
 
 global___Verdict = Verdict

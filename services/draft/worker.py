@@ -258,7 +258,8 @@ class DraftWorker:
         for call in calls:
             own = tuple(next(proposals) for _ in call.items)
             queued = max(0.0, done.started_at - call.ready_at)
-            _resolve(call.result, replace(done.result, proposals=own, queue_seconds=queued))
+            others = len(done.result.proposals) - len(own)
+            _resolve(call.result, replace(done.result, proposals=own, queue_seconds=queued, other_requests=others))
 
     def _failed(self, failure: BaseException, calls: Sequence[_Call], blocks: Sequence[FeatureBlock]) -> None:
         """A bug or a device error: these calls fail, and what was to be appended is fetched again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from pathlib import Path
 
 import structlog
 from prometheus_client import REGISTRY
@@ -20,7 +21,8 @@ from dspark.v1 import generation_pb2_grpc
 from services.router.admission import Admission
 from services.router.engine import Engine
 from services.router.metrics import Metrics
-from services.router.policy import Patience, Policy
+from services.router.options import Options, Patience
+from services.router.scheduling.policies import FORMS, parse
 from services.router.service import RouterService
 
 _log = structlog.get_logger(__name__)
@@ -45,7 +47,10 @@ class Settings(BaseSettings):
     metrics_host: str = Field("127.0.0.1", description="where the Prometheus endpoint listens")
     log_level: str = Field("info", description="debug, info, warning or error")
 
-    verify_length: int = Field(5, ge=0, le=64, description="draft tokens verified a round and sequence; 0: none")
+    policy: str = Field("adaptive", description=f"how verify lengths are chosen: {FORMS}")
+    verify_length: int = Field(16, ge=0, le=64, description="draft tokens verified a round and sequence at most")
+    explore: float = Field(1 / 64, ge=0, le=1, description="share of blocks verified whole to see what trimming hides")
+    trace: Path | None = Field(None, description="file that gets a line of JSON a round")
     prefill_tokens: int = Field(128, ge=1, description="prompt positions in a step beside running sequences")
     max_running: int = Field(64, ge=1, description="sequences of this router that one verify worker may have")
     max_queue: int = Field(256, ge=1, description="requests that may wait; more are refused")
@@ -60,10 +65,13 @@ class Settings(BaseSettings):
     stream_buffer: int = Field(4096, ge=1, description="tokens that a client may be behind before its stream rests")
     drain_seconds: float = Field(30.0, ge=0, description="seconds that running requests have once told to stop")
 
-    def policy(self) -> Policy:
+    def options(self) -> Options:
         """What the engine goes by."""
-        return Policy(
+        return Options(
+            policy=parse(self.policy),
             verify_length=self.verify_length,
+            explore=self.explore,
+            trace=self.trace,
             prefill_tokens=self.prefill_tokens,
             max_running=self.max_running,
             step_seconds=self.step_deadline,
@@ -78,9 +86,9 @@ async def run(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    metrics = Metrics(REGISTRY)
+    options, metrics = settings.options(), Metrics(REGISTRY)
     with start_metrics_server(settings.metrics_port, host=settings.metrics_host) as exposed:
-        async with Directory(settings.store) as directory, Engine(directory, settings.policy(), metrics) as engine:
+        async with Directory(settings.store) as directory, Engine(directory, options, metrics) as engine:
             service = RouterService(
                 engine,
                 Admission(max_queue=settings.max_queue, rate=settings.rate_limit),
@@ -90,9 +98,18 @@ async def run(settings: Settings) -> None:
             registration = (generation_pb2_grpc.add_RouterServicer_to_server, service, "dspark.v1.Router")
             async with serve(settings.listen, [registration]) as server:
                 _log.info("ready", address=_address(settings, server), metrics_port=exposed.port)
-                await stop.wait()
+                await _until_told(stop, engine)
                 await _drain(server, service, engine, settings.drain_seconds)
     _log.info("stopped")
+
+
+async def _until_told(stop: asyncio.Event, engine: Engine) -> None:
+    """Returns at a signal. `ConfigError` where the policy means nothing with the workers that there are."""
+    told, blind = asyncio.ensure_future(stop.wait()), asyncio.ensure_future(engine.until_blind())
+    await asyncio.wait([told, blind], return_when=asyncio.FIRST_COMPLETED)
+    if blind.done():
+        raise blind.result()
+    blind.cancel()
 
 
 async def _drain(server: Server, service: RouterService, engine: Engine, seconds: float) -> None:

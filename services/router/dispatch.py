@@ -43,7 +43,7 @@ class Dispatcher:
         links: the connected verify workers, by id; a live view.
         max_running: sequences of this router that one worker may have.
         worker_wait: seconds that a sequence waits while no worker at all could serve it.
-        features: whether drafters may want these sequences.
+        features: whether drafters may want a sequence.
         opened: takes each sequence that a worker has opened.
         failed: takes each that cannot be served, and why.
     """
@@ -54,7 +54,7 @@ class Dispatcher:
         *,
         max_running: int,
         worker_wait: float,
-        features: bool,
+        features: Callable[[Sequence], bool],
         opened: Callable[[Sequence, VerifierLink], None],
         failed: Callable[[Sequence, DSparkError], None],
     ) -> None:
@@ -146,10 +146,7 @@ class Dispatcher:
     # ------------------------------------------------------------ opening
 
     async def _open(self, link: VerifierLink, batch: list[_Waiting]) -> None:
-        requests = [
-            waiting.sequence.opening(features=self._features and waiting.sequence.request.speculation)
-            for waiting in batch
-        ]
+        requests = [own.sequence.opening(features=self._features(own.sequence)) for own in batch]
         try:
             answers = await link.open(requests)
         except DSparkError as error:  # of the whole call: the worker is gone or about to go

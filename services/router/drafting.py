@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
@@ -19,12 +20,11 @@ from dspark.messages import Attached, Mode, Proposal, ProposeItem, ProposeResult
 from services.router import placement
 from services.router.links import DraftLink
 from services.router.metrics import Metrics
-from services.router.plan import wanted
-from services.router.policy import Patience
+from services.router.options import Patience
 from services.router.sequences import Sequence
 from services.router.tasks import Tasks
 
-__all__ = ["Drafting"]
+__all__ = ["Ask", "Drafting", "Drafts"]
 
 _log = structlog.get_logger(__name__)
 BALANCE_SECONDS = 0.25
@@ -32,7 +32,25 @@ RETRY_SECONDS = 1.0  # after a refused attachment
 MAX_SKIPPED = 8
 MAX_MISSES = 6  # in a row, before the sequence is attached anew
 
-_Ask: TypeAlias = tuple[Sequence, ProposeItem]
+Ask: TypeAlias = tuple[Sequence, int]
+"""A sequence and how many draft tokens are wanted for it."""
+
+_Call: TypeAlias = tuple[Sequence, ProposeItem]
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """One round's blocks.
+
+    Attributes:
+        proposals: by sequence id; sequences without one are missing.
+        seconds: that the round waited for them.
+        engine_seconds: of these, what the slowest draft worker's engine took; 0 where no block came.
+    """
+
+    proposals: Mapping[str, Proposal] = field(default_factory=dict)
+    seconds: float = 0.0
+    engine_seconds: float = 0.0
 
 
 class Drafting:
@@ -153,22 +171,27 @@ class Drafting:
 
     # ------------------------------------------------------------ proposing
 
-    async def propose(self, sequences: Iterable[Sequence], verify_length: int) -> dict[str, Proposal]:
-        """This round's blocks by sequence id; sequences without one are missing."""
-        batches = self._asks(sequences, verify_length)
+    @staticmethod
+    def able(sequence: Sequence) -> bool:
+        """Whether a block can be asked for now; if not, `propose` counts the round as missed."""
+        link = sequence.drafter
+        return link is not None and link.alive and link.late is None and sequence.skip_rounds == 0
+
+    async def propose(self, asks: Iterable[Ask]) -> Drafts:
+        """This round's blocks."""
+        batches = self._batches(asks)
         if not batches:
-            return {}
+            return Drafts()
+        began = time.perf_counter()
         calls = {link: self._tasks.start(self._call(link, batch)) for link, batch in batches.items()}
         await asyncio.wait(calls.values(), timeout=self._patience.round)
         usable = [p for link, call in calls.items() for p in self._take(link, batches[link], call)]
-        return {proposal.key.sequence_id: proposal for proposal in usable}
+        proposals = {proposal.key.sequence_id: proposal for proposal in usable}
+        return Drafts(proposals, time.perf_counter() - began, _slowest(calls.values()))
 
-    def _asks(self, sequences: Iterable[Sequence], verify_length: int) -> dict[DraftLink, list[_Ask]]:
-        batches: dict[DraftLink, list[_Ask]] = defaultdict(list)
-        for sequence in sequences:
-            want = wanted(sequence.left, sequence.request.max_verify_length, verify_length)
-            if not sequence.request.speculation or want == 0:
-                continue
+    def _batches(self, asks: Iterable[Ask]) -> dict[DraftLink, list[_Call]]:
+        batches: dict[DraftLink, list[_Call]] = defaultdict(list)
+        for sequence, want in asks:
             link = sequence.drafter
             if link is None or not link.alive:
                 self._metrics.missed("unattached")
@@ -182,14 +205,14 @@ class Drafting:
                 batches[link].append((sequence, item))
         return batches
 
-    async def _call(self, link: DraftLink, batch: list[_Ask]) -> ProposeResult | None:
+    async def _call(self, link: DraftLink, batch: list[_Call]) -> ProposeResult | None:
         try:
             return await link.propose([item for _, item in batch], self._patience.features, self._patience.worker)
         except DSparkError as error:
             link.fail(f"propose: {error}")
             return None
 
-    def _take(self, link: DraftLink, batch: list[_Ask], call: asyncio.Task[ProposeResult | None]) -> list[Proposal]:
+    def _take(self, link: DraftLink, batch: list[_Call], call: asyncio.Task[ProposeResult | None]) -> list[Proposal]:
         """One worker's blocks, if they came in time. A late worker is asked again only once it has answered."""
         if not call.done():
             link.late = call
@@ -200,6 +223,7 @@ class Drafting:
             return []
         link.rounds += 1
         self._metrics.drafted(result)
+        _learn(link, batch, result)
         return [p for (s, item), p in zip(batch, result.proposals, strict=True) if self._use(link, s, item, p)]
 
     def _use(self, link: DraftLink, sequence: Sequence, item: ProposeItem, proposal: Proposal) -> bool:
@@ -223,6 +247,21 @@ class Drafting:
             sequence.misses = 0
             self._unseat(sequence)
             self._news.set()
+
+
+def _slowest(calls: Iterable[asyncio.Task[ProposeResult | None]]) -> float:
+    results = [call.result() for call in calls if call.done() and not call.cancelled()]
+    return max((result.total_seconds for result in results if result is not None), default=0.0)
+
+
+def _learn(link: DraftLink, batch: list[_Call], result: ProposeResult) -> None:
+    """Whole blocks are what was profiled; shorter ones say little of them."""
+    served = [item for (_, item), p in zip(batch, result.proposals, strict=True) if p.error is None]
+    if link.costs is None or not served:
+        return
+    if max(item.max_tokens for item in served) >= link.drafter.block_size:
+        context = sum(item.committed_len for item in served) / len(served)
+        link.costs.observe(len(served) + result.other_requests, context, result.total_seconds)
 
 
 def _caught_up(link: DraftLink, _call: asyncio.Task[ProposeResult | None]) -> None:

@@ -13,33 +13,49 @@ from typing import Self
 
 import structlog
 
-from dspark.errors import DeadlineExceeded, DSparkError, InternalError, InvalidRequest, OutOfPages, Unavailable
+from dspark.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    DSparkError,
+    InternalError,
+    InvalidRequest,
+    OutOfPages,
+    Unavailable,
+)
 from services.router import placement
 from services.router.catalog import Catalog
 from services.router.cohort import Cohort
+from services.router.costs import RoundCosts
 from services.router.dispatch import Dispatcher
 from services.router.drafting import Drafting
 from services.router.finish import FinishReason
 from services.router.links import DraftLink, VerifierLink, connect_draft, connect_verifier
+from services.router.memory import Memory
 from services.router.metrics import Metrics
-from services.router.policy import Policy
+from services.router.options import Options
 from services.router.pools import Pool, Workers
 from services.router.requests import ServedModel
+from services.router.scheduler import Scheduler
 from services.router.sequences import Sequence
-from services.router.step import Limits, Published, Rounds
+from services.router.step import Published, Rounds
 from services.router.tasks import Tasks
+from services.router.trace import Trace
 
-__all__ = ["Engine"]
+__all__ = ["PROFILE_HINT", "Engine"]
 
 _log = structlog.get_logger(__name__)
 HOUSEKEEPING_SECONDS = 0.25
+PROFILE_HINT = (
+    "the adaptive policies need one; make it with `dspark profile` or by starting workers with --profile auto, "
+    "or choose --policy fixed:5"
+)
 
 
 class Engine:
     """The router without its front, for `async with`."""
 
-    def __init__(self, workers: Workers, policy: Policy, metrics: Metrics) -> None:
-        self.policy = policy
+    def __init__(self, workers: Workers, options: Options, metrics: Metrics) -> None:
+        self.options = options
         self._workers = workers
         self.metrics = metrics
         self.catalog = Catalog()
@@ -47,27 +63,30 @@ class Engine:
             "verify",
             workers,
             connect_verifier,
-            prepare=self.catalog.learn,
+            prepare=self._prepare_verifier,
             joined=self._verifier_joined,
             left=self._verifier_left,
         )
         self.drafters = Pool(
             "draft", workers, connect_draft, prepare=_ready, joined=self._draft_joined, left=self._draft_left
         )
-        self.drafting = Drafting(self.drafters.links, patience=policy.patience, metrics=metrics)
+        self.drafting = Drafting(self.drafters.links, patience=options.patience, metrics=metrics)
         self.dispatcher = Dispatcher(
             self.verifiers.links,
-            max_running=policy.max_running,
-            worker_wait=policy.worker_wait,
-            features=policy.verify_length > 0,
+            max_running=options.max_running,
+            worker_wait=options.worker_wait,
+            features=self._wants_drafts,
             opened=self._opened,
             failed=self.cancel,
         )
-        limits = Limits(policy.verify_length, policy.prefill_tokens, policy.step_seconds)
-        self._rounds = Rounds(self.drafting, limits, self, metrics)
+        self._trace = Trace(options.trace)
+        self._rounds = Rounds(self.drafting, self, metrics, self._trace, step_seconds=options.step_seconds)
+        self._memory = Memory(options.verify_length)
         self._active: dict[str, Sequence] = {}
         self._cohorts: dict[VerifierLink, Cohort] = {}
+        self._schedulers: dict[VerifierLink, Scheduler] = {}
         self._serving: dict[VerifierLink, asyncio.Task[None]] = {}
+        self._blind: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
         self._idle = asyncio.Event()
         self._idle.set()
         self._tasks = Tasks()
@@ -75,6 +94,7 @@ class Engine:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
+            stack.enter_context(self._trace)
             await stack.enter_async_context(self._tasks)
             await stack.enter_async_context(self.verifiers)
             await stack.enter_async_context(self.drafters)
@@ -152,16 +172,38 @@ class Engine:
         links = [link for link in self.verifiers.links.values() if link.model.model_fingerprint == fingerprint]
         return max((link.capacity for link in links), default=None)
 
+    def knows_costs(self, model: ServedModel) -> bool:
+        """Whether the model's connected verify workers have all shown what their steps cost."""
+        fingerprint = model.info.model_fingerprint
+        links = [link for link in self.verifiers.links.values() if link.model.model_fingerprint == fingerprint]
+        return bool(links) and all(link.costs is not None for link in links)
+
     # ------------------------------------------------------------ workers come and go
+
+    async def _prepare_verifier(self, link: VerifierLink) -> None:
+        if self.options.policy.needs_costs and link.costs is None:
+            error = ConfigError(f"{link.worker_id} has no cost profile: {PROFILE_HINT}")
+            if not self.verifiers.links and not self._blind.done():
+                self._blind.set_result(error)
+            raise error
+        await self.catalog.learn(link)
+
+    async def until_blind(self) -> ConfigError:
+        """Returns why, once a verify worker was refused for its lack of costs while no other was there."""
+        return await asyncio.shield(self._blind)
 
     def _verifier_joined(self, link: VerifierLink) -> None:
         cohort = self._cohorts[link] = Cohort(link)
+        self._schedulers[link] = Scheduler(
+            RoundCosts(link), self._memory, self.drafters.links, self.drafting.able, self.options
+        )
         link.on_load = self.dispatcher.wake
         self._serving[link] = self._tasks.start(self._serve(cohort))
         self.dispatcher.wake()
 
     def _verifier_left(self, link: VerifierLink, reason: str) -> None:
         cohort = self._cohorts.pop(link)
+        del self._schedulers[link]
         self._serving.pop(link).cancel()
         for sequence in cohort.sequences:
             self.reopen(sequence, Unavailable(f"{link.worker_id}: {reason}"))
@@ -175,13 +217,13 @@ class Engine:
 
     async def _serve(self, cohort: Cohort) -> None:
         """Steps a cohort until its worker fails; `_verifier_left` then takes its sequences."""
-        link = cohort.link
+        link, scheduler = cohort.link, self._schedulers[cohort.link]
         while link.alive:
             await cohort.wait_ready()
             began = time.perf_counter()
             try:
                 self._evacuate(cohort)
-                await self._rounds.step(cohort)
+                await self._rounds.step(cohort, scheduler)
             except DSparkError as error:
                 link.fail(str(error))
             except Exception:  # noqa: BLE001 - a fault of ours must not end every stream: they go on elsewhere
@@ -194,7 +236,7 @@ class Engine:
         if not cohort.link.load.draining or self.dispatcher.moving:
             return
         others = self.verifiers.links.values()
-        for sequence in placement.evacuees(cohort.link, others, max_running=self.policy.max_running):
+        for sequence in placement.evacuees(cohort.link, others, max_running=self.options.max_running):
             self._move(sequence, "drain")
 
     async def _keep_house(self) -> None:
@@ -204,9 +246,11 @@ class Engine:
             self.metrics.waiting.set(self.active - self.running)
             self.metrics.connected(draft=len(self.drafters.links), verify=len(self.verifiers.links))
             self.metrics.store_age.set(self._workers.age)
+            for (mode, drafter), number in self._memory.tracker.settings.items():
+                self.metrics.tracked(mode, drafter, self._memory.tracker.report(number))
             for sequence in list(self._active.values()):
-                if sequence.outlet.full_seconds > self.policy.stall_seconds:
-                    reason = f"the client has read nothing for {self.policy.stall_seconds:g} s"
+                if sequence.outlet.full_seconds > self.options.stall_seconds:
+                    reason = f"the client has read nothing for {self.options.stall_seconds:g} s"
                     self.cancel(sequence, DeadlineExceeded(reason))
             for cohort in self._cohorts.values():
                 if not cohort.running() and not cohort.prompts():  # its rounds rest, and would not move anything
@@ -216,8 +260,12 @@ class Engine:
 
     def _opened(self, sequence: Sequence, link: VerifierLink) -> None:
         self._cohorts[link].join(sequence)
-        if sequence.request.speculation and self.policy.verify_length > 0:
+        if self._wants_drafts(sequence):
             self.drafting.enlist(sequence)
+
+    def _wants_drafts(self, sequence: Sequence) -> bool:
+        policy = sequence.request.policy or self.options.policy
+        return sequence.request.speculation and policy.ask(self.options.verify_length) > 0
 
     def publish(self, news: list[Published]) -> None:
         """Hands tokens to their clients, and ends requests that are complete."""
@@ -281,6 +329,7 @@ class Engine:
     def _leave(self, sequence: Sequence) -> None:
         """Off its workers, under the present epoch."""
         self.drafting.dismiss(sequence)
+        self._memory.leave(sequence)
         if sequence.cohort is not None:
             sequence.cohort.link.release(sequence.key)
             sequence.cohort.leave(sequence)

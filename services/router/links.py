@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from dspark.costs import CostModel, CostProfile, Refined
 from dspark.errors import DSparkError, InternalError, Unavailable
 from dspark.messages import (
     Attached,
@@ -52,6 +53,7 @@ class Link(ABC):
         listed: the store's latest reading holds the worker; without, it gets new work only if no other can.
         rounds, tokens: batches that this router had it do, and the tokens these came to.
         on_load: called after each fresher reading of its load.
+        costs: what its steps cost, from the profile it has published and the steps this router saw; None without one.
     """
 
     def __init__(self, worker_id: str, address: str, session: Session[Any, Any], load: WorkerLoad) -> None:
@@ -61,6 +63,8 @@ class Link(ABC):
         self.rounds = 0
         self.tokens = 0
         self.on_load: Callable[[], None] = _nothing
+        self.costs: Refined | None = None
+        self._profile: CostProfile | None = None
         self._session = session
         self._releasing: list[SequenceKey] = []
         self._release: asyncio.Task[None] | None = None
@@ -91,6 +95,12 @@ class Link(ABC):
     def occupancy(self) -> int:
         """Sequences on the worker: other routers' as last read, and our own as of now."""
         return self._others + self.own
+
+    def take_profile(self, profile: CostProfile | None) -> None:
+        """The worker's published profile, as the store has it; what steps taught goes with an older one."""
+        if profile is not None and profile is not self._profile:
+            self._profile = profile
+            self.costs = Refined(CostModel(profile))
 
     # ------------------------------------------------------------ end
 

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dspark.messages import ProposeResult, StepResult
 from services.router.outlet import Finished
+from services.router.scheduling.survival import Report
 
 __all__ = ["PHASES", "Metrics"]
 
@@ -71,6 +72,18 @@ class Metrics:
         parts = Counter("dspark_router_engine_seconds", "Workers' time by part", ["part"], registry=own)
         self._phases = {phase: phases.labels(phase) for phase in PHASES}
         self._parts = {part: parts.labels(part) for part in (*ENGINE_PARTS, *VERIFY_PARTS)}
+        self.step_error = Histogram(
+            "dspark_router_step_time_error",
+            "How far expected step times were off, as a share of the observed",
+            buckets=(0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0),
+            registry=own,
+        )
+        self.survival = Gauge(
+            "dspark_router_survival",
+            "Of drafts verified lately: share that survived, and what the drafter said of them, raw and corrected",
+            ["mode", "drafter", "position", "kind"],
+            registry=own,
+        )
         self._positions: dict[int, Counter] = {}
 
     @contextmanager
@@ -106,6 +119,19 @@ class Metrics:
         self._parts["verify_sample"].inc(result.sample_seconds)
         self._parts["verify_total"].inc(result.total_seconds)
         self._parts["verify_queue"].inc(result.queue_seconds)
+
+    def expected(self, seconds: float, observed: float) -> None:
+        """How long a step was expected to take, 0 if nothing was, and took."""
+        if seconds and observed:
+            self.step_error.observe(abs(seconds / observed - 1))
+
+    def tracked(self, mode: str, drafter: str, report: Report) -> None:
+        """Survival by position of one mode and drafter."""
+        for position, count in enumerate(report.trials, start=1):
+            if count >= 1:
+                for kind in ("observed", "predicted", "corrected"):
+                    value = getattr(report, kind)[position - 1]
+                    self.survival.labels(mode, drafter, str(position), kind).set(value)
 
     def committed(self, rounds: int, verified: list[int], accepted: list[int]) -> None:
         """What one batch's rounds came to; the lists hold one number per round that verified drafts."""

@@ -12,6 +12,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import grpc
 import structlog
 
+from dspark.costs import CostProfile
 from dspark.errors import DSparkError
 from dspark.store import Reading, Role
 from services.router.links import Link
@@ -37,6 +38,10 @@ class Workers(Protocol):
 
     def readings(self) -> tuple[Reading, ...]:
         """The latest reading of each worker."""
+        ...
+
+    def profile(self, fingerprint: str) -> CostProfile | None:
+        """The cost profile that a record names, once it has been read."""
         ...
 
 
@@ -99,6 +104,8 @@ class Pool(Generic[L]):
             link.listed = reading_ is not None
             if reading_ is not None and reading_.seen_at > link.load_at:  # replies tell more, where there are any
                 link.read_load(reading_.record.load)
+            if reading_ is not None:
+                link.take_profile(self._workers.profile(reading_.record.profile_fingerprint))
 
     async def _keep(self, worker_id: str) -> None:
         """Connects, again and again while the worker is listed."""
@@ -136,6 +143,8 @@ class Pool(Generic[L]):
 
     @asynccontextmanager
     async def _listing(self, link: L) -> AsyncIterator[None]:
+        if (reading := self._readings.get(link.worker_id)) is not None:
+            link.take_profile(self._workers.profile(reading.record.profile_fingerprint))
         await self._prepare(link)
         self.links[link.worker_id] = link
         self._joined(link)

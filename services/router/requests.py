@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dspark.messages import ModelInfo, Sampling
 from dspark.tokenizer import Tokenizer
+from services.router.scheduling.policies import Policy
 
 __all__ = ["Request", "ServedModel"]
 
@@ -23,7 +24,7 @@ class Request:
     """What one client wants.
 
     `stop_token_ids` holds the end-of-sequence ids too, unless the client ignores those. `max_verify_length` caps the
-    draft tokens verified a round; None: as many as the router allows.
+    draft tokens verified a round; None: as many as the router allows. `policy`: None: the router's own.
     """
 
     request_id: str
@@ -34,6 +35,7 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     speculation: bool = True
     max_verify_length: int | None = None
+    policy: Policy | None = None
 
     @property
     def max_len(self) -> int:

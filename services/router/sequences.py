@@ -35,6 +35,7 @@ class Sequence:
         drafter: the draft worker that it is attached to, if any.
         attaching: an attachment is under way.
         draft_retry_at: `time.monotonic()` before which no draft worker is tried again.
+        slot, setting: its place in the router's memory of drafts, and what it is remembered under.
         skip_rounds, misses: rounds to go without asking the drafter, which missed this many in a row.
         failures: openings and steps that came to nothing since the last committed token.
         completion_tokens: tokens handed to the client.
@@ -63,6 +64,8 @@ class Sequence:
         self.drafter: DraftLink | None = None
         self.attaching = False
         self.draft_retry_at = 0.0
+        self.slot: int | None = None
+        self.setting = -1
         self.skip_rounds = 0
         self.misses = 0
         self.failures = 0

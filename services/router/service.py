@@ -15,7 +15,7 @@ from dspark.rpc import codec
 from dspark.v1 import generation_pb2 as pb
 from dspark.v1 import generation_pb2_grpc
 from services.router.admission import Admission, Ticket
-from services.router.engine import Engine
+from services.router.engine import PROFILE_HINT, Engine
 from services.router.finish import FinishReason
 from services.router.links import Link
 from services.router.outlet import Delta, Finished, Outlet
@@ -85,9 +85,11 @@ class RouterService(generation_pb2_grpc.RouterServicer):
         if self._engine.is_active(request_id):
             raise InvalidRequest(f"request_id {request_id!r} is that of a request still running")
         await ticket.pace()
-        model = await self._engine.catalog.resolve(proto.model, wait=self._engine.policy.worker_wait)
+        model = await self._engine.catalog.resolve(proto.model, wait=self._engine.options.worker_wait)
         prompt = await tokenize(proto, model)
         request = check(proto, prompt, request_id, model, self._room(model))
+        if request.policy is not None and request.policy.needs_costs and not self._engine.knows_costs(model):
+            raise InvalidRequest(f"policy {proto.policy!r}: the model's workers have no cost profile: {PROFILE_HINT}")
         outlet = Outlet(self._stream_buffer)
         return Sequence(request, model, outlet=outlet, on_opened=ticket.leave)
 
@@ -122,15 +124,16 @@ class RouterService(generation_pb2_grpc.RouterServicer):
         return pb.DescribeResponse(
             model=codec.encode(models[0].info) if models else None,
             drafter=", ".join(drafters),
-            verify_length=self._engine.policy.verify_length,
+            verify_length=self._engine.options.verify_length,
             max_message_bytes=self._max_message_bytes,
             version=dspark.__version__,
+            policy=str(self._engine.options.policy),
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         """The ids of a text and how the vocabulary spells them."""
         async with _until(_deadline(context)):
-            model = await self._engine.catalog.resolve(request.model, wait=self._engine.policy.worker_wait)
+            model = await self._engine.catalog.resolve(request.model, wait=self._engine.options.worker_wait)
             ids = await model.tokenizer.encode_async(request.text, special_tokens=not request.no_special_tokens)
         response = pb.TokenizeResponse(token_ids=ids, pieces=model.tokenizer.pieces(ids))
         if response.ByteSize() > self._max_message_bytes:

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from dspark.errors import DSparkError, InternalError
 from dspark.messages import PositionLogprobs, Proposal, StepItem, StepResult, Verdict
 from services.router.cohort import Cohort
-from services.router.drafting import Drafting
+from services.router.drafting import Drafting, Drafts
 from services.router.finish import FinishReason, cut
 from services.router.metrics import Metrics
-from services.router.plan import Room, level, plan, wanted
+from services.router.scheduler import Round, Scheduler, Took
 from services.router.sequences import Sequence
+from services.router.trace import Trace
 
-__all__ = ["Entry", "Limits", "Owner", "Published", "Rounds", "assemble"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds a step.
-
-    Attributes:
-        verify_length: draft tokens verified a round and sequence.
-        prefill_tokens: prompt positions in a step beside running sequences, so that these wait little.
-        step_seconds: after which a verify worker that has not answered is given up.
-    """
-
-    verify_length: int
-    prefill_tokens: int
-    step_seconds: float
+__all__ = ["Entry", "Owner", "Published", "Rounds", "assemble"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,37 +58,50 @@ class Owner(Protocol):
 
 
 class Rounds:
-    """Steps cohorts."""
+    """Steps cohorts. A verify worker that has not answered after `step_seconds` is given up."""
 
-    def __init__(self, drafting: Drafting, limits: Limits, owner: Owner, metrics: Metrics) -> None:
+    def __init__(
+        self, drafting: Drafting, owner: Owner, metrics: Metrics, trace: Trace, *, step_seconds: float
+    ) -> None:
         self._drafting = drafting
-        self._limits = limits
         self._owner = owner
         self._metrics = metrics
+        self._trace = trace
+        self._step_seconds = step_seconds
 
-    async def step(self, cohort: Cohort) -> None:
+    async def step(self, cohort: Cohort, scheduler: Scheduler) -> None:
         """One batch to one verify worker. Raises `DSparkError` where the worker cannot be relied on any more."""
         phase = self._metrics.phase
-        with phase("propose"):
-            proposals = await self._drafting.propose(cohort.running(), self._limits.verify_length)
         with phase("schedule"):
-            batch = assemble(cohort, proposals, self._limits)
+            round_ = scheduler.begin(cohort)  # whom to draft for: from earlier rounds only
+        with phase("propose"):
+            drafts = await self._drafting.propose(round_.asks)
+        with phase("schedule"):
+            scheduler.plan(round_, drafts.proposals)
+            batch = assemble(round_, drafts.proposals)
         if not batch:
             return
+        began = time.perf_counter()
         with phase("verify"):
-            result = await cohort.link.step([entry.item for entry in batch], self._limits.step_seconds)
+            result = await cohort.link.step([entry.item for entry in batch], self._step_seconds)
+        seconds = time.perf_counter() - began
         with phase("commit"):
-            self._commit(cohort, batch, result)
+            took = self._commit(cohort, batch, result, seconds + drafts.seconds)
+            self._learn(cohort, scheduler, round_, took, drafts, result, seconds)
 
-    def _commit(self, cohort: Cohort, batch: list[Entry], result: StepResult) -> None:
+    def _commit(self, cohort: Cohort, batch: list[Entry], result: StepResult, seconds: float) -> Took:
         """Takes in the verdicts. Text is made while the next round waits for its workers."""
         _check(batch, result)
         news: list[Published] = []
-        rounds: list[tuple[int, int]] = []
+        counts: list[tuple[int, int]] = []
+        matched: list[int] = []
         for entry, verdict in zip(batch, result.verdicts, strict=True):
             sequence = entry.sequence
-            if sequence.cohort is not cohort or sequence.key != verdict.key:
-                continue  # cancelled or moved meanwhile
+            known = sequence.cohort is cohort and sequence.key == verdict.key  # else cancelled or moved meanwhile
+            if entry.round:
+                matched.append(verdict.matched if verdict.error is None and verdict.token is not None and known else -1)
+            if not known:
+                continue
             if verdict.error is not None:
                 self._owner.reopen(sequence, verdict.error)
             elif verdict.token is None:
@@ -107,9 +109,11 @@ class Rounds:
             else:
                 news.append(self._accept(entry, verdict, verdict.token))
                 if entry.round:
-                    rounds.append((len(entry.item.draft_tokens), verdict.accepted))
-        self._count(cohort, result, news, rounds)
+                    counts.append((len(entry.item.draft_tokens), verdict.accepted))
+        self._count(cohort, result, news, counts)
         self._publish_later(news)
+        gained = sum(accepted + 1 for _, accepted in counts)
+        return Took(np.array(matched, np.int64), gained, seconds)
 
     def _publish_later(self, news: list[Published]) -> None:
         """Two turns of the loop from now: by then the next round's request has left."""
@@ -139,47 +143,80 @@ class Rounds:
         self._metrics.generation_tokens.inc(tokens)
         self._metrics.committed(len(rounds), [v for v, _ in drafted], [a for _, a in drafted])
 
+    def _learn(
+        self,
+        cohort: Cohort,
+        scheduler: Scheduler,
+        round_: Round,
+        took: Took,
+        drafts: Drafts,
+        result: StepResult,
+        seconds: float,
+    ) -> None:
+        """What the round came to beside what was expected of it."""
+        judged = len(round_.running) + round_.drafts
+        rows = judged + sum(round_.pieces)
+        expected = scheduler.costs.step(rows, round_.context)
+        scheduler.costs.drafted(drafts)
+        scheduler.costs.verified(rows, judged, round_.context, seconds, result)
+        scheduler.learn(round_, took)
+        self._metrics.expected(expected, result.total_seconds)
+        if self._trace.on:
+            self._trace.write(
+                worker=cohort.link.worker_id,
+                running=len(round_.running),
+                prompt_rows=sum(round_.pieces),
+                other_rows=result.other_tokens,
+                drafted=int(round_.proposed.sum()),
+                verified=round_.drafts,
+                limit=round_.decision.limit if round_.decision is not None else None,
+                probe=bool(round_.decision is not None and round_.decision.probe),
+                context=round(round_.context, 1),
+                tokens=took.tokens,
+                expected_tokens=round(round_.tokens, 4),
+                step_seconds=round(result.total_seconds, 6),
+                expected_step_seconds=round(expected, 6),
+                verify_seconds=round(seconds, 6),
+                draft_seconds=round(drafts.seconds, 6),
+                expected_draft_seconds=round(round_.unhidden, 6),
+                load_age=round(cohort.link.load_age, 3),
+                advantage=round(scheduler.payoff.advantage, 4),
+            )
+
 
 def _check(batch: list[Entry], result: StepResult) -> None:
     """Before anything is committed: a verdict that cannot be true means the worker is broken."""
     for entry, verdict in zip(batch, result.verdicts, strict=True):
         verified, vocab = len(entry.item.draft_tokens), entry.sequence.model.info.vocab_size
-        if verdict.accepted > verified or (verdict.token is not None and verdict.token >= vocab):
-            raise InternalError(f"verdict: {verdict.accepted} accepted of {verified}, token {verdict.token} of {vocab}")
+        kept = verified if entry.item.keep is None else min(verified, entry.item.keep)
+        if verdict.accepted > kept or (verdict.token is not None and verdict.token >= vocab):
+            raise InternalError(f"verdict: {verdict.accepted} accepted of {kept}, token {verdict.token} of {vocab}")
+        if not verdict.accepted <= verdict.matched <= verified:
+            raise InternalError(f"verdict: {verdict.matched} drafts match of {verified}, {verdict.accepted} accepted")
 
 
-def assemble(cohort: Cohort, proposals: Mapping[str, Proposal], limits: Limits) -> list[Entry]:
+def assemble(round_: Round, proposals: Mapping[str, Proposal]) -> list[Entry]:
     """The batch: every running sequence's anchor and draft prefix, and pieces of prompts in the rows that are left."""
-    running, prompts = cohort.running(), cohort.prompts()
-    rows = cohort.link.max_step_tokens - len(running)
-    pieces = level([p.uncomputed for p in prompts], min(rows, limits.prefill_tokens) if running else rows)
-    blocks = [_block(s, proposals.get(s.sequence_id)) for s in running]
-    rooms = [
-        Room(len(block.tokens) if block else 0, s.left, s.request.max_verify_length)
-        for s, block in zip(running, blocks, strict=True)
+    rounds = [
+        _round(sequence, proposals.get(sequence.sequence_id) if proposed else None, length, keep, missed)
+        for sequence, proposed, length, keep, missed in zip(
+            round_.running, round_.proposed, *round_.lengths, strict=True
+        )
     ]
-    lengths = plan(rooms, verify_length=limits.verify_length, budget=rows - sum(pieces))
-    rounds = [_round(s, b, n, limits) for s, b, n in zip(running, blocks, lengths, strict=True)]
-    return rounds + [_piece(p, count) for p, count in zip(prompts, pieces, strict=True) if count]
+    pieces = zip(round_.prompts, round_.pieces, strict=True)
+    return rounds + [_piece(prompt, count) for prompt, count in pieces if count]
 
 
-def _block(sequence: Sequence, proposal: Proposal | None) -> Proposal | None:
-    """The proposal, if it is for where the sequence is now."""
-    fresh = proposal is not None and (proposal.key, proposal.committed_len) == (sequence.key, sequence.committed_len)
-    return proposal if fresh else None
-
-
-def _round(sequence: Sequence, block: Proposal | None, length: int, limits: Limits) -> Entry:
-    want = wanted(sequence.left, sequence.request.max_verify_length, limits.verify_length)
+def _round(sequence: Sequence, block: Proposal | None, length: int, keep: int, missed: int) -> Entry:
     item = StepItem(
         sequence.key,
         sequence.committed_len,
         sequence.uncomputed,
         block.tokens[:length] if block else (),
         block.distributions[:length] if block else (),
+        keep if keep < length else None,
     )
-    missed = block is None and want > 0 and sequence.request.speculation
-    return Entry(sequence, item, round=True, drafted=len(block.tokens) if block else 0, missed=missed)
+    return Entry(sequence, item, round=True, drafted=len(block.tokens) if block else 0, missed=bool(missed))
 
 
 def _piece(sequence: Sequence, count: int) -> Entry:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 import secrets
 import uuid
 from collections.abc import Iterable
 
-from dspark.errors import InvalidRequest
+from dspark.errors import ConfigError, InvalidRequest
 from dspark.messages import Mode, Sampling
 from dspark.v1 import generation_pb2 as pb
 from dspark.v1 import types_pb2
 from services.router.requests import Request, ServedModel
+from services.router.scheduling.policies import FORMS, NoDrafts, Policy, parse
 
 __all__ = ["DEFAULT_MAX_TOKENS", "check", "request_id_of", "sampling_of", "tokenize"]
 
@@ -34,10 +34,6 @@ _SPECULATION: dict[int, bool] = {
     pb.SPECULATION_OFF: False,
 }
 
-_FIXED = re.compile(r"fixed:([0-9]{1,3})", re.ASCII)
-_NOT_SERVED = re.compile(r"adaptive|cap-accept|threshold:[0-9.]+", re.ASCII)
-_POLICY_FORMS = "none, fixed:N, threshold:X, adaptive or cap-accept"
-
 
 def check(
     proto: pb.GenerateRequest, prompt: tuple[int, ...], request_id: str, model: ServedModel, room: int
@@ -56,7 +52,7 @@ def check(
     """
     _check_prompt(prompt, model.info.vocab_size, room)
     stop_ids = _stop_ids(proto.stop_token_ids, model.info.vocab_size)
-    speculation, cap = _verification(proto)
+    policy = _policy(proto)
     ends = frozenset() if proto.ignore_eos else frozenset((*model.info.eos_token_ids, *model.tokenizer.eos_token_ids))
     return Request(
         request_id=request_id,
@@ -65,8 +61,9 @@ def check(
         max_tokens=_max_tokens(proto, len(prompt), room),
         stop=_stop_strings(proto.stop),
         stop_token_ids=stop_ids | ends,
-        speculation=speculation,
-        max_verify_length=cap,
+        speculation=_speculation(proto.speculation) and policy != NoDrafts(),
+        max_verify_length=proto.max_verify_length if proto.HasField("max_verify_length") else None,
+        policy=policy,
     )
 
 
@@ -169,24 +166,16 @@ def _stop_ids(ids: Iterable[int], vocab_size: int) -> frozenset[int]:
     return frozenset(stop)
 
 
-def _verification(proto: pb.GenerateRequest) -> tuple[bool, int | None]:
-    """Whether to speculate, and the cap on what is verified a round: the stricter of the fields and the policy."""
-    asked, (allowed, cap) = _speculation(proto.speculation), _policy(proto.policy)
-    caps = [cap, proto.max_verify_length if proto.HasField("max_verify_length") else None]
-    return asked and allowed, min((c for c in caps if c is not None), default=None)
-
-
-def _policy(text: str) -> tuple[bool, int | None]:
-    """What a policy's name says of speculation and cap. Empty: as the router is set up."""
-    if not text:
-        return True, None
-    if text == "none":
-        return False, None
-    if match := _FIXED.fullmatch(text):
-        return True, int(match[1])
-    if _NOT_SERVED.fullmatch(text):
-        raise InvalidRequest(f"policy {text!r} is not served by this router; none and fixed:N are")
-    raise InvalidRequest(f"policy is {text!r}; it must be {_POLICY_FORMS}, or empty for the router's own")
+def _policy(proto: pb.GenerateRequest) -> Policy | None:
+    """The policy named; None: the router's own."""
+    if not proto.policy:
+        return None
+    try:
+        return parse(proto.policy)
+    except ConfigError as error:
+        raise InvalidRequest(
+            f"policy is {proto.policy!r}; it must be {FORMS}, or empty for the router's own"
+        ) from error
 
 
 def _speculation(value: int) -> bool:

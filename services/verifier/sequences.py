@@ -59,12 +59,18 @@ class SequenceState:
         """N: prompt and emitted tokens, the anchor included."""
         return len(self.token_ids)
 
-    def extend(self, work: Work, accepted: int, token: int, logprobs: tuple[PositionLogprobs, ...]) -> Verdict:
-        """Commit the first `accepted` drafts and the token chosen after them; keep the verdict for a repeat."""
-        before = self.committed_len
+    def extend(self, work: Work, matched: int, token: int, logprobs: tuple[PositionLogprobs, ...]) -> Verdict:
+        """Commit the drafts that stand, as far as the item keeps them, and the token after them.
+
+        `token` follows all `matched` drafts. The verdict is kept for a repeat.
+        """
+        before, accepted = self.committed_len, min(matched, work.keep)
+        token = work.draft_tokens[accepted] if accepted < matched else token
         self.token_ids += [*work.draft_tokens[:accepted], token]
         self.computed_len = self.committed_len - 1
-        self.answered = Verdict(self.key, before, self.computed_len, accepted, token, logprobs)
+        self.answered = Verdict(
+            self.key, before, self.computed_len, accepted, token, logprobs[: accepted + 1], matched=matched
+        )
         return self.answered
 
     def refuse(self, error: DSparkError) -> Verdict:
@@ -87,6 +93,7 @@ class Work:
     reaches_anchor: bool  # so a token is chosen
     draft_tokens: tuple[int, ...] = ()
     draft_distributions: tuple[SparseDistribution, ...] = ()
+    keep: int = 0  # drafts that may be committed
 
     @property
     def rows(self) -> int:
@@ -187,7 +194,8 @@ def _clip(item: StepItem, state: SequenceState) -> Work:
         raise InvalidRequest(f"{describe(item.key)}: all of max_len {state.request.max_len} is committed")
     drafts = item.draft_tokens[:room]
     anchored = state.computed_len + item.count == state.committed_len
-    return Work(state, state.computed_len, item.count, anchored, drafts, item.draft_distributions[: len(drafts)])
+    keep = len(drafts) if item.keep is None else min(len(drafts), item.keep)
+    return Work(state, state.computed_len, item.count, anchored, drafts, item.draft_distributions[: len(drafts)], keep)
 
 
 def _check_count(work: Work, limits: Limits) -> None:

@@ -20,6 +20,7 @@ import grpc
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
+from dspark.costs import CostProfile
 from dspark.errors import (
     DSparkError,
     FeaturesMissing,
@@ -68,7 +69,8 @@ from dspark.v1 import (
 from services.router.admission import Admission
 from services.router.engine import Engine
 from services.router.metrics import Metrics
-from services.router.policy import Policy
+from services.router.options import Options
+from services.router.scheduling.policies import Fixed
 from services.router.service import RouterService
 
 BOS, EOS, FIRST_BYTE = 0, 1, 2
@@ -165,6 +167,7 @@ class Worker(ABC):
         self.draining = False
         self.hang = False
         self.delay = 0.0
+        self.costs: CostProfile | None = None
         self.sessions = 0
         self.engine = asyncio.Lock()
         self.server: Server | None = None
@@ -179,7 +182,8 @@ class Worker(ABC):
     def load(self) -> WorkerLoad: ...
 
     def record(self) -> WorkerRecord:
-        return WorkerRecord(self.worker_id, self.role, self.address, load=self.load())
+        profile = self.costs.fingerprint if self.costs is not None else ""
+        return WorkerRecord(self.worker_id, self.role, self.address, load=self.load(), profile_fingerprint=profile)
 
     async def pause(self) -> None:
         """Engine time; a hanging engine never comes back."""
@@ -342,11 +346,12 @@ class ToyVerifier(Worker, verifier_pb2_grpc.VerifierServicer):
             new.append(self.rule((entry.ids + new)[-1], len(entry.ids) + len(new), sampling.seed))
             if new[-1] != draft:
                 break
+        matched = len(new) - 1
+        del new[(matched if item.keep is None else item.keep) + 1 :]
         entry.ids += new
         entry.computed = len(entry.ids) - 1
-        return Verdict(
-            item.key, item.committed_len, entry.computed, len(new) - 1, new[-1], self._logprobs(new, sampling)
-        )
+        accepted, logprobs = len(new) - 1, self._logprobs(new, sampling)
+        return Verdict(item.key, item.committed_len, entry.computed, accepted, new[-1], logprobs, matched=matched)
 
     def _logprobs(self, tokens: list[int], sampling: Sampling) -> tuple[PositionLogprobs, ...]:
         if sampling.logprobs is None:
@@ -460,6 +465,9 @@ class Board:
         self.emptied = False
         self.age = 0.0
 
+    def profile(self, fingerprint: str) -> CostProfile | None:
+        return next((w.costs for w in self.workers if w.costs and w.costs.fingerprint == fingerprint), None)
+
     def readings(self) -> tuple[Reading, ...]:
         if self.emptied:
             return ()
@@ -482,11 +490,11 @@ class Result:
 class Cluster:
     """Toy workers and real routers in one loop."""
 
-    def __init__(self, stack: AsyncExitStack, policy: Policy, options: dict[str, Any]) -> None:
+    def __init__(self, stack: AsyncExitStack, options: Options, front: dict[str, Any]) -> None:
         self.stack = stack
         self.board = Board()
-        self.policy = policy
         self.options = options
+        self.front = front
         self.engines: list[Engine] = []
         self.addresses: list[str] = []
         self.services: list[RouterService] = []
@@ -503,9 +511,9 @@ class Cluster:
 
     async def add_router(self) -> None:
         """Starts a router and connects a client to it."""
-        engine = await self.stack.enter_async_context(Engine(self.board, self.policy, Metrics()))
-        admission = Admission(max_queue=self.options.get("max_queue", 64), rate=self.options.get("rate", 0))
-        buffer = self.options.get("stream_buffer", 4096)
+        engine = await self.stack.enter_async_context(Engine(self.board, self.options, Metrics()))
+        admission = Admission(max_queue=self.front.get("max_queue", 64), rate=self.front.get("rate", 0))
+        buffer = self.front.get("stream_buffer", 4096)
         service = RouterService(engine, admission, max_message_bytes=4 << 20, stream_buffer=buffer)
         registration = (generation_pb2_grpc.add_RouterServicer_to_server, service, "dspark.v1.Router")
         server = await self.stack.enter_async_context(serve("127.0.0.1:0", [registration], grace=0.0))
@@ -563,13 +571,18 @@ def request_of(
     return generation_pb2.GenerateRequest(token_ids=ids, sampling=settings, **fields)
 
 
+def by_fives(**changes: Any) -> Options:
+    """Options of a router that verifies five drafts a round: toys have no costs to go by."""
+    return Options(**({"policy": Fixed(5)} | changes))
+
+
 @asynccontextmanager
 async def cluster(
-    *workers: Any, routers: int = 1, policy: Policy | None = None, **options: Any
+    *workers: Any, routers: int = 1, options: Options | None = None, **front: Any
 ) -> AsyncIterator[Cluster]:
     """Workers, and routers that know them all; by default one of each."""
     async with AsyncExitStack() as stack:
-        made = Cluster(stack, policy or Policy(), options)
+        made = Cluster(stack, options or by_fives(), front)
         for worker in workers or (ToyVerifier(), ToyDraft()):
             await made.add(worker)
         for _ in range(routers):

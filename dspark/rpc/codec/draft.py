@@ -144,6 +144,7 @@ def _(message: m.ProposeResult) -> pb.ProposeResult:
         queue_seconds=message.queue_seconds,
         fixed_seconds=message.fixed_seconds,
         marginal_seconds=message.marginal_seconds,
+        other_requests=message.other_requests,
     )
 
 
@@ -157,6 +158,7 @@ def _(message: pb.ProposeResult) -> m.ProposeResult:
         queue_seconds=message.queue_seconds,
         fixed_seconds=message.fixed_seconds,
         marginal_seconds=message.marginal_seconds,
+        other_requests=message.other_requests,
     )
 
 

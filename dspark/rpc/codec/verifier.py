@@ -101,6 +101,7 @@ def _(message: m.StepItem) -> pb.StepItem:
         count=message.count,
         draft_tokens=message.draft_tokens,
         draft_distributions=[encode(distribution) for distribution in message.draft_distributions],
+        keep=message.keep,
     )
 
 
@@ -112,6 +113,7 @@ def _(message: pb.StepItem) -> m.StepItem:
         count=message.count,
         draft_tokens=tuple(message.draft_tokens),
         draft_distributions=tuple(decode(distribution) for distribution in message.draft_distributions),
+        keep=message.keep if message.HasField("keep") else None,
     )
 
 
@@ -131,6 +133,7 @@ def _(message: m.Verdict) -> pb.Verdict:
         token=message.token,
         logprobs=[encode(position) for position in message.logprobs],
         error=encode_error(message.error),
+        matched=message.matched,
     )
 
 
@@ -144,6 +147,7 @@ def _(message: pb.Verdict) -> m.Verdict:
         token=message.token if message.HasField("token") else None,
         logprobs=tuple(decode(position) for position in message.logprobs),
         error=decode_error(message),
+        matched=message.matched,
     )
 
 

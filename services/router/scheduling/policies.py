@@ -6,8 +6,8 @@ draft by what was known before it was drawn, see `plan`. None but `adaptive` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,19 @@ import numpy as np
 from dspark.errors import ConfigError
 from services.router.scheduling.plan import FREE, Bools, Floats, Ints, Plan, choose, survival_of, trim
 
-__all__ = ["FORMS", "Adaptive", "CapAccept", "Facts", "Fixed", "NoDrafts", "Outcome", "Policy", "Threshold", "parse"]
+__all__ = [
+    "FORMS",
+    "Adaptive",
+    "CapAccept",
+    "Facts",
+    "Fixed",
+    "NoDrafts",
+    "Outcome",
+    "Policy",
+    "Threshold",
+    "mixed",
+    "parse",
+]
 
 FORMS = "none, fixed:N (N ≥ 0), threshold:X (0 ≤ X ≤ 1), adaptive, cap-accept"
 
@@ -121,6 +133,9 @@ class _Static:
 class NoDrafts(_Static):
     """`none`: plain decoding."""
 
+    def __str__(self) -> str:
+        return "none"
+
     def ask(self, block: int) -> int:
         """Of a block."""
         del block
@@ -136,6 +151,9 @@ class Fixed(_Static):
     """`fixed:N`: the first N of every block."""
 
     count: int
+
+    def __str__(self) -> str:
+        return f"fixed:{self.count}"
 
     def ask(self, block: int) -> int:
         """Of a block."""
@@ -156,6 +174,9 @@ class Threshold(_Static):
 
     least: float
 
+    def __str__(self) -> str:
+        return f"threshold:{self.least:g}"
+
     def lengths(self, facts: Facts) -> Ints:
         """(R,) by the rule."""
         passed = np.logical_and.accumulate((facts.confidences >= self.least) & (facts.confidences > 0), axis=1)
@@ -165,6 +186,9 @@ class Threshold(_Static):
 @dataclass(frozen=True, slots=True)
 class Adaptive:
     """`adaptive`: the scheduler (DSpark §3.2.2)."""
+
+    def __str__(self) -> str:
+        return "adaptive"
 
     @property
     def needs_costs(self) -> bool:
@@ -207,6 +231,9 @@ class CapAccept:
     are those of the adaptive plan. Saves no time.
     """
 
+    def __str__(self) -> str:
+        return "cap-accept"
+
     @property
     def needs_costs(self) -> bool:
         """It does."""
@@ -224,6 +251,25 @@ class CapAccept:
         return Outcome(verify, window.verify, window.planned, window.plan)
 
 
+def mixed(policies: Sequence[Policy], facts: Facts) -> Outcome:
+    """The lengths of a round whose requests may follow different policies, one each.
+
+    Static rules are settled first and the search goes on from there. One request under `cap-accept` has all that are
+    scheduled verified whole, and committed as far as the plan goes.
+    """
+    distinct = list(dict.fromkeys(policies))
+    if len(distinct) < 2:
+        return distinct[0].outcome(facts) if distinct else NoDrafts().outcome(facts)
+    settled = np.full(len(facts.most), FREE)
+    for policy in distinct:
+        if isinstance(policy, _Static):
+            rows = np.array([own == policy for own in policies], np.bool_)
+            settled[rows] = policy.lengths(facts)[rows]
+    scheduled = [policy for policy in distinct if policy.needs_costs]
+    leader = next((policy for policy in scheduled if isinstance(policy, CapAccept)), Adaptive()) if scheduled else _REST
+    return leader.outcome(replace(facts, static=settled))
+
+
 def _exploring(facts: Facts) -> Bools:
     """(R,) explored, and not under a rule of their own."""
     return _free(facts) & (facts.explored >= 0) if facts.explored is not None else np.zeros(len(facts.most), np.bool_)
@@ -238,6 +284,10 @@ def _forced(facts: Facts) -> Ints | None:
     if facts.static is None or facts.explored is None:
         return facts.static if facts.explored is None else facts.explored
     return np.where(facts.static == FREE, facts.explored, facts.static)
+
+
+_REST = NoDrafts()
+"""Leads a round in which every length is settled."""
 
 
 # ---------------------------------------------------------------- names

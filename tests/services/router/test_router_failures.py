@@ -15,6 +15,7 @@ from support.toys import (
     Result,
     ToyDraft,
     ToyVerifier,
+    by_fives,
     cluster,
     expected,
     ids_of,
@@ -23,7 +24,7 @@ from support.toys import (
 )
 
 from dspark.errors import DSparkError, InvalidRequest, OutOfPages, StaleMessage, Unavailable, UnknownSequence
-from services.router.policy import Patience, Policy
+from services.router.options import Patience
 
 PROMPT = [BOS, *ids_of("hello")]
 FAST = Patience(features=0.05, round=0.1, worker=0.3)
@@ -78,7 +79,7 @@ async def test_streams_wait_for_a_worker_when_the_only_one_dies() -> None:
 
 async def test_without_any_worker_requests_end_unavailable_after_the_limit() -> None:
     first = slow(ToyVerifier("v0"))
-    async with cluster(first, policy=Policy(worker_wait=0.3)) as toys:
+    async with cluster(first, options=by_fives(worker_wait=0.3)) as toys:
         running = asyncio.create_task(toys.generate("hello", max_tokens=2000))
         await until(lambda: len(first.steps) > 5)
         await first.kill()
@@ -105,7 +106,7 @@ async def test_a_sequence_never_moves_to_other_numerics() -> None:
 
 async def test_a_hanging_verify_worker_is_given_up() -> None:
     first, second = slow(ToyVerifier("v0")), slow(ToyVerifier("v1"))
-    async with cluster(first, second, ToyDraft(), policy=Policy(step_seconds=0.3)) as toys:
+    async with cluster(first, second, ToyDraft(), options=by_fives(step_seconds=0.3)) as toys:
         running = asyncio.create_task(streams(toys, 4, 60))
         await until(lambda: len(first.steps) > 5 and first.open)
         first.hang = True
@@ -231,7 +232,7 @@ async def test_a_draining_draft_worker_is_left_at_once() -> None:
 
 async def test_a_late_draft_worker_costs_one_wait_and_no_token() -> None:
     drafter = ToyDraft()
-    async with cluster(ToyVerifier(), drafter, policy=Policy(patience=FAST)) as toys:
+    async with cluster(ToyVerifier(), drafter, options=by_fives(patience=FAST)) as toys:
         warm = await toys.generate("hello", max_tokens=10)
         assert warm.finished.speculation.accepted
         running = asyncio.create_task(streams(toys, 2, 60))
@@ -246,8 +247,8 @@ async def test_a_late_draft_worker_costs_one_wait_and_no_token() -> None:
 
 async def test_rounds_go_on_while_a_draft_worker_owes_an_answer() -> None:
     verifier, drafter = slow(ToyVerifier()), ToyDraft()
-    policy = Policy(patience=Patience(features=0.05, round=0.02, worker=60.0))
-    async with cluster(verifier, drafter, policy=policy) as toys:
+    options = by_fives(patience=Patience(features=0.05, round=0.02, worker=60.0))
+    async with cluster(verifier, drafter, options=options) as toys:
         running = asyncio.create_task(toys.generate("hello", max_tokens=300, sampling={"seed": 0}))
         await until(lambda: drafter.proposals > 2)
         drafter.hang = True

@@ -12,6 +12,7 @@ from support.toys import (
     Cluster,
     ToyDraft,
     ToyVerifier,
+    by_fives,
     cluster,
     expected,
     ids_of,
@@ -26,7 +27,6 @@ from dspark.messages import Sampling
 from dspark.v1 import generation_pb2 as pb
 from dspark.v1 import generation_pb2_grpc
 from services.router.outlet import Delta, Outlet
-from services.router.policy import Policy
 from services.router.requests import Request
 from services.router.sequences import Sequence
 
@@ -214,7 +214,7 @@ async def test_a_client_that_does_not_read_stalls_nobody_and_rests() -> None:
 
 async def test_a_client_that_never_reads_again_is_given_up() -> None:
     verifier = ToyVerifier()
-    async with cluster(verifier, policy=Policy(stall_seconds=0.1)) as toys:
+    async with cluster(verifier, options=by_fives(stall_seconds=0.1)) as toys:
         lazy = unread(toys, 300)
         await until(lambda: not toys.engine.active)
         await until(lambda: not verifier.open)
@@ -276,11 +276,12 @@ BAD: dict[str, tuple[pb.GenerateRequest, str]] = {
     "speculation beside a policy": (request_of("a", speculation=9, policy="none"), "speculation is 9"),
     "policy": (
         request_of("a", policy="fastest"),
-        "policy is 'fastest'; it must be none, fixed:N, threshold:X, adaptive",
+        "policy is 'fastest'; it must be none, fixed:N (N ≥ 0), threshold:X (0 ≤ X ≤ 1), adaptive, cap-accept",
     ),
     "policy without its number": (request_of("a", policy="fixed:"), "policy is 'fixed:'; it must be none, fixed:N"),
     "policy below zero": (request_of("a", policy="fixed:-1"), "policy is 'fixed:-1'"),
-    "policy not served": (request_of("a", policy="adaptive"), "policy 'adaptive' is not served by this router"),
+    "threshold past one": (request_of("a", policy="threshold:1.5"), "policy is 'threshold:1.5'"),
+    "policy without costs": (request_of("a", policy="adaptive"), "policy 'adaptive': the model's workers have no cost"),
     "request_id": (request_of("a", request_id="x" * 129), "request_id: 129 characters; at most 128"),
 }
 

@@ -8,11 +8,23 @@ from typing import Any
 import grpc
 import prometheus_client
 import pytest
-from support.toys import BOS, EOS, MODEL, ToyDraft, ToyVerifier, cluster, expected, ids_of, letters, scripted, until
+from support.toys import (
+    BOS,
+    EOS,
+    MODEL,
+    ToyDraft,
+    ToyVerifier,
+    by_fives,
+    cluster,
+    expected,
+    ids_of,
+    letters,
+    scripted,
+    until,
+)
 
 from dspark.v1 import generation_pb2
 from services.router.metrics import PHASES
-from services.router.policy import Policy
 
 PROMPT = [BOS, *ids_of("hello")]
 
@@ -37,7 +49,7 @@ async def test_tokens_are_the_targets_with_drafts_accepted_and_rejected() -> Non
 @pytest.mark.parametrize("verify_length", [1, 7])
 async def test_drafters_and_lengths_change_no_token(drafters: int, verify_length: int) -> None:
     workers = [ToyVerifier(), *(ToyDraft(f"draft-{i}") for i in range(drafters))]
-    async with cluster(*workers, policy=Policy(verify_length=verify_length)) as toys:
+    async with cluster(*workers, options=by_fives(verify_length=verify_length)) as toys:
         results = await asyncio.gather(
             *(toys.generate("hello", max_tokens=40, sampling={"seed": seed}) for seed in range(16))
         )
@@ -104,7 +116,7 @@ async def test_speculation_can_be_off_or_capped_for_a_request() -> None:
         ({"policy": "none"}, 0),
         ({"policy": "fixed:0"}, 0),
         ({"policy": "fixed:2"}, 2),
-        ({"policy": "fixed:99"}, 5),  # what the router allows
+        ({"policy": "fixed:99"}, 7),  # what the drafter has
         ({"policy": "fixed:3", "max_verify_length": 1}, 1),
         ({"policy": "fixed:1", "max_verify_length": 3}, 1),
         ({"policy": "fixed:3", "speculation": 2}, 0),
@@ -121,7 +133,7 @@ async def test_a_request_chooses_its_policy(fields: dict[str, Any], longest: int
 
 async def test_verify_length_zero_decodes_plainly() -> None:
     drafter = ToyDraft()
-    async with cluster(ToyVerifier(), drafter, policy=Policy(verify_length=0)) as toys:
+    async with cluster(ToyVerifier(), drafter, options=by_fives(verify_length=0)) as toys:
         result = await toys.generate("hello", max_tokens=10)
     assert result.ids == expected(letters, PROMPT, 5, 10)
     assert result.finished.speculation.rounds == 9
@@ -205,7 +217,8 @@ async def test_tokenize_and_describe() -> None:
         loads = await toys.stub().GetLoads(generation_pb2.GetLoadsRequest())
     assert list(told.token_ids) == [BOS, *bare.token_ids]
     assert list(told.pieces) == ["<bos>", "a", "b"]
-    assert (about.model.name, about.drafter, about.verify_length) == ("toy", "toy-drafter", 5)
+    assert (about.model.name, about.drafter, about.verify_length) == ("toy", "toy-drafter", 16)
+    assert about.policy == "fixed:5"
     assert {worker.role for worker in loads.workers} == {"draft", "verify"}
     assert loads.queue_limit == 64
 
@@ -215,7 +228,7 @@ async def test_tokenize_and_describe() -> None:
 
 async def test_running_streams_go_on_while_a_long_prompt_is_computed() -> None:
     verifier = ToyVerifier(row_seconds=0.00002)
-    async with cluster(verifier, ToyDraft(), policy=Policy(prefill_tokens=256)) as toys:
+    async with cluster(verifier, ToyDraft(), options=by_fives(prefill_tokens=256)) as toys:
         running = asyncio.create_task(toys.generate("hello", max_tokens=200))
         await until(lambda: len(verifier.steps) > 5)
         long = await toys.generate([BOS, *ids_of("a" * 3999)], max_tokens=4)

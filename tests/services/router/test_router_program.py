@@ -47,7 +47,7 @@ async def test_it_serves_workers_from_a_real_store_and_drains_on_sigterm() -> No
     async with EmbeddedStore() as url, serve("127.0.0.1:0", [add_v]) as v, serve("127.0.0.1:0", [add_d]) as d:
         verifier.server, drafter.server = v, d
         with Heartbeat(url, verifier.record), Heartbeat(url, drafter.record):
-            process = await start("--store", url, "--listen", "127.0.0.1:0", "--verify-length", "3")
+            process = await start("--store", url, "--listen", "127.0.0.1:0", "--policy", "fixed:3")
             ready = await event(process, "ready")
             async with connect(ready["address"]) as channel:
                 stub = generation_pb2_grpc.RouterStub(channel)
@@ -63,12 +63,27 @@ async def test_it_serves_workers_from_a_real_store_and_drains_on_sigterm() -> No
     assert 0 < done["accepted"] < done["verified"]
 
 
+async def test_adaptive_without_costs_is_refused_with_the_command_that_makes_them() -> None:
+    verifier = ToyVerifier()
+    add = (verifier_pb2_grpc.add_VerifierServicer_to_server, verifier, "dspark.v1.Verifier")
+    async with EmbeddedStore() as url, serve("127.0.0.1:0", [add]) as server:
+        verifier.server = server
+        with Heartbeat(url, verifier.record):
+            process = await start("--store", url, "--listen", "127.0.0.1:0", "--policy", "adaptive")
+            _, stderr = await process.communicate()
+    assert process.returncode == 1
+    last = stderr.decode().strip().splitlines()[-1]
+    assert "verify-0 has no cost profile" in last
+    assert "`dspark profile`" in last
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ((), "--store"),
         (("--store", "redis://127.0.0.1:1"), "cannot reach the store"),
         (("--store", "nonsense"), "nonsense"),
+        (("--store", "redis://127.0.0.1:1", "--policy", "best"), "policy 'best': known are none"),
         (("--store", "redis://127.0.0.1:1", "--max-queue", "0"), "--max-queue"),
     ],
 )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-__all__ = ["Patience", "Policy"]
+from services.router.scheduling.policies import Adaptive, Policy
+
+__all__ = ["Options", "Patience"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,15 @@ class Patience:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class Options:
     """What an operator decides.
 
     Attributes:
-        verify_length: draft tokens verified a round and sequence; 0 decodes plainly.
+        policy: how verify lengths are chosen for requests that name no policy themselves.
+        verify_length: draft tokens verified a round and sequence at most, whatever the policy; 0 decodes plainly.
+        explore: share of sequences whose whole block is verified to see what trimming hides, at most.
+        seed: of what is drawn: whom to explore.
+        trace: file that gets a line of JSON a round.
         prefill_tokens: prompt positions in a step beside running sequences.
         max_running: sequences of this router that one verify worker may have.
         step_seconds: after which a verify worker that has not answered is given up.
@@ -36,7 +43,11 @@ class Policy:
         patience: how long drafts are waited for.
     """
 
-    verify_length: int = 5
+    policy: Policy = field(default_factory=Adaptive)
+    verify_length: int = 16
+    explore: float = 1 / 64
+    seed: int = 0
+    trace: Path | None = None
     prefill_tokens: int = 128
     max_running: int = 64
     step_seconds: float = 20.0

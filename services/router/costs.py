@@ -1,0 +1,99 @@
+"""What a round with one verify worker costs as the router lives it: the engines' own seconds, and what lies between.
+
+A round's time is T_verify(rows) + hop + T_draft(requests) + hop. The engines' parts come from their profiles, refined
+by the steps this router saw; a hop is what a call took beyond its engine's part: transport, queueing, waiting for
+features. Whether that time is well spent is the scheduler's question.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from dspark.messages import StepResult
+from services.router.drafting import Drafts
+from services.router.links import DraftLink, VerifierLink
+from services.router.scheduling.plan import Floats
+
+__all__ = ["RoundCosts"]
+
+WINDOW = 25  # rounds that a hop is the median of
+JUDGED = 0.75  # of a step's rows, at least, for its time to tell what verifying costs
+OTHERS_PACE = 0.25
+
+
+class _Median:
+    """Of the last seconds; 0 before the first."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=WINDOW)
+        self.value = 0.0
+
+    def add(self, seconds: float) -> None:
+        self._values.append(max(0.0, seconds))
+        self.value = statistics.median(self._values)
+
+
+class RoundCosts:
+    """Of the rounds with one verify worker. All seconds; tables are over whole numbers from 0."""
+
+    def __init__(self, link: VerifierLink) -> None:
+        self._link = link
+        self._verify_hop = _Median()
+        self._draft_hop = _Median()
+        self._draft_engine = _Median()  # where a draft worker has no profile
+        self._others = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether the verify worker has shown what its steps cost."""
+        return self._link.costs is not None
+
+    @property
+    def other_rows(self) -> int:
+        """Rows that other routers have in the steps with ours, lately."""
+        return round(self._others)
+
+    def verify(self, rows: int, context: float) -> Floats:
+        """(rows + 1,) T + hop of steps with 0 … rows of our own rows, beside those of others."""
+        if self._link.costs is None:
+            return np.ones(rows + 1)
+        others = self.other_rows
+        return self._link.costs.table(rows + others, context)[others:] + self._verify_hop.value
+
+    def step(self, rows: int, context: float) -> float:
+        """The engine's seconds for a step with so many rows of ours; 0 where nothing is known."""
+        return self._link.costs.predict(rows + self.other_rows, context) if self._link.costs is not None else 0.0
+
+    def draft(self, requests: int, context: float, links: Iterable[DraftLink]) -> Floats:
+        """(requests + 1,) T + hop of drafting for 0 … requests, spread over the workers; drafting for none is free."""
+        links = list(links)
+        seconds = np.zeros(requests + 1)
+        if links and requests:
+            share = -(-np.arange(requests + 1) // len(links))
+            tables = [self._of_drafter(link, int(share[-1]), context)[share] for link in links]
+            seconds[1:] = np.max(tables, axis=0)[1:] + self._draft_hop.value
+        return seconds
+
+    def _of_drafter(self, link: DraftLink, requests: int, context: float) -> Floats:
+        if link.costs is None:
+            return np.full(requests + 1, self._draft_engine.value)
+        return link.costs.table(requests, context)
+
+    # ------------------------------------------------------------ after a round
+
+    def drafted(self, drafts: Drafts) -> None:
+        """Takes in a round of proposals that came in time."""
+        if drafts.engine_seconds:
+            self._draft_engine.add(drafts.engine_seconds)
+            self._draft_hop.add(drafts.seconds - drafts.engine_seconds)
+
+    def verified(self, rows: int, judged: int, context: float, seconds: float, result: StepResult) -> None:
+        """Takes in a step: our rows, those of them that verdicts came from, and what the call took."""
+        self._others += OTHERS_PACE * (result.other_tokens - self._others)
+        self._verify_hop.add(seconds - result.total_seconds)
+        if self._link.costs is not None and judged >= JUDGED * rows:
+            self._link.costs.observe(rows + result.other_tokens, context, result.total_seconds)

@@ -1,0 +1,322 @@
+"""Decides a cohort's rounds: for whom to draft, then how much of each block to verify; and learns from what came of it.
+
+Turns sequences into the rows of arrays that `services.router.scheduling` reasons about, and back. Knows neither how
+proposals come nor what a verify worker is told. What decides about drafting is known before anything is drafted, and
+what decides about verifying follows the batch's strictest sampling mode (DSpark §3.2.2, Appendix A).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dspark.messages import Mode, Proposal
+from services.router.cohort import Cohort
+from services.router.costs import RoundCosts
+from services.router.drafting import Ask
+from services.router.links import DraftLink
+from services.router.memory import Memory
+from services.router.options import Options
+from services.router.scheduling.payoff import Decision, Payoff
+from services.router.scheduling.plan import FREE, Bools, Floats, Ints, limits, survival_of
+from services.router.scheduling.policies import Facts, Outcome, Policy, mixed
+from services.router.scheduling.survival import explore
+from services.router.scheduling.whom import whom_to_draft
+from services.router.sequences import Sequence as Running
+from services.router.shares import level
+
+__all__ = ["Round", "Scheduler", "Took"]
+
+EXPLORED_ROWS = 0.02  # of a step's rows without drafts, that exploring may add on average
+IDLE_EXPLORED_ROWS = 0.005  # the same while drafting pays for nobody: then a draft is asked for to be explored
+
+
+@dataclass(slots=True)
+class Round:
+    """One round on its way. Rows of arrays are the running sequences; blocks have up to n tokens.
+
+    Attributes:
+        running: sequences whose next step is a round.
+        prompts, pieces: the others, and how many positions of each are computed beside the round.
+        policies: whom each running sequence's verify length goes by.
+        context: mean committed length of the running sequences.
+        most: (R,) draft tokens that may be verified.
+        asked: (R,) who is drafted for.
+        explored: (R,) whole blocks that are verified whatever they promise, `FREE` elsewhere.
+        seconds: T over the step's rows, up to all that it may have.
+        unhidden: seconds that the drafting of this round is expected to take.
+        decision: what speculation may do at all; None where no sequence's policy looks at costs.
+        proposed: (R,) whether a block came. confidences: (R, n) as they came; corrected: as they are believed.
+        outcome: the lengths.
+        tokens: expected of the round.
+    """
+
+    running: list[Running]
+    prompts: list[Running]
+    pieces: list[int]
+    policies: list[Policy]
+    context: float
+    slots: Ints
+    settings: Ints
+    most: Ints
+    asked: Bools
+    explored: Ints
+    before: Floats
+    seconds: Floats
+    unhidden: float
+    decision: Decision | None
+    proposed: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
+    confidences: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+    corrected: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+    outcome: Outcome | None = None
+    tokens: float = 0.0
+
+    @property
+    def base_rows(self) -> int:
+        """Rows of the step without drafts."""
+        return len(self.running) + sum(self.pieces)
+
+    @property
+    def lengths(self) -> tuple[list[int], list[int], list[int]]:
+        """By row: draft tokens to verify, how many of them may be kept, and whether a wanted block did not come."""
+        assert self.outcome is not None
+        missed = self.asked & ~self.proposed
+        return self.outcome.verify.tolist(), self.outcome.commit.tolist(), missed.astype(int).tolist()
+
+    @property
+    def drafts(self) -> int:
+        """Rows of drafts in the step."""
+        return int(self.outcome.verify.sum()) if self.outcome is not None else 0
+
+    @property
+    def asks(self) -> list[Ask]:
+        """What to ask the draft workers for."""
+        return [(self.running[row], int(self.most[row])) for row in np.flatnonzero(self.asked)]
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What a round came to.
+
+    Attributes:
+        matched: (R,) draft tokens accepted, before anything cut them; -1 for a sequence without a verdict.
+        tokens: emitted in all.
+        seconds: from asking for proposals to the verdicts.
+    """
+
+    matched: Ints
+    tokens: int
+    seconds: float
+
+
+class Scheduler:
+    """Of the rounds with one verify worker.
+
+    Args:
+        costs: of these rounds.
+        memory: what earlier rounds say of drafts, shared by a router's cohorts.
+        drafters: the connected draft workers, a live view.
+        able: whether a sequence can be drafted for now.
+        options: of the router.
+    """
+
+    def __init__(
+        self,
+        costs: RoundCosts,
+        memory: Memory,
+        drafters: Mapping[str, DraftLink],
+        able: Callable[[Running], bool],
+        options: Options,
+    ) -> None:
+        self.costs = costs
+        self._memory = memory
+        self._drafters = drafters
+        self._able = able
+        self._options = options
+        self._random = np.random.default_rng(options.seed)
+        self._longest = options.verify_length
+        self._payoff = Payoff(self._longest)
+        self._yield = 1.0  # tokens a row, lately
+
+    @property
+    def payoff(self) -> Payoff:
+        """Whether speculation pays."""
+        return self._payoff
+
+    # ------------------------------------------------------------ before anything is drafted
+
+    def begin(self, cohort: Cohort) -> Round:
+        """Who takes part in the next round, and for whom to draft: from earlier rounds only."""
+        running, prompts = cohort.running(), cohort.prompts()
+        rows = cohort.link.max_step_tokens
+        free = rows - len(running)
+        pieces = level([p.uncomputed for p in prompts], min(free, self._options.prefill_tokens) if running else free)
+        policies = [s.request.policy or self._options.policy for s in running]
+        block = self._block()
+        scheduled = np.array([policy.needs_costs for policy in policies], np.bool_)
+        decision = self._decide(block, len(running) + sum(pieces)) if scheduled.any() else None
+        context = sum(s.committed_len for s in running) / max(1, len(running))
+        slots, settings = self._memory.rows(running)
+        most = _most(running, policies, scheduled, block, decision)
+        round_ = Round(
+            running=running,
+            prompts=prompts,
+            pieces=pieces,
+            policies=policies,
+            context=context,
+            slots=slots,
+            settings=settings,
+            most=most,
+            asked=most > 0,
+            explored=np.full(len(running), FREE),
+            before=self._memory.histories.before(slots)[:, :block],
+            seconds=self.costs.verify(rows, context),
+            unhidden=0.0,
+            decision=decision,
+        )
+        if scheduled.any() and block:
+            self._choose(round_, scheduled, block)
+        drafting = np.array([row and self._able(s) for row, s in zip(round_.asked, running, strict=True)], np.bool_)
+        round_.unhidden = float(self._draft_seconds(len(running), context)[np.count_nonzero(drafting)])
+        return round_
+
+    def _block(self) -> int:
+        """Draft tokens of the longest block at hand, or that was: a round without its drafter counts as missed."""
+        blocks = [link.drafter.block_size for link in self._drafters.values() if link.alive]
+        self._longest = max(blocks, default=self._longest)
+        return min(self._options.verify_length, self._longest)
+
+    def _decide(self, block: int, load: int) -> Decision:
+        if self._payoff.block != block:
+            self._payoff = Payoff(block)
+        return self._payoff.decide(load)
+
+    def _draft_seconds(self, requests: int, context: float) -> Floats:
+        return self.costs.draft(requests, context, [link for link in self._drafters.values() if link.alive])
+
+    def _choose(self, round_: Round, scheduled: Bools, block: int) -> None:
+        """Among those whose policy looks at costs; the others are drafted for as they wish."""
+        able = np.array([self._able(s) for s in round_.running], np.bool_)
+        open_ = np.arange(block) < np.where(scheduled & able, round_.most, 0)[:, None]
+        predicted = np.where(open_, self._memory.histories.predicted(round_.slots)[:, :block], 0.0)
+        chosen = whom_to_draft(
+            predicted,
+            round_.seconds,
+            self._draft_seconds(len(round_.running), round_.context),
+            round_.base_rows,
+            base_tokens=self._base_tokens(round_),
+        )
+        share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
+        room = np.where(scheduled & able, round_.most, 0)
+        explored = explore(room, self._random, share=self._options.explore, rows=share * round_.base_rows)
+        round_.explored = np.where(room > 0, explored, FREE)
+        wanted = chosen | (round_.explored > 0)
+        round_.asked = (round_.most > 0) & np.where(scheduled & able, wanted, True)
+
+    def _base_tokens(self, round_: Round) -> float:
+        """Of the step without our drafts: one of each running sequence, and what other routers' rows yield."""
+        return len(round_.running) + self.costs.other_rows * self._yield
+
+    # ------------------------------------------------------------ once the blocks are there
+
+    def plan(self, round_: Round, proposals: Mapping[str, Proposal]) -> None:
+        """Verify lengths of the blocks that came."""
+        width = max(round_.before.shape[1], 1)
+        blocks = [_fresh(s, proposals) for s in round_.running]
+        round_.proposed = np.array([block is not None for block in blocks], np.bool_)
+        round_.confidences = _confidences(blocks, width)
+        histories, tracker = self._memory.histories, self._memory.tracker
+        nudge = histories.nudge(round_.slots)
+        round_.corrected = tracker.corrected(round_.settings, round_.confidences, nudge)
+        facts = Facts(
+            confidences=round_.corrected,
+            most=round_.most,
+            seconds=round_.seconds,
+            base_rows=round_.base_rows,
+            unhidden=round_.unhidden if round_.proposed.any() else 0.0,
+            rejection=any(_by_rejection(s) for s, own in zip(round_.running, round_.proposed, strict=True) if own),
+            before=round_.before if round_.before.shape[1] == width else None,
+            explored=round_.explored,
+            base_tokens=self._base_tokens(round_),
+        )
+        round_.outcome = mixed(round_.policies, facts)
+        survival = survival_of(round_.corrected, round_.outcome.verify)
+        round_.tokens = len(round_.running) + float(survival.sum())
+
+    # ------------------------------------------------------------ once the verdicts are there
+
+    def learn(self, round_: Round, took: Took) -> None:
+        """What the round came to, for the rounds to come."""
+        assert round_.outcome is not None
+        judged = took.matched >= 0
+        stayed = np.array(
+            [s.slot == slot for s, slot in zip(round_.running, round_.slots, strict=True)], np.bool_
+        )  # a slot may have another owner by now
+        self._memory.histories.skipped(round_.slots[stayed & ~round_.proposed])
+        rows = np.flatnonzero(judged & stayed & round_.proposed)
+        if len(rows):
+            verified, matched = round_.outcome.verify[rows], took.matched[rows]
+            self._memory.tracker.observe(
+                round_.settings[rows], round_.confidences[rows], verified, matched, planned=round_.outcome.planned[rows]
+            )
+            self._memory.histories.observe(round_.slots[rows], round_.corrected[rows], verified, matched)
+        self._weigh(round_, took, int(np.count_nonzero(judged)))
+
+    def _weigh(self, round_: Round, took: Took, judged: int) -> None:
+        if not judged or sum(round_.pieces) > len(round_.running) // 2:
+            return  # mostly prompts: no measure of either way to decode
+        assert round_.outcome is not None
+        rows = judged + int(round_.outcome.verify.sum())
+        self._yield += (took.tokens / rows - self._yield) / 16
+        if round_.decision is not None and self.costs.known:
+            self._payoff.observe(
+                round_.decision,
+                drafted=bool(round_.asked.any()),
+                tokens=took.tokens,
+                seconds=took.seconds,
+                plain_tokens=judged,
+                plain_seconds=float(round_.seconds[min(round_.base_rows, len(round_.seconds) - 1)]),
+            )
+
+
+def _most(
+    running: Sequence[Running], policies: Sequence[Policy], scheduled: Bools, block: int, decision: Decision | None
+) -> Ints:
+    """(R,) draft tokens that each may have verified: the request's limits, its policy's, and what pays at all."""
+    pays = decision.limit if decision is not None else block
+    caps = [
+        min(policy.ask(block), block if s.request.max_verify_length is None else s.request.max_verify_length)
+        for s, policy in zip(running, policies, strict=True)
+    ]
+    return limits(
+        np.array([s.left for s in running], np.int64),
+        block,
+        caps=np.where(scheduled, np.minimum(caps, pays), caps).astype(np.int64),
+        speculation=np.array([s.request.speculation for s in running], np.bool_),
+    )
+
+
+def _fresh(sequence: Running, proposals: Mapping[str, Proposal]) -> Proposal | None:
+    """The proposal, if it is for where the sequence is now."""
+    proposal = proposals.get(sequence.sequence_id)
+    if proposal is None or (proposal.key, proposal.committed_len) != (sequence.key, sequence.committed_len):
+        return None
+    return proposal
+
+
+def _confidences(blocks: Sequence[Proposal | None], width: int) -> Floats:
+    """(R, width) c_k; 0 past what was proposed, NaN where the drafter gives none."""
+    table = np.zeros((len(blocks), width))
+    for row, block in enumerate(blocks):
+        if block is not None:
+            count = min(width, len(block.tokens))
+            known = block.confidences[:count]
+            table[row, :count] = np.maximum(known, 1e-6) if len(known) == count else np.nan
+    return table
+
+
+def _by_rejection(sequence: Running) -> bool:
+    sampling = sequence.request.sampling
+    return sampling.mode is Mode.REJECTION and not sampling.greedy
