@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dspark.messages import Mode, Proposal
+from dspark.messages import Mode, Proposal, SequenceKey
 from services.router.cohort import Cohort
 from services.router.costs import RoundCosts
 from services.router.drafting import Ask
@@ -40,6 +40,7 @@ class Round:
     Attributes:
         running: sequences whose next step is a round.
         prompts, pieces: the others, and how many positions of each are computed beside the round.
+        keys, prompt_keys: the sequences' as the round began; whoever has another by now has moved.
         policies: whom each running sequence's verify length goes by.
         context: mean committed length of the running sequences.
         most: (R,) draft tokens that may be verified.
@@ -56,6 +57,8 @@ class Round:
     running: list[Running]
     prompts: list[Running]
     pieces: list[int]
+    keys: list[SequenceKey]
+    prompt_keys: list[SequenceKey]
     policies: list[Policy]
     context: float
     slots: Ints
@@ -164,6 +167,8 @@ class Scheduler:
             running=running,
             prompts=prompts,
             pieces=pieces,
+            keys=[s.key for s in running],
+            prompt_keys=[s.key for s in prompts],
             policies=policies,
             context=context,
             slots=slots,

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from dspark.errors import DSparkError, InternalError
-from dspark.messages import PositionLogprobs, Proposal, StepItem, StepResult, Verdict
+from dspark.messages import PositionLogprobs, Proposal, SequenceKey, StepItem, StepResult, Verdict
 from services.router.cohort import Cohort
 from services.router.drafting import Drafting, Drafts
 from services.router.finish import FinishReason, cut
@@ -29,7 +29,7 @@ class Entry:
 
     sequence: Sequence
     item: StepItem
-    round: bool  # not a piece of its prompt
+    row: int | None = None  # in the round; None: a piece of its prompt
     drafted: int = 0
     missed: bool = False
 
@@ -78,7 +78,7 @@ class Rounds:
             drafts = await self._drafting.propose(round_.asks)
         with phase("schedule"):
             scheduler.plan(round_, drafts.proposals)
-            batch = assemble(round_, drafts.proposals)
+            batch = assemble(cohort, round_, drafts.proposals)
         if not batch:
             return
         began = time.perf_counter()
@@ -86,34 +86,32 @@ class Rounds:
             result = await cohort.link.step([entry.item for entry in batch], self._step_seconds)
         seconds = time.perf_counter() - began
         with phase("commit"):
-            took = self._commit(cohort, batch, result, seconds + drafts.seconds)
-            self._learn(cohort, scheduler, round_, took, drafts, result, seconds)
+            took = self._commit(cohort, round_, batch, result, seconds + drafts.seconds)
+            self._learn(cohort, scheduler, round_, batch, took, drafts, result, seconds)
 
-    def _commit(self, cohort: Cohort, batch: list[Entry], result: StepResult, seconds: float) -> Took:
+    def _commit(self, cohort: Cohort, round_: Round, batch: list[Entry], result: StepResult, seconds: float) -> Took:
         """Takes in the verdicts. Text is made while the next round waits for its workers."""
         _check(batch, result)
         news: list[Published] = []
         counts: list[tuple[int, int]] = []
-        matched: list[int] = []
+        matched = np.full(len(round_.running), -1)
         for entry, verdict in zip(batch, result.verdicts, strict=True):
             sequence = entry.sequence
-            known = sequence.cohort is cohort and sequence.key == verdict.key  # else cancelled or moved meanwhile
-            if entry.round:
-                matched.append(verdict.matched if verdict.error is None and verdict.token is not None and known else -1)
-            if not known:
-                continue
+            if sequence.cohort is not cohort or sequence.key != verdict.key:
+                continue  # cancelled or moved meanwhile
             if verdict.error is not None:
                 self._owner.reopen(sequence, verdict.error)
             elif verdict.token is None:
                 sequence.computed_len = verdict.computed_len
             else:
                 news.append(self._accept(entry, verdict, verdict.token))
-                if entry.round:
+                if entry.row is not None:
+                    matched[entry.row] = verdict.matched
                     counts.append((len(entry.item.draft_tokens), verdict.accepted))
         self._count(cohort, result, news, counts)
         self._publish_later(news)
         gained = sum(accepted + 1 for _, accepted in counts)
-        return Took(np.array(matched, np.int64), gained, seconds)
+        return Took(matched, gained, seconds)
 
     def _publish_later(self, news: list[Published]) -> None:
         """Two turns of the loop from now: by then the next round's request has left."""
@@ -123,7 +121,7 @@ class Rounds:
     def _accept(self, entry: Entry, verdict: Verdict, token: int) -> Published:
         """Commits accepted drafts and the token after them, as far as the request goes."""
         sequence, verified = entry.sequence, len(entry.item.draft_tokens)
-        if entry.round:
+        if entry.row is not None:
             sequence.counts.add_round(
                 drafted=entry.drafted, verified=verified, accepted=verdict.accepted, missed=entry.missed
             )
@@ -148,14 +146,15 @@ class Rounds:
         cohort: Cohort,
         scheduler: Scheduler,
         round_: Round,
+        batch: list[Entry],
         took: Took,
         drafts: Drafts,
         result: StepResult,
         seconds: float,
     ) -> None:
         """What the round came to beside what was expected of it."""
-        judged = len(round_.running) + round_.drafts
-        rows = judged + sum(round_.pieces)
+        judged = sum(1 + len(entry.item.draft_tokens) for entry in batch if entry.row is not None)
+        rows = sum(entry.item.count + len(entry.item.draft_tokens) for entry in batch)
         expected = scheduler.costs.step(rows, round_.context)
         scheduler.costs.drafted(drafts)
         scheduler.costs.verified(rows, judged, round_.context, seconds, result)
@@ -195,19 +194,26 @@ def _check(batch: list[Entry], result: StepResult) -> None:
             raise InternalError(f"verdict: {verdict.matched} drafts match of {verified}, {verdict.accepted} accepted")
 
 
-def assemble(round_: Round, proposals: Mapping[str, Proposal]) -> list[Entry]:
-    """The batch: every running sequence's anchor and draft prefix, and pieces of prompts in the rows that are left."""
+def assemble(cohort: Cohort, round_: Round, proposals: Mapping[str, Proposal]) -> list[Entry]:
+    """The batch: every running sequence's anchor and draft prefix, and pieces of prompts in the rows that are left.
+
+    Who was cancelled, has moved or rests since the round began is left out.
+    """
+    plans = zip(round_.running, round_.keys, round_.proposed, *round_.lengths, strict=True)
     rounds = [
-        _round(sequence, proposals.get(sequence.sequence_id) if proposed else None, length, keep, missed)
-        for sequence, proposed, length, keep, missed in zip(
-            round_.running, round_.proposed, *round_.lengths, strict=True
-        )
+        _round(row, sequence, proposals.get(sequence.sequence_id) if proposed else None, length, keep, missed=missed)
+        for row, (sequence, key, proposed, length, keep, missed) in enumerate(plans)
+        if _stays(sequence, key, cohort) and not sequence.outlet.full
     ]
-    pieces = zip(round_.prompts, round_.pieces, strict=True)
-    return rounds + [_piece(prompt, count) for prompt, count in pieces if count]
+    pieces = zip(round_.prompts, round_.prompt_keys, round_.pieces, strict=True)
+    return rounds + [_piece(prompt, count) for prompt, key, count in pieces if count and _stays(prompt, key, cohort)]
 
 
-def _round(sequence: Sequence, block: Proposal | None, length: int, keep: int, missed: int) -> Entry:
+def _stays(sequence: Sequence, key: SequenceKey, cohort: Cohort) -> bool:
+    return sequence.cohort is cohort and sequence.key == key
+
+
+def _round(row: int, sequence: Sequence, block: Proposal | None, length: int, keep: int, *, missed: int) -> Entry:
     item = StepItem(
         sequence.key,
         sequence.committed_len,
@@ -216,8 +222,8 @@ def _round(sequence: Sequence, block: Proposal | None, length: int, keep: int, m
         block.distributions[:length] if block else (),
         keep if keep < length else None,
     )
-    return Entry(sequence, item, round=True, drafted=len(block.tokens) if block else 0, missed=bool(missed))
+    return Entry(sequence, item, row, drafted=len(block.tokens) if block else 0, missed=bool(missed))
 
 
 def _piece(sequence: Sequence, count: int) -> Entry:
-    return Entry(sequence, StepItem(sequence.key, sequence.committed_len, count), round=False)
+    return Entry(sequence, StepItem(sequence.key, sequence.committed_len, count))
