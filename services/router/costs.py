@@ -87,7 +87,7 @@ class RoundCosts:
 
     def drafted(self, drafts: Drafts) -> None:
         """Takes in a round of proposals that came in time."""
-        if drafts.engine_seconds:
+        if drafts.proposals:
             self._draft_engine.add(drafts.engine_seconds)
             self._draft_hop.add(drafts.seconds - drafts.engine_seconds)
 

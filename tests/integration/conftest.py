@@ -1,5 +1,6 @@
 """A tiny pair of target and drafter that agree often enough to be interesting, and clusters that serve it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def cluster_of(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> ClusterOf:
-    """Makes clusters of the pair (or of the target alone, with `drafter="none"`)."""
+    """Makes clusters of the pair (or of the target alone, with `drafter="none"`); `both`: arguments of its workers."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def make(drafter: str | Path | None = None, **settings: Any) -> Cluster:
-        return Cluster(pair[0], drafter or pair[1], draft_args=EXACT[:4], verify_args=EXACT, **settings)
+    def make(drafter: str | Path | None = None, *, both: Sequence[str] = (), **settings: Any) -> Cluster:
+        draft, verify = (*EXACT[:4], *both), (*EXACT, *both)
+        return Cluster(pair[0], drafter or pair[1], draft_args=draft, verify_args=verify, **settings)
 
     return make

@@ -71,3 +71,21 @@ async def test_greedy_is_the_same_in_both_modes_and_without_drafts(cluster_of: C
         ]
         assert all(len(set(tokens)) == 1 for tokens in runs)
         assert len({tokens[0] for tokens in runs}) > 1
+
+
+async def test_what_the_scheduler_decides_changes_no_token(cluster_of: ClusterOf) -> None:
+    """Measured costs, live confidences, exploring: coupled tokens are those of plain decoding at any load."""
+    async with cluster_of(drafter="none") as cluster, cluster.client() as client:
+        own = ids([await complete(client, i) for i in range(len(PROMPTS))])
+    measured = ("--profile", "measure", "--profile-seconds", "3")
+    scheduled = cluster_of(policy="adaptive", router_args=("--explore", "0.2"), both=measured)
+    async with scheduled as cluster, cluster.client() as client:
+        runs = [[await complete(client, 0)], [await complete(client, 1)], await crowd(client, None)]
+        capped = await crowd(client, 7, 1, 0, 3)
+        assert [runs[0][0].token_ids, runs[1][0].token_ids] == own[:2]
+        assert ids(runs[2]) == ids(capped) == own
+        counts = Speculation.total(run.speculation for several in (*runs, capped) for run in several)
+        assert (await client.describe()).policy == "adaptive"
+        assert ids([await complete(client, i, mode="rejection") for i in range(4)]) != own[:4]
+    assert counts.accepted > 50
+    assert counts.rejected > 50

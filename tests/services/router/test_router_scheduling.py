@@ -1,0 +1,181 @@
+"""The scheduler in real routers over toy workers whose steps cost what their rows cost."""
+
+import asyncio
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from support.toys import (
+    BOS,
+    Cluster,
+    Result,
+    ToyDraft,
+    ToyVerifier,
+    by_fives,
+    cluster,
+    expected,
+    ids_of,
+    letters,
+    until,
+)
+
+from dspark.costs import CostProfile, Point
+from dspark.messages import StepItem
+from services.router.scheduling.policies import Adaptive, CapAccept, Policy
+
+PROMPT = [BOS, *ids_of("hello")]
+FIXED, ROW = 0.008, 0.0004  # seconds of a step, and of each of its rows beyond the free ones
+FREE_ROWS = 12
+
+
+def seconds(rows: int) -> float:
+    """Flat while rows are few, as where weights have to be read anyway; then every row is paid for."""
+    return FIXED + ROW * max(0, rows - FREE_ROWS)
+
+
+def rows_of(items: Iterable[StepItem]) -> int:
+    return sum(item.count + len(item.draft_tokens) for item in items)
+
+
+class PricedVerifier(ToyVerifier):
+    """Takes `seconds` of its rows, and has published that."""
+
+    def __init__(self, worker_id: str = "verify-0") -> None:
+        super().__init__(worker_id)
+        points = tuple(Point(rows, 64, seconds(rows)) for rows in (1, 4, 12, 16, 32, 64, 128, 256, 512))
+        self.costs = CostProfile("verify", "toy-verify-costs", points, 0.0)
+        self.step_cost = seconds
+
+    async def _step(self, items):  # type: ignore[no-untyped-def]
+        self.row_seconds = self.step_cost(rows := rows_of(items)) / rows
+        return await super()._step(items)
+
+
+class BlindVerifier(ToyVerifier):
+    """Has published nothing, and counts who asks."""
+
+    described = 0
+
+    async def Describe(self, request, context):  # type: ignore[no-untyped-def]
+        self.described += 1
+        return await super().Describe(request, context)
+
+
+def drafter() -> ToyDraft:
+    """Right two times in three, and says so."""
+    toy = ToyDraft()
+    toy.costs = CostProfile("draft", "toy-draft-costs", tuple(Point(n, 64, 0.0005) for n in (1, 64)), 0.0)
+    return toy
+
+
+async def crowd(toys: Cluster, users: int, tokens: int, **fields: object) -> list[Result]:
+    return list(
+        await asyncio.gather(
+            *(toys.generate("hello", sampling={"seed": s}, max_tokens=tokens, **fields) for s in range(users))  # type: ignore[arg-type]
+        )
+    )
+
+
+def length(results: list[Result]) -> float:
+    """Draft tokens verified a sequence and round."""
+    counts = [result.finished.speculation for result in results]
+    return sum(c.verified for c in counts) / sum(c.rounds for c in counts)
+
+
+def assert_right(results: list[Result], tokens: int) -> None:
+    for seed, result in enumerate(results):
+        assert result.ids == expected(letters, PROMPT, seed, tokens)
+
+
+async def test_verify_lengths_fall_as_the_verifier_fills_and_no_token_changes() -> None:
+    lengths = []
+    async with cluster(PricedVerifier(), drafter(), options=by_fives(policy=Adaptive())) as toys:
+        for users in (1, 6, 40):
+            results = await crowd(toys, users, 60)
+            assert_right(results, 60)
+            lengths.append(length(results))
+    assert lengths[0] > 3  # rows are free there
+    assert lengths[0] > lengths[1] > lengths[2]
+    assert lengths[2] < 1.5
+
+
+async def test_adaptive_takes_less_of_the_verifier_than_whole_blocks_where_rows_are_paid_for() -> None:
+    taken = {}
+    verifier = PricedVerifier()
+    async with cluster(verifier, drafter(), options=by_fives(policy=Adaptive())) as toys:
+        for policy in ("fixed:7", "adaptive"):
+            verifier.steps.clear()
+            assert_right(await crowd(toys, 8, 60, policy=policy), 60)
+            taken[policy] = sum(seconds(rows_of(step)) for step in verifier.steps)
+    assert taken["adaptive"] < 0.9 * taken["fixed:7"]
+
+
+@pytest.mark.parametrize("policy", [Adaptive(), CapAccept()])
+async def test_requests_of_one_batch_follow_their_own_policies(policy: Policy) -> None:
+    own = ("", "none", "fixed:2", "threshold:0.9", "threshold:0.1", "adaptive", "cap-accept", "fixed:0")
+    async with cluster(PricedVerifier(), drafter(), options=by_fives(policy=policy)) as toys:
+        results = await asyncio.gather(
+            *(toys.generate("hello", sampling={"seed": s}, max_tokens=60, policy=name) for s, name in enumerate(own))
+        )
+    assert_right(results, 60)
+    by_name = {name: length([result]) for name, result in zip(own, results, strict=True)}
+    assert by_name["none"] == by_name["fixed:0"] == 0
+    assert 1.5 < by_name["fixed:2"] <= 2
+    assert by_name["threshold:0.9"] == 0  # the toy is never so sure
+    assert by_name["threshold:0.1"] > 5
+    assert by_name["adaptive"] > 0
+
+
+async def test_cap_accept_verifies_whole_blocks_and_keeps_what_adaptive_would() -> None:
+    verifier = PricedVerifier()
+    async with cluster(verifier, drafter(), options=by_fives(policy=CapAccept())) as toys:
+        results = await crowd(toys, 8, 60)
+    assert_right(results, 60)
+    assert length(results) > 5
+    cut = [item for step in verifier.steps for item in step if item.keep is not None]
+    assert cut
+    assert all(item.keep < len(item.draft_tokens) for item in cut if item.keep is not None)
+
+
+async def test_a_verifier_that_slows_down_is_noticed_within_a_few_steps(tmp_path: Path) -> None:
+    """Where every row suddenly costs, lengths shrink; when that is over they are back."""
+    verifier, trace = PricedVerifier(), tmp_path / "trace.jsonl"
+    async with cluster(verifier, drafter(), options=by_fives(policy=Adaptive(), trace=trace)) as toys:
+        await crowd(toys, 6, 120)
+        verifier.step_cost = lambda rows: 3 * seconds(rows)
+        await crowd(toys, 6, 120)
+    rounds = [json.loads(line) for line in trace.read_text().splitlines()]
+    last = [r["expected_step_seconds"] / r["step_seconds"] for r in rounds[-20:] if r["running"] == 6]
+    assert sorted(last)[len(last) // 2] == pytest.approx(1, abs=0.15)
+    assert {"load_age", "tokens", "expected_tokens", "draft_seconds"} <= rounds[0].keys()
+
+
+async def test_routers_of_one_verifier_see_each_others_rows() -> None:
+    async with cluster(PricedVerifier(), drafter(), routers=2, options=by_fives(policy=Adaptive())) as toys:
+        both = await asyncio.gather(
+            *(
+                toys.generate("hello", router=s % 2, sampling={"seed": s}, max_tokens=60, request_id=f"r{s}")
+                for s in range(8)
+            )
+        )
+    assert_right(both, 60)
+
+
+async def test_without_costs_adaptive_workers_are_refused_and_others_serve() -> None:
+    blind, priced = BlindVerifier("blind"), PricedVerifier("priced")
+    async with cluster(priced, drafter(), options=by_fives(policy=Adaptive())) as toys:
+        await toys.add(blind)
+        await until(lambda: blind.described > 0)
+        assert_right(await crowd(toys, 4, 20), 20)
+        assert list(toys.engine.verifiers.links) == ["priced"]
+    assert not blind.steps
+
+
+async def test_a_store_that_is_gone_changes_nothing_but_the_age_of_what_is_known() -> None:
+    async with cluster(PricedVerifier(), drafter(), options=by_fives(policy=Adaptive())) as toys:
+        await crowd(toys, 2, 30)
+        toys.board.emptied = True
+        results = await crowd(toys, 2, 60)
+        assert_right(results, 60)
+        assert length(results) > 3
