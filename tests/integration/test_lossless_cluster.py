@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 from support.clusters import ClusterOf
 
@@ -14,7 +15,7 @@ PROMPTS = [[2, *RANDOM.choices(range(3, VOCAB), k=RANDOM.randint(1, 60))] for _ 
 
 
 async def complete(
-    client: Client, index: int, *, cap: int | None = None, mode: str = "coupled", **more: int
+    client: Client, index: int, *, cap: int | None = None, mode: str = "coupled", policy: str = "", **more: int
 ) -> Completion:
     return await client.complete(
         PROMPTS[index],
@@ -25,11 +26,13 @@ async def complete(
         mode=mode,
         speculation=cap != 0,
         max_verify_length=cap,
+        policy=policy,
     )
 
 
-async def crowd(client: Client, *caps: int | None) -> list[Completion]:
-    return await asyncio.gather(*(complete(client, i, cap=caps[i % len(caps)]) for i in range(len(PROMPTS))))
+async def crowd(client: Client, *caps: int | None, policies: Sequence[str] = ("",)) -> list[Completion]:
+    own = [(caps[i % len(caps)], policies[i % len(policies)]) for i in range(len(PROMPTS))]
+    return await asyncio.gather(*(complete(client, i, cap=cap, policy=name) for i, (cap, name) in enumerate(own)))
 
 
 def ids(completions: list[Completion]) -> list[tuple[int, ...]]:
@@ -81,10 +84,10 @@ async def test_what_the_scheduler_decides_changes_no_token(cluster_of: ClusterOf
     scheduled = cluster_of(policy="adaptive", router_args=("--explore", "0.2"), both=measured)
     async with scheduled as cluster, cluster.client() as client:
         runs = [[await complete(client, 0)], [await complete(client, 1)], await crowd(client, None)]
-        capped = await crowd(client, 7, 1, 0, 3)
+        mixed = await crowd(client, None, policies=("adaptive", "fixed:7", "threshold:0.2", "cap-accept"))
         assert [runs[0][0].token_ids, runs[1][0].token_ids] == own[:2]
-        assert ids(runs[2]) == ids(capped) == own
-        counts = Speculation.total(run.speculation for several in (*runs, capped) for run in several)
+        assert ids(runs[2]) == ids(mixed) == own
+        counts = Speculation.total(run.speculation for several in (*runs, mixed) for run in several)
         assert (await client.describe()).policy == "adaptive"
         assert ids([await complete(client, i, mode="rejection") for i in range(4)]) != own[:4]
     assert counts.accepted > 50

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.toys import (
@@ -21,7 +22,9 @@ from support.toys import (
 )
 
 from dspark.costs import CostProfile, Point
-from dspark.messages import StepItem
+from dspark.errors import DSparkError
+from dspark.messages import StepItem, StepResult
+from dspark.v1.verifier_pb2 import DescribeVerifierResponse
 from services.router.scheduling.policies import Adaptive, CapAccept, Policy
 
 PROMPT = [BOS, *ids_of("hello")]
@@ -47,7 +50,7 @@ class PricedVerifier(ToyVerifier):
         self.costs = CostProfile("verify", "toy-verify-costs", points, 0.0)
         self.step_cost = seconds
 
-    async def _step(self, items):  # type: ignore[no-untyped-def]
+    async def _step(self, items: tuple[StepItem, ...]) -> StepResult | DSparkError:
         self.row_seconds = self.step_cost(rows := rows_of(items)) / rows
         return await super()._step(items)
 
@@ -57,7 +60,7 @@ class BlindVerifier(ToyVerifier):
 
     described = 0
 
-    async def Describe(self, request, context):  # type: ignore[no-untyped-def]
+    async def Describe(self, request: Any, context: Any) -> DescribeVerifierResponse:
         self.described += 1
         return await super().Describe(request, context)
 
@@ -80,7 +83,7 @@ async def crowd(toys: Cluster, users: int, tokens: int, **fields: object) -> lis
 def length(results: list[Result]) -> float:
     """Draft tokens verified a sequence and round."""
     counts = [result.finished.speculation for result in results]
-    return sum(c.verified for c in counts) / sum(c.rounds for c in counts)
+    return float(sum(c.verified for c in counts) / sum(c.rounds for c in counts))
 
 
 def assert_right(results: list[Result], tokens: int) -> None:
