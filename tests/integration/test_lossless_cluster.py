@@ -89,6 +89,6 @@ async def test_what_the_scheduler_decides_changes_no_token(cluster_of: ClusterOf
         assert ids(runs[2]) == ids(mixed) == own
         counts = Speculation.total(run.speculation for several in (*runs, mixed) for run in several)
         assert (await client.describe()).policy == "adaptive"
-        assert ids([await complete(client, i, mode="rejection") for i in range(4)]) != own[:4]
+        assert ids([await complete(client, i, mode="rejection", policy="fixed:7") for i in range(4)]) != own[:4]
     assert counts.accepted > 50
     assert counts.rejected > 50
