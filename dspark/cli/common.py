@@ -80,6 +80,7 @@ class ClusterSettings:
     dtype: str | None = None
     log_dir: Path | None = None
     verify_args: tuple[str, ...] = field(default=())
+    draft_args: tuple[str, ...] = field(default=())
     trace: Path | None = None
 
     def cluster(self, **changes: Any) -> Cluster:
@@ -92,7 +93,7 @@ class ClusterSettings:
             "verify_length": self.verify_length,
             "log_dir": self.log_dir,
             "verify_args": (*dtype, *self.verify_args),
-            "draft_args": dtype,
+            "draft_args": (*dtype, *self.draft_args),
             "router_args": ("--trace", str(self.trace.absolute())) if self.trace else (),
         }
         return Cluster(self.model, self.drafter, **(settings | changes))

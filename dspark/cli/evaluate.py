@@ -82,6 +82,8 @@ def command(
     if compare is CompareWith.offline:
         policy = _whole_blocks(policy)
     cluster = common.ClusterSettings(router, model, drafter, draft, verify, policy, verify_length, dtype, log_dir)
+    if compare is CompareWith.offline:  # whose rounds are the drafter's own
+        cluster = replace(cluster, draft_args=("--no-lookup",))
     settings = Settings(max_tokens, temperature, seed, Mode(mode.value), not no_speculation, concurrency, policy)
     if compare is not None and temperature > 0 and settings.mode is not Mode.COUPLED:
         raise typer.BadParameter("rejection mode draws anew with every run: compare at --temperature 0 or coupled")

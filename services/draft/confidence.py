@@ -22,9 +22,14 @@ class Confidences:
         self._temperatures = torch.tensor([[1.0] * block_size, *(own.temperatures for own in calibrations)])
         self._biases = torch.tensor([[0.0] * block_size, *(own.biases for own in calibrations)])
 
-    def of(self, logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-        """Float32 logits (b, n) on any device, n at most the block size -> probabilities (b, n) on the CPU."""
+    def of(self, logits: Tensor, samplings: Sequence[Sampling], settled: Sequence[bool] | None = None) -> Tensor:
+        """Float32 logits (b, n) on any device, n at most the block size -> probabilities (b, n) on the CPU.
+
+        Rows that are `settled` are log-odds already.
+        """
         logits = logits.float().cpu()
         rows = [self._rows.get(setting_of(sampling), 0) for sampling in samplings]
+        if settled is not None:
+            rows = [0 if own else row for own, row in zip(settled, rows, strict=True)]
         n = logits.shape[1]
         return (logits / self._temperatures[rows, :n] + self._biases[rows, :n]).sigmoid()

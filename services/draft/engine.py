@@ -33,8 +33,9 @@ from dspark.sampling import DraftChooser
 from services.draft.architectures import block_drafter
 from services.draft.confidence import Confidences
 from services.draft.context import ContextRoom
-from services.draft.drafting import Block, Context, Drafted, Piece
-from services.draft.ngram import PromptLookup
+from services.draft.drafting import Block, BlockDrafter, Context, Drafted, Piece
+from services.draft.lookup import WithLookup
+from services.draft.ngram import NgramBlocks, PromptLookup
 
 __all__ = ["DraftEngine"]
 
@@ -75,10 +76,20 @@ class DraftEngine:
     """Attach sequences, append their features, propose blocks: all from one thread. `load`, `length` from any."""
 
     def __init__(
-        self, drafter: Drafter | PromptLookup, chooser: DraftChooser, kernels: Kernels, *, context_positions: int
+        self,
+        drafter: Drafter | PromptLookup,
+        chooser: DraftChooser,
+        kernels: Kernels,
+        *,
+        context_positions: int,
+        lookup: bool = False,
     ) -> None:
-        """`context_positions`: room for the contexts of all sequences together."""
-        self._blocks = block_drafter(drafter, chooser, kernels)
+        """`context_positions`: room for the contexts of all sequences together.
+
+        With `lookup`, what repeats is copied, whatever the drafter.
+        """
+        own = block_drafter(drafter, chooser, kernels)
+        self._blocks: BlockDrafter[Any] = WithLookup(own) if lookup and not isinstance(own, NgramBlocks) else own
         self._confidences = Confidences(self._blocks.calibration, self._blocks.block_size)
         self._room = ContextRoom(context_positions, self._blocks.block_rows)
         self._sequences: dict[str, _Sequence] = {}
@@ -219,7 +230,9 @@ class DraftEngine:
         """Tokens, confidences and distributions of one block after another, each as long as it came out."""
         tokens, logits = drafted.tokens.tolist(), drafted.confidence_logits
         samplings = [self._sequence(item.key).request.sampling for item in items]
-        confidences = [[]] * len(tokens) if logits is None else self._confidences.of(logits, samplings).tolist()
+        confidences = (
+            [[]] * len(tokens) if logits is None else self._confidences.of(logits, samplings, drafted.settled).tolist()
+        )
         lengths = drafted.lengths if drafted.lengths is not None else [len(row) for row in tokens]
         distributions = zip(*drafted.distributions, strict=True)
         for length, *row in zip(lengths, tokens, confidences, distributions, strict=True):

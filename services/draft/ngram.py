@@ -60,6 +60,8 @@ class Match:
 
 NOTHING = Match((), 0)
 
+PACE = 1 / 8  # of what a text says of its own lookups
+
 
 class NgramContext:
     """The ids of positions 1 … length, indexed as they come: the work of a round is that of its new ids.
@@ -71,6 +73,7 @@ class NgramContext:
         self._lengths = range(longest, shortest - 1, -1)
         self._ids: list[int] = []
         self._followed: dict[tuple[int, ...], int] = {}  # ids -> where what followed them last begins
+        self._hits: dict[int, float] = {}  # by agreeing ids
 
     @property
     def length(self) -> int:
@@ -80,9 +83,19 @@ class NgramContext:
     def append(self, token_ids: Iterable[int]) -> None:
         """The text goes on."""
         for token_id in token_ids:
+            self._judge(token_id)
             for end in self._ends():  # only now something follows them
                 self._followed[end] = len(self._ids)
             self._ids.append(token_id)
+
+    @property
+    def trust(self) -> float:
+        """How often, lately, what the text's longest known end foretold came; 0 where its end is new.
+
+        Starts from m / (m + 2) after m agreeing ids, and follows what this text does: a loop is soon trusted.
+        """
+        matched = self._matched()
+        return self._hits.get(matched, matched / (matched + 2)) if matched else 0.0
 
     def lookup(self, count: int) -> Match:
         """Up to `count` ids after the longest end that occurred before; `NOTHING` where none did."""
@@ -91,6 +104,17 @@ class NgramContext:
             if start is not None:
                 return Match(self._copy(start, count), len(end))
         return NOTHING
+
+    def _judge(self, token_id: int) -> None:
+        """Whether the lookup would have been right."""
+        matched = self._matched()
+        if matched:
+            right = self._ids[self._followed[tuple(self._ids[-matched:])]] == token_id
+            before = self._hits.get(matched, matched / (matched + 2))
+            self._hits[matched] = before + PACE * (right - before)
+
+    def _matched(self) -> int:
+        return next((len(end) for end in self._ends() if end in self._followed), 0)
 
     def _ends(self) -> Iterator[tuple[int, ...]]:
         """The text's last ids, longest run first."""

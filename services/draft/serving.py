@@ -118,6 +118,7 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
         DraftChooser(draft_top_k=settings.draft_top_k),
         kernels,
         context_positions=settings.context_positions,
+        lookup=settings.lookup,
     )
     if isinstance(drafter, Drafter):
         _let_go(drafter)

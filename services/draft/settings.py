@@ -38,13 +38,16 @@ class Settings(BaseSettings):
     kernels: Annotated[Literal["auto", "torch", "triton"], Field(description="Kernel implementations")] = "auto"
     context_positions: Annotated[int, Field(ge=16, description="Room for context K/V, all sequences")] = 131_072
     draft_top_k: Annotated[int, Field(ge=1, le=1024, description="Most likely tokens that a draft is drawn from")] = 64
+    lookup: Annotated[
+        bool, Field(description="Copy what repeats, where that came true before, whatever the drafter")
+    ] = True
     threads: Annotated[int, Field(ge=0, description="CPU threads of the model; 0: as many as there are cores")] = 0
     connect_seconds: Annotated[float, Field(gt=0, description="How long an attach may wait for its verifier")] = 5.0
     profile: Annotated[
         Literal["auto", "measure", "off"],
         Field(description="Step costs: auto takes the kept ones, else measures; off leaves routers without"),
     ] = "auto"
-    profile_seconds: Annotated[float, Field(gt=0, description="How long measuring step costs may take")] = 20.0
+    profile_seconds: Annotated[float, Field(gt=0, description="How long measuring step costs may take")] = 8.0
     metrics_port: Annotated[int, Field(ge=0, le=65535, description="Prometheus endpoint; 0 picks a free one")] = 0
     metrics_host: Annotated[str, Field(description="Address of the Prometheus endpoint")] = "127.0.0.1"
     drain_seconds: Annotated[float, Field(ge=0, description="After SIGTERM, how long sequences may take")] = 30.0

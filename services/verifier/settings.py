@@ -41,7 +41,7 @@ class Settings(BaseSettings):
         Literal["auto", "measure", "off"],
         Field(description="Step costs: auto takes the kept ones, else measures; off leaves routers without"),
     ] = "auto"
-    profile_seconds: Annotated[float, Field(gt=0, description="How long measuring step costs may take")] = 20.0
+    profile_seconds: Annotated[float, Field(gt=0, description="How long measuring step costs may take")] = 8.0
     metrics_port: Annotated[int, Field(ge=0, le=65535, description="Prometheus endpoint; 0 picks a free one")] = 0
     metrics_host: Annotated[str, Field(description="Address of the Prometheus endpoint")] = "127.0.0.1"
     drain_seconds: Annotated[float, Field(ge=0, description="After SIGTERM, how long sequences may take")] = 30.0

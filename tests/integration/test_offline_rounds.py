@@ -36,7 +36,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def cluster_of(pair: tuple[Path, Path], dtype: str) -> Cluster:
     alone = ["--dtype", dtype, "--threads", "1"]
-    return Cluster(*pair, draft_args=alone, verify_args=alone, verify_length=4)
+    return Cluster(*pair, draft_args=[*alone, "--no-lookup"], verify_args=alone, verify_length=4)
 
 
 async def test_accepted_lengths_agree_near_and_far_and_behind_a_cached_prefix(

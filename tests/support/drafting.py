@@ -62,9 +62,12 @@ def make_any(architecture: str, *, seed: int = 3, dtype: torch.dtype = torch.flo
     return drafter.to(dtype).eval().requires_grad_(requires_grad=False)
 
 
-def make_engine(drafter: Drafter | PromptLookup, *, positions: int = 1 << 16, top_k: int = 16) -> DraftEngine:
+def make_engine(
+    drafter: Drafter | PromptLookup, *, positions: int = 1 << 16, top_k: int = 16, lookup: bool = False
+) -> DraftEngine:
     """An engine over it."""
-    return DraftEngine(drafter, DraftChooser(draft_top_k=top_k), TORCH, context_positions=positions)
+    chooser = DraftChooser(draft_top_k=top_k)
+    return DraftEngine(drafter, chooser, TORCH, context_positions=positions, lookup=lookup)
 
 
 def key_of(name: str = "a", epoch: int = 0) -> SequenceKey:
