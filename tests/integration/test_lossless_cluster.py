@@ -90,5 +90,5 @@ async def test_what_the_scheduler_decides_changes_no_token(cluster_of: ClusterOf
         counts = Speculation.total(run.speculation for several in (*runs, mixed) for run in several)
         assert (await client.describe()).policy == "adaptive"
         assert ids([await complete(client, i, mode="rejection", policy="fixed:7") for i in range(4)]) != own[:4]
-    assert counts.accepted > 50
-    assert counts.rejected > 50
+    assert counts.accepted > 20
+    assert counts.rejected > 20
