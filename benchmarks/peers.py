@@ -26,7 +26,6 @@ import tokenizers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peering.engine import Engine
 from benchmarks.peering.ours import Ours
 from benchmarks.peering.peer import RUNNERS, Peer, find_python
 from benchmarks.peering.ratios import Row
@@ -70,6 +69,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=3)
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each peer; ours takes all cores")
+    add("--quiet", type=float, default=1.0, help="measure again where others took more than this share of the machine")
     add("--log-dir", type=Path, help="keep the peers' logs here")
     add("--json", type=Path, help="write all to this file, after every repeat")
     return parser.parse_args(line)
@@ -102,26 +102,24 @@ def _main(args: argparse.Namespace) -> int:
     }
     peers = [Peer(name, command, load, logs / f"{name}.log") for name, command in commands.items()]
     ours = Ours(args.model, args.drafter, parse_policies(args.policy)[0], args.mode)
-    return _measure(args.json, workload, [ours, *peers], prompts)
+    _measure(Session(workload, [ours, *peers], prompts, args.quiet, hear=notes.print), args.json)
+    return 0
 
 
-def _measure(
-    json_file: Path | None, workload: Workload, engines: Sequence[Engine], prompts: Sequence[Sequence[int]]
-) -> int:
+def _measure(session: Session, json_file: Path | None) -> None:
     here = machine()
 
     def keep() -> None:
         if json_file is not None:
             write_json(json_file, {"machine": here, **session.report()})
 
-    session = Session(workload, engines, prompts, hear=notes.print, keep=keep)
+    session.keep = keep
     try:
         asyncio.run(session.run())
     finally:  # also what there is of a run that was stopped or failed
         if session.turns:
             keep()
             show(session.rows(), here, session.facts)
-    return 0
 
 
 def _workload(args: argparse.Namespace) -> Workload:
@@ -176,7 +174,7 @@ def encode(model: Path, texts: Sequence[str]) -> list[list[int]]:
 
 def show(rows: Sequence[Row], here: dict[str, Any], facts: dict[str, Any]) -> None:
     """The table, the machine and the versions."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table(rows))
     console.print(f"{here['cpu']}, {here['cores']} cores, {here['date']}, load {here['load_average']:.1f}")
     for name, said in facts.items():
@@ -185,7 +183,7 @@ def show(rows: Sequence[Row], here: dict[str, Any], facts: dict[str, Any]) -> No
 
 def table(rows: Sequence[Row]) -> Table:
     """One line for each setting and engine."""
-    made = Table("temperature", "streams", "engine", "tokens/s", "ours over it", "same start", "τ")
+    made = Table("T", "streams", "engine", "tokens/s", "ours over it", "same start", "τ", "others")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         made.add_row(
             f"{row.temperature:g}",
@@ -195,12 +193,14 @@ def table(rows: Sequence[Row]) -> Table:
             "" if row.ratio is None else f"{row.ratio.median:.2f} ({row.ratio.low:.2f}-{row.ratio.high:.2f})",
             "" if row.common_start is None else f"{row.common_start:.0f}",
             f"{row.notes['tau']:.2f}" if "tau" in row.notes else "",
+            f"{row.others:.0%}",
             end_section=following is not None
             and (following.temperature, following.streams) != (row.temperature, row.streams),
         )
     made.caption = (
         "Medians of the repeats with the least and the greatest; ratios are taken within a repeat. Same start: tokens "
-        "that an engine's greedy answers share with ours before they part."
+        "that an engine's greedy answers share with ours before they part. Others: the most that programs outside took "
+        "of the processors during a turn."
     )
     return made
 

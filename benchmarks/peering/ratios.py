@@ -18,12 +18,16 @@ __all__ = ["Row", "Turn", "common_start", "summarise"]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One engine's turn in a cell, and when it began (seconds since the first did)."""
+    """One engine's turn in a cell.
+
+    `began` is in seconds since the first did; `others` what share of the processors others took meanwhile.
+    """
 
     cell: Cell
     engine: str
     began: float
     answer: Answer
+    others: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class Row:
         common_start: how many tokens its greedy answers share with ours from the start, on average; None where
             temperature leaves that to chance.
         notes: means of what the engine said of its turns.
+        others: the greatest share of the processors that programs outside took during a turn.
     """
 
     temperature: float
@@ -45,6 +50,7 @@ class Row:
     ratio: Ratio | None
     common_start: float | None
     notes: Mapping[str, float]
+    others: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,6 +81,7 @@ def _row(turns: Sequence[Turn], setting: tuple[float, int], engine: str, ours: s
         ratio=Ratio(ratios) if ratios else None,
         common_start=mean(shared) if shared else None,
         notes=_means(answer.notes for answer in theirs.values()),
+        others=max(turn.others for turn in turns if (turn.cell.setting, turn.engine) == (setting, engine)),
     )
 
 
