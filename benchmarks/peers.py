@@ -70,6 +70,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each peer; ours takes all cores")
     add("--quiet", type=float, default=1.0, help="measure again where others took more than this share of the machine")
+    add("--tries", type=int, default=4, help="at most so often; the quietest counts")
     add("--log-dir", type=Path, help="keep the peers' logs here")
     add("--json", type=Path, help="write all to this file, after every repeat")
     return parser.parse_args(line)
@@ -102,7 +103,7 @@ def _main(args: argparse.Namespace) -> int:
     }
     peers = [Peer(name, command, load, logs / f"{name}.log") for name, command in commands.items()]
     ours = Ours(args.model, args.drafter, parse_policies(args.policy)[0], args.mode)
-    _measure(Session(workload, [ours, *peers], prompts, args.quiet, hear=notes.print), args.json)
+    _measure(Session(workload, [ours, *peers], prompts, args.quiet, args.tries, hear=notes.print), args.json)
     return 0
 
 

@@ -15,8 +15,6 @@ from benchmarks.peering.workload import Cell, Workload
 
 __all__ = ["Session"]
 
-TRIES = 4
-
 
 @dataclass(slots=True)
 class Session:
@@ -26,7 +24,7 @@ class Session:
         workload: what is measured.
         engines: ours first; all others are compared with it.
         prompts: token ids, the same for every engine.
-        quiet: the share of the processors that others may take; a cell that had more is measured again, `TRIES` times
+        quiet: the share of the processors that others may take; a cell that had more is measured again, `tries` times
             in all, and the quietest counts.
         hear: is told what goes on, a line at a time; `keep`: that a repeat is complete.
     """
@@ -35,6 +33,7 @@ class Session:
     engines: Sequence[Engine]
     prompts: Sequence[Sequence[int]]
     quiet: float = 1.0
+    tries: int = 4
     hear: Callable[[str], None] = lambda _: None
     keep: Callable[[], None] = lambda: None
     turns: list[Turn] = field(default_factory=list)
@@ -67,10 +66,10 @@ class Session:
         self.keep()
 
     async def _quietest(self, cell: Cell, began: float) -> list[Turn]:
-        tries: list[list[Turn]] = []
-        while len(tries) < TRIES and (not tries or _noise(tries[-1]) > self.quiet):
-            tries.append(await self._cell(cell, began))
-        return min(tries, key=_noise)
+        found = [await self._cell(cell, began)]
+        while len(found) < self.tries and _noise(found[-1]) > self.quiet:
+            found.append(await self._cell(cell, began))
+        return min(found, key=_noise)
 
     async def _cell(self, cell: Cell, began: float) -> list[Turn]:
         engines = {engine.name: engine for engine in self.engines}

@@ -1,17 +1,14 @@
 """vLLM as a peer: its engine in-process, without an HTTP server in front, which can only help it.
 
-Settings are those of its documentation for CPUs, where they were measured to be fastest (docs/peers.md): every thread
-bound to a core of its own, Intel's OpenMP and tcmalloc preloaded where the environment has them, compiled, no prefix
-cache, a K/V cache with room for all streams.
+Settings are those of its documentation for CPUs where they were measured to be fastest (docs/peers.md): every thread
+bound to a core of its own, compiled, no prefix cache, a K/V cache with room for all streams.
 """
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.peering.runners.line_protocol import serve
@@ -25,16 +22,8 @@ def set_up(threads: int) -> dict[str, str]:
     os.environ.setdefault("OMP_NUM_THREADS", str(len(cores)))  # else it takes a thread less "for serving"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("LD_PRELOAD", ":".join(_preloads()))
     names = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS", "LD_PRELOAD")
-    return {name: os.environ[name] for name in names}
-
-
-def _preloads() -> list[str]:
-    libraries = Path(sys.prefix) / "lib"
-    found = [str(path) for name in ("libtcmalloc_minimal.so.4", "libiomp5.so") if (path := libraries / name).exists()]
-    system = ctypes.util.find_library("tcmalloc_minimal")
-    return found if not system or any("tcmalloc" in name for name in found) else [system, *found]
+    return {name: os.environ.get(name, "") for name in names}
 
 
 class Vllm:
