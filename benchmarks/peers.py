@@ -16,11 +16,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tokenizers
 from rich.console import Console
@@ -38,8 +39,6 @@ from dspark.errors import ConfigError, DSparkError
 from dspark.evaluation import read_prompts
 from dspark.messages import Mode
 from dspark.models.pull import resolve_model
-
-T = TypeVar("T")
 
 notes = Console(stderr=True, highlight=False)
 
@@ -69,8 +68,9 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=3)
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each peer; ours takes all cores")
-    add("--quiet", type=float, default=1.0, help="measure again where others took more than this share of the machine")
-    add("--tries", type=int, default=4, help="at most so often; the quietest counts")
+    add("--quiet", type=float, default=1.0, help="wait, and measure again, where others take more of the machine")
+    add("--tries", type=int, default=4, help="turns at most; the quietest counts")
+    add("--wait", type=float, default=60.0, help="seconds for the machine to become quiet")
     add("--log-dir", type=Path, help="keep the peers' logs here")
     add("--json", type=Path, help="write all to this file, after every repeat")
     return parser.parse_args(line)
@@ -84,7 +84,9 @@ def main(line: Sequence[str] | None = None) -> int:
         notes.print(f"peers: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -103,7 +105,7 @@ def _main(args: argparse.Namespace) -> int:
     }
     peers = [Peer(name, command, load, logs / f"{name}.log") for name, command in commands.items()]
     ours = Ours(args.model, args.drafter, parse_policies(args.policy)[0], args.mode)
-    _measure(Session(workload, [ours, *peers], prompts, args.quiet, args.tries, hear=notes.print), args.json)
+    _measure(Session(workload, [ours, *peers], prompts, args.quiet, args.tries, args.wait, hear=notes.print), args.json)
     return 0
 
 
@@ -116,11 +118,20 @@ def _measure(session: Session, json_file: Path | None) -> None:
 
     session.keep = keep
     try:
-        asyncio.run(session.run())
+        asyncio.run(_supervised(session))
     finally:  # also what there is of a run that was stopped or failed
         if session.turns:
             keep()
             show(session.rows(), here, session.facts)
+
+
+async def _supervised(session: Session) -> None:
+    """SIGTERM and SIGHUP end the engines in an orderly way too."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    await session.run()
 
 
 def _workload(args: argparse.Namespace) -> Workload:

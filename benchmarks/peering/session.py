@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -11,9 +12,11 @@ from typing import Any
 from benchmarks.peering.engine import Engine
 from benchmarks.peering.others import Others
 from benchmarks.peering.ratios import Row, Turn, summarise
-from benchmarks.peering.workload import Cell, Workload
+from benchmarks.peering.workload import Cell, Work, Workload
 
 __all__ = ["Session"]
+
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -24,8 +27,8 @@ class Session:
         workload: what is measured.
         engines: ours first; all others are compared with it.
         prompts: token ids, the same for every engine.
-        quiet: the share of the processors that others may take; a cell that had more is measured again, `tries` times
-            in all, and the quietest counts.
+        quiet: the share of the processors that others may take; a turn waits for that, at most `wait` seconds, and is
+            repeated where they took more after all, `tries` times in all; the quietest counts.
         hear: is told what goes on, a line at a time; `keep`: that a repeat is complete.
     """
 
@@ -34,6 +37,7 @@ class Session:
     prompts: Sequence[Sequence[int]]
     quiet: float = 1.0
     tries: int = 4
+    wait: float = 60.0
     hear: Callable[[str], None] = lambda _: None
     keep: Callable[[], None] = lambda: None
     turns: list[Turn] = field(default_factory=list)
@@ -62,25 +66,37 @@ class Session:
             if cell.repeat != repeat:
                 repeat = cell.repeat
                 self.keep()
-            self.turns += await self._quietest(cell, began)
+            self.turns += await self._cell(cell, began)
         self.keep()
-
-    async def _quietest(self, cell: Cell, began: float) -> list[Turn]:
-        found = [await self._cell(cell, began)]
-        while len(found) < self.tries and _noise(found[-1]) > self.quiet:
-            found.append(await self._cell(cell, began))
-        return min(found, key=_noise)
 
     async def _cell(self, cell: Cell, began: float) -> list[Turn]:
         engines = {engine.name: engine for engine in self.engines}
         work = self.workload.work(cell, self.prompts)
-        turns = []
-        for name in self.workload.turns(cell, list(engines)):
-            start, others = time.monotonic() - began, Others()
-            answer = await engines[name].run(work)
-            turns.append(Turn(cell, name, start, answer, others.share()))
-            self.hear(_line(turns[-1]))
-        return turns
+        names = self.workload.turns(cell, list(engines))
+        return [await self._quietest(cell, engines[name], work, began) for name in names]
+
+    async def _quietest(self, cell: Cell, engine: Engine, work: Work, began: float) -> Turn:
+        found = [await self._turn(cell, engine, work, began)]
+        while len(found) < self.tries and found[-1].others > self.quiet:
+            found.append(await self._turn(cell, engine, work, began))
+        return min(found, key=lambda turn: turn.others)
+
+    async def _turn(self, cell: Cell, engine: Engine, work: Work, began: float) -> Turn:
+        await self._wait_for_quiet()
+        start, others = time.monotonic() - began, Others()
+        answer = await engine.run(work)
+        turn = Turn(cell, engine.name, start, answer, others.share())
+        self.hear(_line(turn))
+        return turn
+
+    async def _wait_for_quiet(self) -> None:
+        """Gives up after `wait` seconds: a machine that is never quiet is measured as it is, and the table says so."""
+        until = time.monotonic() + self.wait
+        while self.quiet < 1 and time.monotonic() < until:
+            others = Others()
+            await asyncio.sleep(_LOOK_SECONDS)
+            if others.share() <= self.quiet:
+                return
 
     def rows(self) -> list[Row]:
         """What there is."""
@@ -94,10 +110,6 @@ class Session:
             "rows": [_row(row) for row in self.rows()],
             "turns": [_turn(turn) for turn in self.turns],
         }
-
-
-def _noise(turns: Sequence[Turn]) -> float:
-    return max(turn.others for turn in turns)
 
 
 def _line(turn: Turn) -> str:

@@ -21,10 +21,10 @@ def peer(tmp_path: Path, fault: str = "", **settings: Any) -> Peer:
     return Peer("tiny", command, {"model": "m", "threads": 2}, tmp_path / "tiny.log", **settings)
 
 
-async def stopped(process: psutil.Process) -> bool:
+async def becomes(process: psutil.Process, *states: str) -> bool:
     """A signal arrives a moment after it was sent."""
-    for _ in range(200):
-        if process.status() == psutil.STATUS_STOPPED:
+    for _ in range(500):
+        if not process.is_running() or process.status() in states:
             return True
         await asyncio.sleep(0.01)
     return False
@@ -45,10 +45,18 @@ async def test_a_peer_is_loaded_once_and_takes_turns(tmp_path: Path) -> None:
 async def test_a_peer_rests_between_its_turns_and_ends_with_the_block(tmp_path: Path) -> None:
     async with peer(tmp_path) as engine:
         process = psutil.Process(engine._process.pid)
-        assert await stopped(process)
+        assert await becomes(process, psutil.STATUS_STOPPED)
         await engine.run(WORK)
-        assert await stopped(process)
+        assert await becomes(process, psutil.STATUS_STOPPED)
     assert not process.is_running()
+
+
+async def test_what_a_paused_peer_started_ends_when_the_peer_is_killed(tmp_path: Path) -> None:
+    async with peer(tmp_path, "child") as engine:
+        child = psutil.Process(engine.facts["settings"]["child"])
+        assert await becomes(child, psutil.STATUS_STOPPED)
+        engine._process.kill()
+        assert await becomes(child, psutil.STATUS_ZOMBIE)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The least peer there is: a script that counts on from a prompt's last id. Its argument says how it misbehaves."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ class Counting:
         os.system("echo so does this")
         if self._fault == "load":
             raise RuntimeError("no room\nfor the model")
+        if self._fault == "child":
+            request["child"] = subprocess.Popen(["sleep", "60"]).pid
         return {"engine": "counting 1", "settings": request}
 
     def run(self, *, prompts: Sequence[Sequence[int]], max_tokens: int, **_: Any) -> list[list[int]]:

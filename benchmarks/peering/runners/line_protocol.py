@@ -13,6 +13,7 @@ distribution, and nothing is kept from one run for the next.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,9 +21,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol, TextIO
+from typing import Any, NoReturn, Protocol, TextIO
 
 __all__ = ["Engine", "serve"]
+
+_PDEATHSIG = 1  # of prctl: the signal that comes when the parent has ended
 
 
 class Engine(Protocol):
@@ -39,7 +42,7 @@ class Engine(Protocol):
 
 def serve(engine: Engine) -> None:
     """Answers until stdin ends."""
-    _die_with_parent()
+    _end_together()
     answers = _own_stdout()
     for line in sys.stdin:
         answers.write(json.dumps(_answer(engine, json.loads(line))) + "\n")
@@ -65,7 +68,23 @@ def _own_stdout() -> TextIO:
     return answers
 
 
-def _die_with_parent() -> None:
-    """A paused peer would not see its stdin end."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def _end_together() -> None:
+    """We end with our parent, and our group with us. Paused, neither we nor processes of ours would notice an end."""
+    if sys.platform != "linux":
+        return
+    group = os.getpid()
+    if os.fork() == 0:
+        _kill_after(group)
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+
+
+def _kill_after(leader: int) -> NoReturn:
+    """Outside the group, so that it is never paused itself."""
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGUSR1)
+    if os.getppid() == leader:
+        signal.sigwait({signal.SIGUSR1})
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+    os._exit(0)
