@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dspark.benchmarking.plan import Job
 from dspark.client import Client
 from dspark.errors import DSparkError, Overloaded
 from dspark.events import Delta, Event, Finished, Speculation
+from dspark.params import GenerateParams, Prompt
 
-__all__ = ["Run", "Timing", "closed_loop"]
+__all__ = ["Run", "Task", "Timing", "closed_loop"]
+
+Task = tuple[Prompt, GenerateParams]
+"""A prompt and how it is completed."""
 
 _PAUSE_SECONDS = 0.1
 """A user whose request failed rests so long, lest a broken router be asked thousands of times a second."""
@@ -25,8 +28,8 @@ _PAUSE_SECONDS = 0.1
 class Timing:
     """One request as its client saw it, in seconds since the run began.
 
-    `arrivals` are the times at which tokens came, and how many; `outcome` stands for the tokens themselves: equal for
-    equal ones. A failed request has an `error` and what came before it.
+    `arrivals` are the times at which tokens came, and how many; `outcome` stands for the tokens themselves
+    (`token_ids`): equal for equal ones. A failed request has an `error` and what came before it.
     """
 
     index: int
@@ -35,6 +38,7 @@ class Timing:
     speculation: Speculation = field(default_factory=Speculation)
     cached_tokens: int = 0
     outcome: int = 0
+    token_ids: tuple[int, ...] = ()
     error: DSparkError | None = None
 
     @property
@@ -61,7 +65,7 @@ class Run:
 
 
 async def closed_loop(
-    client: Client, jobs: Sequence[Job], concurrency: int, *, progress: Callable[[], None] = lambda: None
+    client: Client, jobs: Sequence[Task], concurrency: int, *, progress: Callable[[], None] = lambda: None
 ) -> Run:
     """Has `concurrency` users work off the jobs. A request's own failure is noted and ends nothing."""
     began = time.monotonic()
@@ -84,7 +88,7 @@ async def closed_loop(
     return Run(concurrency, tuple(timings), min(idle), max(idle))
 
 
-async def _timed(client: Client, index: int, job: Job, began: float) -> Timing:
+async def _timed(client: Client, index: int, job: Task, began: float) -> Timing:
     prompt, params = job
     submitted = time.monotonic() - began
     arrivals: list[tuple[float, int]] = []
@@ -99,13 +103,15 @@ async def _timed(client: Client, index: int, job: Job, began: float) -> Timing:
     except DSparkError as failure:
         error = failure
     end = next((event for event in events if isinstance(event, Finished)), None)
+    token_ids = tuple(token for event in events if isinstance(event, Delta) for token in event.token_ids)
     return Timing(
         index=index,
         submitted=submitted,
         arrivals=tuple(arrivals),
         speculation=end.speculation if end else Speculation(),
         cached_tokens=end.usage.cached_tokens if end else 0,
-        outcome=hash(tuple(token for event in events if isinstance(event, Delta) for token in event.token_ids)),
+        outcome=hash(token_ids),
+        token_ids=token_ids,
         error=error,
     )
 

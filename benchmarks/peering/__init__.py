@@ -1,0 +1,1 @@
+"""Engines side by side in one run: what `benchmarks.peers` is made of."""
