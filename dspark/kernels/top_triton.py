@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["gather_head", "inside_cut", "key_bits", "last_of_equals", "logits_at", "nth_key", "ordered"]
+__all__ = ["gather_head", "inside_cut", "key_bits", "last_of_equals", "logits_at", "nth_key", "ordered", "ranked"]
 
 
 def key_bits(dtype: torch.dtype) -> int:
@@ -49,7 +49,7 @@ def nth_key(row, vocab, sound, count, bits: tl.constexpr, block: tl.constexpr):
     prefix = tl.cast(0, tl.uint32)
     need = tl.cast(count, tl.int32)
     for step in tl.static_range(bits // 8):
-        shift: tl.constexpr = bits - 8 - 8 * step
+        shift = bits - 8 - 8 * step
         counts = tl.zeros((512,), tl.int32)
         for first in range(0, vocab, block):
             at = first + tl.arange(0, block)
@@ -92,3 +92,25 @@ def gather_head(row, vocab, sound, cut_key, cut_id, ids, values, bits: tl.conste
         tl.store(ids + place, at, mask=here)
         tl.store(values + place, x, mask=here)
         filled += tl.sum(here.to(tl.int32), 0)
+
+
+@triton.jit
+def ranked(ids_at, values_at, ids, values, greatest, temperature, size, pitch: tl.constexpr, chunk: tl.constexpr):
+    """Each listed token's place in the order, int32 from 0, and the float64 weight of those before it.
+
+    All pairs are compared, a chunk at a time: sorting without sorting, whose sums have one order. `ids` and `values`
+    (pitch,) are what `gather_head` wrote at `ids_at` and `values_at`; weights are exp((value - greatest) / temperature).
+    """
+    rank = tl.zeros((pitch,), tl.int32)
+    before = tl.zeros((pitch,), tl.float64)
+    for first in range(0, size, chunk):
+        other = first + tl.arange(0, chunk)
+        other_ids = tl.load(ids_at + other, mask=other < size, other=0)
+        other_values = tl.load(values_at + other, mask=other < size, other=float("-inf"))
+        weights = tl.exp((other_values.to(tl.float64) - greatest.to(tl.float64)) / temperature)
+        greater = other_values[None, :] > values[:, None]
+        greater = greater | ((other_values[None, :] == values[:, None]) & (other_ids[None, :] < ids[:, None]))
+        greater = greater & (other < size)[None, :]
+        rank += tl.sum(greater.to(tl.int32), 1)
+        before += tl.sum(tl.where(greater, weights[None, :], 0.0), 1)
+    return rank, before

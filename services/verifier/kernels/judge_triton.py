@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from dspark.kernels.noise_triton import gumbel, keyed_word, uniform
-from dspark.kernels.top_triton import gather_head, inside_cut, last_of_equals, logits_at, nth_key, ordered
+from dspark.kernels.top_triton import gather_head, inside_cut, last_of_equals, logits_at, nth_key, ordered, ranked
 from services.verifier.kernels.law_triton import (
     cut_rest_by_mass,
     cut_rest_by_rank,
@@ -95,20 +95,8 @@ def judge_kernel(
         log_weights = (values.to(tl.float64) - wide) / temperature
         weights = tl.where(listed, tl.exp(log_weights), 0.0)
 
-        # Each token's place in the order, and the weight of those before it: all pairs, a chunk of them at a time.
-        rank = tl.zeros((pitch,), tl.int32)
-        before = tl.zeros((pitch,), tl.float64)
-        for first in range(0, size, chunk):
-            other = first + tl.arange(0, chunk)
-            other_ids = tl.load(head_ids + r * pitch + other, mask=other < size, other=0)
-            other_values = tl.load(head_values + r * pitch + other, mask=other < size, other=float("-inf"))
-            other_weights = tl.exp((other_values.to(tl.float64) - wide) / temperature)
-            greater = other_values[None, :] > values[:, None]
-            greater = greater | ((other_values[None, :] == values[:, None]) & (other_ids[None, :] < ids[:, None]))
-            greater = greater & (other < size)[None, :]
-            rank += tl.sum(greater.to(tl.int32), 1)
-            before += tl.sum(tl.where(greater, other_weights[None, :], 0.0), 1)
-
+        own_ids, own_values = head_ids + r * pitch, head_values + r * pitch
+        rank, before = ranked(own_ids, own_values, ids, values, greatest, temperature, size, pitch, chunk)
         top_k = tl.load(rows + 8 * r + 3)
         limit = tl.where(top_k > 0, top_k, vocab)
         cut_key, cut_id = tl.cast(0, tl.uint32), tl.cast(vocab, tl.int32)

@@ -33,8 +33,8 @@ from services.verifier.verification import Candidate, Outcome, refused
 
 __all__ = ["verify"]
 
-_BLOCK = 4096  # logits a program looks at in one go
-_WALK_BLOCK = 1024  # fewer where every one is compared with what was drafted
+_BLOCK = 4096 if INTERPRETED.value else 2048  # logits a program looks at in one go
+_WALK_BLOCK = 4096 if INTERPRETED.value else 512  # fewer where every one is compared with what was drafted
 _CHUNK = 32  # pairs of the head, and drafted tokens, at a time
 
 
@@ -147,7 +147,7 @@ def _launch(logits: torch.Tensor, requests: Sequence[Candidate], size: int) -> _
         pitch=pitch, chunk=_CHUNK, **shape, num_warps=8,
     )  # fmt: skip
     longest = max(len(request.draft_tokens) for request in requests)
-    shape["block"] = min(_BLOCK if INTERPRETED.value else _WALK_BLOCK, block_of(vocab))
+    shape["block"] = min(_WALK_BLOCK, block_of(vocab))
     q_ids, q_shares = _drafted(table, device)
     walk_kernel[(len(requests),)](
         logits, rows, laws, marks, masses, _firsts(requests).to(device), q_ids, q_shares, out, vocab, stride,
