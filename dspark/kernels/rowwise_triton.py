@@ -15,6 +15,8 @@ from dspark.kernels.parts_triton import block_of, narrow, rows_of
 
 __all__ = ["add_norm", "norm_rotary", "norm_rotary_write", "rms_norm", "rotary"]
 
+_HEADS = 8  # of one row in one program
+
 
 @triton.jit
 def _scale(square_sum, width, eps):
@@ -51,36 +53,41 @@ def _add_norm_kernel(x, y, y_weight, weight, total, out, eps, width, has_y_norm:
 
 @triton.jit
 def _rotary_kernel(
-    x, weight, cos, sin, out, storage, slots, eps, half, row_stride, out_heads, turned, head_stride,
-    has_norm: tl.constexpr, writes: tl.constexpr, block: tl.constexpr,
+    x, weight, cos, sin, out, storage, slots, eps, half, row_stride, heads, out_heads, turned, head_stride,
+    has_norm: tl.constexpr, writes: tl.constexpr, block_heads: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row. Heads below `out_heads` go to `out`, others (with `writes`) to their slots in `storage`."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Some heads of one row: those below `turned` are normed and rotated, the others (values) pass as they are.
+
+    Heads below `out_heads` go to `out`, the others, with `writes`, to their slots in `storage`.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * block_heads + tl.arange(0, block_heads)
     at = tl.arange(0, block)
-    inside = at < half
-    source = x + row * row_stride + head * 2 * half
-    low = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(source + half + at, mask=inside, other=0.0).to(tl.float32)
-    if head < turned:
-        if has_norm:
-            scale = _scale(tl.sum(low * low, 0) + tl.sum(high * high, 0), 2 * half, eps)
-            low = low * scale * tl.load(weight + head * 2 * half + at, mask=inside, other=0.0)
-            high = high * scale * tl.load(weight + head * 2 * half + half + at, mask=inside, other=0.0)
-        c = tl.load(cos + row * half + at, mask=inside, other=0.0)
-        s = tl.load(sin + row * half + at, mask=inside, other=0.0)
-        turned_low = low * c - high * s
-        high = high * c + low * s
-        low = turned_low
+    inside = (head < heads)[:, None] & (at < half)[None, :]
+    turns = inside & (head < turned)[:, None]
+    low_at = head[:, None] * 2 * half + at[None, :]
+    low = tl.load(x + row * row_stride + low_at, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(x + row * row_stride + low_at + half, mask=inside, other=0.0).to(tl.float32)
+    if has_norm:
+        scale = _scale(tl.sum(low * low, 1) + tl.sum(high * high, 1), 2 * half, eps)
+        scale = tl.where(head < turned, scale, 1.0)[:, None]
+        low = low * scale * tl.load(weight + low_at, mask=turns, other=1.0)
+        high = high * scale * tl.load(weight + low_at + half, mask=turns, other=1.0)
+    c = tl.where(turns, tl.load(cos + row * half + at, mask=at < half, other=0.0)[None, :], 1.0)
+    s = tl.where(turns, tl.load(sin + row * half + at, mask=at < half, other=0.0)[None, :], 0.0)
     dtype = out.dtype.element_ty
+    turned_low = narrow(low * c - high * s, dtype)
+    turned_high = narrow(high * c + low * s, dtype)
+    mine = inside & (head < out_heads)[:, None]
+    target = out + row * out_heads * 2 * half + low_at
+    tl.store(target, turned_low, mask=mine)
+    tl.store(target + half, turned_high, mask=mine)
     if writes:
-        if head >= out_heads:
-            target = storage + (head - out_heads) * head_stride + tl.load(slots + row) * 2 * half
-            tl.store(target + at, narrow(low, dtype), mask=inside)
-            tl.store(target + half + at, narrow(high, dtype), mask=inside)
-    if head < out_heads:
-        target = out + (row * out_heads + head) * 2 * half
-        tl.store(target + at, narrow(low, dtype), mask=inside)
-        tl.store(target + half + at, narrow(high, dtype), mask=inside)
+        kept = inside & (head >= out_heads)[:, None]
+        slot = tl.load(slots + row) * 2 * half
+        target = storage + (head - out_heads).to(tl.int64)[:, None] * head_stride + slot + at[None, :]
+        tl.store(target, turned_low, mask=kept)
+        tl.store(target + half, turned_high, mask=kept)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -135,9 +142,10 @@ def _turned(
     rows, heads, dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows:
-        _rotary_kernel[(rows, heads)](
+        _rotary_kernel[(rows, triton.cdiv(heads, _HEADS))](
             x, cos if weight is None else weight.contiguous(), cos, sin, out, out, out, eps, dim // 2, x.stride(0),
-            heads, heads, 0, has_norm=weight is not None, writes=False, block=block_of(dim // 2),
+            heads, heads, heads, 0, has_norm=weight is not None, writes=False, block_heads=_HEADS,
+            block=block_of(dim // 2),
         )  # fmt: skip
     return out
 
@@ -157,9 +165,9 @@ def norm_rotary_write(
     turned = weight.shape[0]
     heads = turned - storage.shape[0] // 2
     out = torch.empty(rows, heads, dim, dtype=qkv.dtype, device=qkv.device)
-    _rotary_kernel[(rows, all_heads)](
-        qkv, weight, cos, sin, out, storage, plan.slots, eps, dim // 2, qkv.stride(0),
-        heads, turned, storage.stride(0), has_norm=True, writes=True, block=block_of(dim // 2),
+    _rotary_kernel[(rows, triton.cdiv(all_heads, _HEADS))](
+        qkv, weight, cos, sin, out, storage, plan.slots, eps, dim // 2, qkv.stride(0), all_heads,
+        heads, turned, storage.stride(0), has_norm=True, writes=True, block_heads=_HEADS, block=block_of(dim // 2),
     )  # fmt: skip
     return out
 
