@@ -77,5 +77,7 @@ def _why_not_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (it comes with the extra gpu)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "").lower() not in {"1", "true", "on", "yes", "y"}:
-        return f"device {device.type} has none; they need a CUDA device, or TRITON_INTERPRET=1 to be interpreted, slowly"
+        return (
+            f"device {device.type} has none; they need a CUDA device, or TRITON_INTERPRET=1 to be interpreted, slowly"
+        )
     return None

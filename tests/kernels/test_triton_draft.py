@@ -125,7 +125,12 @@ def draft(kernels: Any, device: torch.device, samplings: list[Sampling], first: 
     return draft_kernels(kernels).draft_tokens(own, base, hidden, anchors, committed, samplings)
 
 
-HEADS = [{"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}, {"draft_vocab_size": 128}]
+HEADS = [
+    {"markov_head_type": "vanilla"},
+    {"markov_head_type": "gated"},
+    {"markov_head_type": "rnn"},
+    {"draft_vocab_size": 128},
+]
 
 
 @pytest.mark.parametrize("changes", HEADS, ids=str)

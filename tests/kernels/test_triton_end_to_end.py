@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 12,
 }
-PROMPT = [2, 7, 9, 30, 11, 5, 6]
+PROMPT, NEW = [2, 7, 9, 30, 11, 5, 6], 6
 SAMPLINGS = {
     "greedy": Sampling(temperature=0.0),
     "coupled": Sampling(temperature=0.8, top_p=0.95, seed=3),
@@ -68,7 +68,7 @@ def knowing(target: TargetModel) -> DSparkDrafter:
 
 def decode(path: Path, drafter: DSparkDrafter, kernels: Kernels, device: torch.device, sampling: Sampling) -> Decoded:
     target = load_target(path, dtype=torch.float32, device=device, kernels=kernels)
-    return Decoder(target, drafter.to(device), draft_top_k=16).decode(PROMPT, sampling, 7)
+    return Decoder(target, drafter.to(device), draft_top_k=16).decode(PROMPT, sampling, NEW)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3"])
@@ -86,7 +86,7 @@ def test_the_same_tokens_as_torch(device: torch.device, kind: str, tmp_path: Pat
         accepted += sum(found.accepted)
         if sampling.mode is Mode.COUPLED:  # and what was drafted did not matter
             plain = Decoder(load_target(path, dtype=torch.float32, device=cpu, kernels=TORCH), drafter.to(cpu))
-            assert plain.decode(PROMPT, sampling, 7, verify_length=0).token_ids == found.token_ids
+            assert plain.decode(PROMPT, sampling, NEW, verify_length=0).token_ids == found.token_ids
     assert 0 < accepted < proposed
 
 

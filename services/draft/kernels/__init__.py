@@ -36,6 +36,4 @@ def draft_kernels(shared: Kernels) -> DraftKernels:
         return _TORCH
     from services.draft.kernels import attention_triton, sequential_triton  # noqa: PLC0415 - triton is an extra
 
-    return DraftKernels(
-        attention_triton.plan_block, attention_triton.block_attention, sequential_triton.draft_tokens
-    )
+    return DraftKernels(attention_triton.plan_block, attention_triton.block_attention, sequential_triton.draft_tokens)

@@ -104,9 +104,7 @@ def judge_kernel(
             cut_key, cut_id = cut_rest_by_rank(row, vocab, sound, limit, bits, block)
         rest = tl.cast(0.0, tl.float64)
         if limit > size:
-            rest = rest_mass(
-                row, vocab, sound, greatest, scale, head_key, head_id, cut_key, cut_id, bits, block
-            )
+            rest = rest_mass(row, vocab, sound, greatest, scale, head_key, head_id, cut_key, cut_id, bits, block)
         head = tl.sum(tl.where(listed & (rank < limit), weights, 0.0), 0)
         mass = head + rest
         reach = tl.where(top_p < 1.0, top_p * mass, float("inf"))
@@ -130,9 +128,7 @@ def judge_kernel(
                     row, vocab, sound, greatest, scale, head_key, head_id, cut_key, cut_id, min_p, bits, block
                 )
             if (top_p < 1.0) | (min_p > 0.0):
-                rest = rest_mass(
-                    row, vocab, sound, greatest, scale, head_key, head_id, cut_key, cut_id, bits, block
-                )
+                rest = rest_mass(row, vocab, sound, greatest, scale, head_key, head_id, cut_key, cut_id, bits, block)
         log_weights = tl.where(stays, log_weights, float("-inf"))
         total = tl.sum(tl.where(stays, weights, 0.0), 0) + rest
         tl.store(marks + 8 * r + 4, cut_key.to(tl.int64))

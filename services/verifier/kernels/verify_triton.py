@@ -197,9 +197,7 @@ def _reports(
     ]
 
 
-def _report(
-    logits: torch.Tensor, row: _Row, place: int, token: int, found: _Judged, size: int
-) -> PositionLogprobs:
+def _report(logits: torch.Tensor, row: _Row, place: int, token: int, found: _Judged, size: int) -> PositionLogprobs:
     """As `dspark.sampling.logprobs`; where more is asked for than the head holds, by it."""
     count, at = row.request.sampling.logprobs or 0, row.request.first_row + row.at
     if count > size:
