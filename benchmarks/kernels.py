@@ -28,8 +28,8 @@ from dspark.messages import Mode, Sampling, SparseDistribution
 from dspark.models.drafters.heads import MarkovHead
 from dspark.sampling import DraftChooser
 from services.draft.context import ContextKV, KVShape
-from services.draft.kernels import draft_kernels
 from services.draft.kernels import attention as blocks
+from services.draft.kernels import draft_kernels
 from services.draft.kernels.sequential import SequentialHead
 from services.verifier.kernels import verifier_kernels
 from services.verifier.verification import Candidate
@@ -138,12 +138,12 @@ def block_case(streams: int, context: int) -> Case:
         own = ContextKV(shape, context + BLOCK, dtype=DTYPE, device=CUDA)
         own.append([(randn(context, KV_HEADS, DIM), randn(context, KV_HEADS, DIM))], 0, context)
         spans.append(blocks.Span(own, BLOCK))
-    operands = [randn(rows, n, DIM) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    query, keys, values = (randn(rows, n, DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
 
     def run(kernels: Kernels) -> Callable[[], Any]:
         own = draft_kernels(kernels)
         plan = own.plan_block(spans, causal=False, group=HEADS // KV_HEADS)
-        return lambda: own.block_attention(*operands, plan, 0)
+        return lambda: own.block_attention(query, keys, values, plan, 0)
 
     return Case("block attention", 2 * streams * (context + BLOCK) * KV_HEADS * DIM * DTYPE.itemsize, run)
 
@@ -184,7 +184,7 @@ def microseconds(runs: list[Callable[[], Any]], repeats: int) -> list[float]:
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(repeats + 3):
         for own, run in zip(times, runs, strict=True):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             run()
             end.record()

@@ -43,5 +43,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if left_out := config.stash.get(_LEFT_OUT, 0):
         terminalreporter.write_line(
-            f"{left_out} tests marked gpu were left out: this torch sees no CUDA device (on one, make gpu-test runs them)"
+            f"{left_out} gpu tests were left out: this torch sees no CUDA device (make gpu-test runs them on one)"
         )

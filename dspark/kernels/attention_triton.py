@@ -57,7 +57,8 @@ def plan_attention(
         for span in spans
         for position in range(span.start, span.start + span.count)
     ]
-    tiles, items, joined, partials = [], [], [], 0
+    tiles: list[tuple[int, ...]] = []
+    items, joined, partials = [], [], 0
     table = 0
     for span in spans:
         for first_row, start, count in _tiles(span, tile_rows(group) // group):

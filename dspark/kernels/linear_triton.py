@@ -22,7 +22,7 @@ _ACTIVATIONS = {"gelu_tanh": 1, "silu": 2}
 
 @triton.jit
 def _active(x, activation: tl.constexpr):
-    if activation == 1:  # gelu, tanh approximation; tanh(z) = 2 σ(2z) - 1
+    if activation == 1:  # gelu, tanh approximation; tanh(z) = 2 sigmoid(2z) - 1
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x * tl.sigmoid(2.0 * inner)
     return x * tl.sigmoid(x)
@@ -33,7 +33,7 @@ def _linear_kernel(
     x, weight, other, out, rows, outs, ins, x_stride,
     activation: tl.constexpr, block_rows: tl.constexpr, block_out: tl.constexpr, block_in: tl.constexpr,
 ):  # fmt: skip
-    """out = x · weightᵀ, or with an `activation` activation(x · weightᵀ) * (x · otherᵀ)."""
+    """Into `out` x · weightᵀ, or with an `activation` activation(x · weightᵀ) * (x · otherᵀ)."""
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     column = tl.program_id(1) * block_out + tl.arange(0, block_out)
     acc = tl.zeros((block_rows, block_out), tl.float32)

@@ -41,7 +41,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc):
-    """acc + a · b in float32, without tensor-float-32."""
+    """Acc + a · b in float32, without tensor-float-32."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -173,5 +173,5 @@ def norm_rotary_write(
 
 
 def _heads_together(x: torch.Tensor) -> torch.Tensor:
-    """x (rows, heads, D) such that a row's heads lie side by side; rows may be any distance apart."""
+    """Such that a row's heads, x (rows, heads, D), lie side by side; rows may be any distance apart."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -98,8 +98,8 @@ def gather_head(row, vocab, sound, cut_key, cut_id, ids, values, bits: tl.conste
 def ranked(ids_at, values_at, ids, values, greatest, temperature, size, pitch: tl.constexpr, chunk: tl.constexpr):
     """Each listed token's place in the order, int32 from 0, and the float64 weight of those before it.
 
-    All pairs are compared, a chunk at a time: sorting without sorting, whose sums have one order. `ids` and `values`
-    (pitch,) are what `gather_head` wrote at `ids_at` and `values_at`; weights are exp((value - greatest) / temperature).
+    All pairs are compared, a chunk at a time, so that sums have one order. `ids` and `values` (pitch,) are what
+    `gather_head` wrote at `ids_at` and `values_at`; weights are exp((value - greatest) / temperature).
     """
     rank = tl.zeros((pitch,), tl.int32)
     before = tl.zeros((pitch,), tl.float64)

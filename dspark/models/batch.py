@@ -10,7 +10,7 @@ import torch
 from dspark.errors import InternalError
 from dspark.kernels.attention import NULL_PAGE, Span
 from dspark.models.config import SLIDING
-from dspark.models.kv_cache import CachedSequence, KVCache
+from dspark.models.kv_cache import CachedSequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,7 @@ def verify(
 
 
 def refused(request: Candidate, rows: int, vocab: int) -> Outcome | None:
-    """The outcome of a request that cannot be judged, None for all others. `InternalError` for rows that are not there."""
+    """The outcome of a request that cannot be judged, else None. `InternalError` for rows that are not there."""
     drafts = request.draft_tokens
     if request.first_row < 0 or request.first_row + len(drafts) >= rows:
         raise InternalError(f"rows {request.first_row} to {request.first_row + len(drafts)} of {rows} logits")

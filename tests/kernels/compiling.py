@@ -107,10 +107,10 @@ def launch_draft(dtype: torch.dtype) -> None:
     context = ContextKV(KVShape(1, 2, 64, 8), 1024, dtype=dtype, device=torch.device("cpu"))
     context.require(600)
     context.length = 600
-    rows = [torch.zeros(3, n, 64, dtype=dtype) for n in (4, 2, 2)]
+    query, keys, values = (torch.zeros(3, n, 64, dtype=dtype) for n in (4, 2, 2))
     for causal in (False, True):
         plan = attention_triton.plan_block([Span(context, 3)], causal=causal, group=2)
-        attention_triton.block_attention(*rows, plan, 0)
+        attention_triton.block_attention(query, keys, values, plan, 0)
     for kind, d2t in ((MarkovHead, None), (GatedMarkovHead, torch.zeros(300, dtype=torch.int64))):
         head = kind(400, 300, 24, 64).to(dtype).requires_grad_(requires_grad=False)
         head.rows = None if d2t is None else torch.zeros(400, dtype=torch.int64)
@@ -126,4 +126,4 @@ if __name__ == "__main__":
     JITFunction.run = compile_launch(GPUTarget("cuda", int(sys.argv[1]), 32))
     for launch in (launch_shared, launch_verifier, launch_draft):
         launch(getattr(torch, sys.argv[2] if len(sys.argv) > 2 else "bfloat16"))
-    print(*sorted({name for name, _ in DONE}), len(DONE))  # noqa: T201 - read by the test
+    print(*sorted({name for name, _ in DONE}), len(DONE))

@@ -45,7 +45,7 @@ def pytest_configure() -> None:
 
 
 def _patch_once() -> None:
-    """The interpreter patches its language at every device function's call, for two thirds of the time; once will do."""
+    """The interpreter patches its language at every device function's call, at great cost; once will do."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     patched: set[int] = set()
 

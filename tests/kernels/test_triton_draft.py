@@ -88,7 +88,8 @@ def test_blocks_keep_their_bits_in_company(device: torch.device) -> None:
     for number, span in enumerate(spans):
         rows = slice(7 * number, 7 * number + 7)
         plan = TRITON_OWN.plan_block([span], causal=False, group=2)
-        alone = TRITON_OWN.block_attention(*(t[rows].to(device) for t in whole.operands), plan, 1)
+        query, keys, values = (t[rows].to(device) for t in whole.operands)
+        alone = TRITON_OWN.block_attention(query, keys, values, plan, 1)
         assert torch.equal(alone.cpu(), together[rows])
 
 
@@ -116,7 +117,8 @@ def head_of(drafter: DSparkDrafter, kernels: Any, device: torch.device, top_k: i
 
 
 def draft(kernels: Any, device: torch.device, samplings: list[Sampling], first: int = 0, **changes: Any) -> Drafted:
-    drafter = make_drafter(**({"hidden_size": 48, "num_layers": 1, "rope_thetas": (1e4,)} | changes))
+    shape: dict[str, Any] = {"hidden_size": 48, "num_layers": 1, "rope_thetas": (1e4,)}
+    drafter = make_drafter(**(shape | changes))
     own = head_of(drafter, kernels, device, top_k=12)
     n, b, vocab = 3, 6, drafter.config.draft_vocab_size
     rows = slice(first, first + len(samplings))

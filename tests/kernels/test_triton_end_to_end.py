@@ -17,14 +17,15 @@ from support.targets import new_cache, prefill
 from dspark.kernels import TORCH, Kernels
 from dspark.kernels.triton_kernels import TRITON
 from dspark.messages import Mode, Sampling
-from dspark.models.drafters import DSparkDrafter
+from dspark.models.drafters import DSparkDrafter, save_drafter
 from dspark.models.target import TargetModel, load_target
 from services.draft import serving
+from services.draft.dspark import DSparkBlocks
 from services.draft.settings import Settings as DraftSettings
 from services.verifier.settings import Settings as VerifySettings
 from services.verifier.worker import prepare
 
-VOCAB = 48
+VOCAB, STORE = 48, "redis://127.0.0.1:1"
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -90,12 +91,11 @@ def test_the_same_tokens_as_torch(device: torch.device, kind: str, tmp_path: Pat
     assert 0 < accepted < proposed
 
 
-def test_workers_load_them(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_load_them(device: torch.device, tmp_path: Path) -> None:
     """`--kernels triton` on both workers: loaded, warm, and part of the numerics fingerprint."""
-    monkeypatch.setenv("DSPARK_STORE", "redis://127.0.0.1:1")
     path = save_target("qwen3", tmp_path)
     own: dict[str, Any] = {"device": str(device), "dtype": "float32", "pages": 64, "profile": "off", "threads": 1}
-    settings = VerifySettings(model=str(path), kernels="triton", noise_candidates=8, **own)
+    settings = VerifySettings(model=str(path), kernels="triton", noise_candidates=8, store=STORE, **own)
     engine, _ = prepare(settings, path)
     assert engine._kernels is TRITON
     other, _ = prepare(settings.model_copy(update={"kernels": "torch"}), path)
@@ -103,15 +103,11 @@ def test_workers_load_them(device: torch.device, tmp_path: Path, monkeypatch: py
     assert infos[0] == infos[1]
     assert engine.info.numerics_fingerprint != other.info.numerics_fingerprint
     drafter, directory = knowing(load_target(path, dtype=torch.float32, device=device, kernels=TORCH)), tmp_path / "d"
-    _save(drafter, directory)
+    save_drafter(drafter, directory)
     drafting, _ = serving.prepare(
         DraftSettings(drafter=directory, target=str(path), device=str(device), dtype="float32", kernels="triton",
-                      profile="off", threads=1)
+                      profile="off", threads=1, store=STORE)
     )  # fmt: skip
-    assert drafting._blocks.stack.kernels is TRITON
-
-
-def _save(drafter: DSparkDrafter, directory: Path) -> None:
-    from dspark.models.drafters import save_drafter
-
-    save_drafter(drafter, directory)
+    blocks = drafting._blocks
+    assert isinstance(blocks, DSparkBlocks)
+    assert blocks.stack.kernels is TRITON

@@ -1,4 +1,4 @@
-"""Torch reference of a block's attention: rows over their sequence's injected context and over each other (DSpark §2.2).
+"""Torch reference of a block's attention: over its sequence's injected context and over itself (DSpark §2.2).
 
 On a CPU every sequence attends at its own length, one after another: padding a batch costs more.
 """

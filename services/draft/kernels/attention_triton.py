@@ -47,7 +47,8 @@ class TritonBlockPlan:
 def plan_block(spans: Sequence[Span], *, causal: bool, group: int) -> TritonBlockPlan:
     """As `attention.plan_block`."""
     most = tile_rows(group) // group
-    tiles, places, items, joined, partials, first_row = [], [], [], [], 0, 0
+    tiles: list[tuple[int, ...]] = []
+    places, items, joined, partials, first_row = [], [], [], 0, 0
     for span in spans:
         rows = span.context.layer_rows()
         before = span.context.length + span.at

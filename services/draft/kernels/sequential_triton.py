@@ -41,7 +41,7 @@ def _bias_kernel(
     gathers: tl.constexpr, mapped: tl.constexpr, block_rows: tl.constexpr, block_out: tl.constexpr,
     block_in: tl.constexpr,
 ):  # fmt: skip
-    """logits = base + z · W_2ᵀ for some blocks and some of the vocabulary; z is W_1[x_{k-1}], or given as `latent`."""
+    """Logits = base + z · W_2ᵀ for some blocks and some of the vocabulary; z is W_1[x_{k-1}], or given as `latent`."""
     row = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     column = tl.program_id(0) * block_out + tl.arange(0, block_out)
     here = row < batch
@@ -91,13 +91,15 @@ def _head_kernel(
 @triton.jit
 def _choose_kernel(
     rows, laws, best, head_ids, head_values, d2t, tokens, w1, w1_rows, hidden, row_hidden, row_previous, row_bias,
-    next_tokens, chosen, confidences, sparse_ids, sparse_shares, sparse_sizes, k, size, width, rank_width, hidden_stride,
+    next_tokens, chosen, confidences, sparse_ids, sparse_shares, sparse_sizes, k, size, width, rank_width,
+    hidden_stride,
     reduced: tl.constexpr, mapped: tl.constexpr, confident: tl.constexpr, knows_previous: tl.constexpr,
     pitch: tl.constexpr, chunk: tl.constexpr, block_hidden: tl.constexpr, block_rank: tl.constexpr,
 ):  # fmt: skip
-    """One block's token: `rows` (b, 4) int64 are committed length, seed, kind (0 greedy, 1 coupled, 2 rejection), top_k.
+    """One block's token. Rejection's distribution goes to `sparse_*`, most likely first.
 
-    `laws` (b, 3) float64: temperature, top_p, min_p. Rejection's distribution goes to `sparse_*`, most likely first.
+    `rows` (b, 4) int64: committed length, seed, kind (0 greedy, 1 coupled, 2 rejection), top_k; `laws` (b, 3) float64:
+    temperature, top_p, min_p.
     """
     r = tl.program_id(0).to(tl.int64)
     committed, seed = tl.load(rows + 4 * r), tl.load(rows + 4 * r + 1)
@@ -159,7 +161,7 @@ def _choose_kernel(
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    """Of b blocks of n tokens: `tokens` (n + 1, b), the anchors first; `logits` (n, b, V); the rest by step or block."""
+    """Of b blocks of n tokens: `tokens` (n + 1, b), anchors first; `logits` (n, b, V); the rest by step or block."""
 
     tokens: Tensor
     logits: Tensor
