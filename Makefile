@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 MODEL ?= gemma-3-270m
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check model proto format baselines compose-test overhead peers clean
+.PHONY: help demo test check model proto format baselines compose-test overhead peers gpu gpu-test gpu-bench clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -25,6 +25,16 @@ demo: model  ## serve a real model in four processes and watch it speculate
 
 test: $(VENV)/.dev model  ## every test
 	$(BIN)/python -m pytest -q
+
+gpu: $(VENV)/.dev
+	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no CUDA device: these targets need one, and a CUDA build of torch in $(VENV)')"
+
+gpu-test: gpu model  ## on a card: the kernels compiled, and every integration test
+	$(BIN)/python -m pytest -q -m gpu
+	DSPARK_DEVICE=cuda $(BIN)/python -m pytest -q tests/integration
+
+gpu-bench: gpu  ## on a card: kernels against references and bandwidth [JSON=gpu-bench.json]
+	$(BIN)/python -m benchmarks.kernels --json $(or $(JSON),gpu-bench.json)
 
 check: $(VENV)/.dev  ## lint, format, types, generated stubs
 	$(BIN)/ruff check .

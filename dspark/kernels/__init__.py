@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 from dspark.errors import ConfigError
-from dspark.kernels import attention, linear, reference
-from dspark.kernels.attention import AttentionPlan
+from dspark.kernels import attention, fused, linear, reference
 from dspark.kernels.linear import Activation, Linear
 
-__all__ = ["TORCH", "Kernels", "select_kernels"]
+__all__ = ["TORCH", "Kernels", "Plan", "select_kernels"]
+
+Plan = Any
+"""What one implementation's `plan_attention` made; only the same implementation reads it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """One implementation of everything that models compute with; see `dspark.kernels.reference` for the meaning."""
+    """One implementation of everything that models compute with.
+
+    `dspark.kernels.reference`, `.fused`, `.attention` and `.linear` say what each of them means. `name` is part of the
+    numerics fingerprint; `implementation` is what services choose their own kernels by.
+    """
 
     name: str
+    implementation: Literal["torch", "triton"]
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    add_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     norm_rotary: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor], torch.Tensor]
-    write_rows: Callable[[torch.Tensor, AttentionPlan, torch.Tensor, torch.Tensor], None]
-    paged_attention: Callable[[torch.Tensor, torch.Tensor, AttentionPlan, float], torch.Tensor]
+    norm_rotary_write: Callable[..., torch.Tensor]
+    plan_attention: Callable[..., Plan]
+    paged_attention: Callable[[torch.Tensor, torch.Tensor, Plan, float], torch.Tensor]
     linear: Callable[[torch.Tensor], Linear]
     gated: Callable[[torch.Tensor, torch.Tensor, Activation], Linear]
 
 
 TORCH = Kernels(
     name="torch",
+    implementation="torch",
     rms_norm=reference.rms_norm,
+    add_norm=fused.add_norm,
     rotary=reference.rotary,
     norm_rotary=reference.norm_rotary,
-    write_rows=attention.write_rows,
+    norm_rotary_write=fused.norm_rotary_write,
+    plan_attention=attention.plan_attention,
     paged_attention=attention.paged_attention,
     linear=linear.linear,
     gated=linear.gated,
@@ -42,9 +57,27 @@ TORCH = Kernels(
 
 
 def select_kernels(choice: str, device: torch.device) -> Kernels:
-    """The kernels for a device: "auto" or "torch"; ConfigError for what is not there."""
-    if choice in ("auto", "torch"):
+    """The kernels for a device: "torch", "triton", or "auto", which is triton on a GPU that has it and torch elsewhere.
+
+    `ConfigError` where "triton" is asked for and cannot run.
+    """
+    if choice not in ("auto", "torch", "triton"):
+        raise ConfigError(f"kernels: {choice!r} is not one of auto, torch, triton")
+    missing = _why_not_triton(device)
+    if choice == "torch" or (choice == "auto" and (missing or device.type != "cuda")):
         return TORCH
-    if choice == "triton":
-        raise ConfigError(f"kernels: triton kernels for target models are not there yet (device {device.type})")
-    raise ConfigError(f"kernels: {choice!r} is not one of auto, torch, triton")
+    if missing:
+        raise ConfigError(f"kernels: triton: {missing}")
+    from dspark.kernels.triton_kernels import TRITON  # noqa: PLC0415 - an extra, imported where it is chosen
+
+    return TRITON
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it comes with the extra gpu)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "").lower() not in {"1", "true", "on", "yes", "y"}:
+        return (
+            f"device {device.type} has none; they need a CUDA device, or TRITON_INTERPRET=1 to be interpreted, slowly"
+        )
+    return None

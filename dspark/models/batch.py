@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from dspark.errors import InternalError
-from dspark.kernels.attention import NULL_PAGE, AttentionPlan, Span, plan_attention
+from dspark.kernels.attention import NULL_PAGE, Span
 from dspark.models.config import SLIDING
-from dspark.models.kv_cache import CachedSequence, KVCache
+from dspark.models.kv_cache import CachedSequence
 
 
 @dataclass(frozen=True, slots=True)
 class RaggedBatch:
-    """Rows of a step: `token_ids` and `positions` (rows,) int64, and one attention plan per layer group.
+    """Rows of a step: `token_ids` and `positions` (rows,) int64, and the spans and pages of each layer group.
 
     Sequence n of the batch has rows first_rows[n] … first_rows[n + 1] - 1. All positions are below `length`.
     """
@@ -24,7 +24,8 @@ class RaggedBatch:
     positions: torch.Tensor
     first_rows: tuple[int, ...]
     length: int
-    plans: dict[str, AttentionPlan]
+    spans: dict[str, list[Span]]
+    page_size: int
 
     @property
     def rows(self) -> int:
@@ -52,7 +53,8 @@ class RaggedBatch:
             positions=torch.tensor(positions, device=cache.device),
             first_rows=tuple(first_rows),
             length=max(positions) + 1,
-            plans={kind: _plan(cache, kind, items, first_rows) for kind in cache.kinds},
+            spans={kind: _spans(kind, items, first_rows) for kind in cache.kinds},
+            page_size=cache.page_size,
         )
 
 
@@ -67,21 +69,10 @@ def _check(sequence: CachedSequence, start: int) -> None:
             raise InternalError(f"the window of position {start} has been freed; open a new sequence to recompute it")
 
 
-def _plan(
-    cache: KVCache,
-    kind: str,
-    items: Sequence[tuple[CachedSequence, Sequence[int], int]],
-    first_rows: Sequence[int],
-) -> AttentionPlan:
-    spans = [
+def _spans(
+    kind: str, items: Sequence[tuple[CachedSequence, Sequence[int], int]], first_rows: Sequence[int]
+) -> list[Span]:
+    return [
         Span(first_row, start, len(token_ids), sequence.pages[kind])
         for (sequence, token_ids, start), first_row in zip(items, first_rows, strict=False)
     ]
-    return plan_attention(
-        spans,
-        page_size=cache.page_size,
-        window=cache.window(kind),
-        group=cache.config.num_heads // cache.config.num_kv_heads,
-        dtype=cache.dtype,
-        device=cache.device,
-    )

@@ -27,11 +27,11 @@ class Gemma3Layer:
         self._before_feed_forward = weights.norm("pre_feedforward_layernorm")
         self._after_feed_forward = weights.norm("post_feedforward_layernorm")
         self._eps = weights.config.rms_norm_eps
-        self._rms_norm = kernels.rms_norm
+        self._rms_norm, self._add_norm = kernels.rms_norm, kernels.add_norm
 
     def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
         """The residual stream (rows, d) ↦ the residual stream after this layer."""
         attended = self._attention(self._rms_norm(x, self._before_attention, self._eps), step, storage)
-        x = x + self._rms_norm(attended, self._after_attention, self._eps)
-        fed = self._feed_forward(self._rms_norm(x, self._before_feed_forward, self._eps))
+        x, normed = self._add_norm(x, attended, self._before_feed_forward, self._eps, self._after_attention)
+        fed = self._feed_forward(normed)
         return x + self._rms_norm(fed, self._after_feed_forward, self._eps)

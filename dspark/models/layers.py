@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dspark.kernels import Kernels
-from dspark.kernels.attention import AttentionPlan
+from dspark.kernels import Kernels, Plan
 from dspark.models.config import RopeConfig, TargetConfig
 from dspark.models.weights import TensorSource
 
@@ -20,7 +19,7 @@ class GroupStep:
 
     cos: torch.Tensor
     sin: torch.Tensor
-    plan: AttentionPlan
+    plan: Plan
 
 
 class RotaryTable:
@@ -83,11 +82,8 @@ class SelfAttention:
     def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
         """(rows, d) ↦ (rows, d); writes the rows' keys and values into `storage`, the layer's pages."""
         config, kernels = self._config, self._kernels
-        turned = config.num_heads + config.num_kv_heads
         qkv = self._qkv(x).view(x.shape[0], -1, config.head_dim)
-        qk = kernels.norm_rotary(qkv[:, :turned], self._norm, config.rms_norm_eps, step.cos, step.sin)
-        kernels.write_rows(storage, step.plan, qk[:, config.num_heads :], qkv[:, turned:])
-        q = qk[:, : config.num_heads]
+        q = kernels.norm_rotary_write(qkv, self._norm, config.rms_norm_eps, step.cos, step.sin, storage, step.plan)
         return self._out(kernels.paged_attention(q, storage, step.plan, config.attention_scale))
 
 

@@ -19,9 +19,10 @@ class Qwen3Layer:
         self._before_attention = weights.norm("input_layernorm")
         self._before_feed_forward = weights.norm("post_attention_layernorm")
         self._eps = weights.config.rms_norm_eps
-        self._rms_norm = kernels.rms_norm
+        self._rms_norm, self._add_norm = kernels.rms_norm, kernels.add_norm
 
     def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
         """The residual stream (rows, d) ↦ the residual stream after this layer."""
-        x = x + self._attention(self._rms_norm(x, self._before_attention, self._eps), step, storage)
-        return x + self._feed_forward(self._rms_norm(x, self._before_feed_forward, self._eps))
+        attended = self._attention(self._rms_norm(x, self._before_attention, self._eps), step, storage)
+        x, normed = self._add_norm(x, attended, self._before_feed_forward, self._eps)
+        return x + self._feed_forward(normed)

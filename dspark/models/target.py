@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 
 from dspark.errors import ModelFileError
-from dspark.kernels import Kernels
+from dspark.kernels import Kernels, Plan
 from dspark.messages import ModelInfo
 from dspark.models import gemma3, qwen3
 from dspark.models.batch import RaggedBatch
-from dspark.models.config import TargetConfig, parse_config, read_config, read_json
+from dspark.models.config import SLIDING, TargetConfig, parse_config, read_config, read_json
 from dspark.models.fingerprint import model_fingerprint, numerics_fingerprint
 from dspark.models.gguf import GgufSource
 from dspark.models.kv_cache import KVCache
@@ -119,9 +119,20 @@ class TargetModel:
 
     def _steps(self, batch: RaggedBatch) -> dict[str, GroupStep]:
         return {
-            kind: GroupStep(*self._rotary[kind](batch.positions, batch.length), plan=batch.plans[kind])
+            kind: GroupStep(*self._rotary[kind](batch.positions, batch.length), plan=self._plan(batch, kind))
             for kind in self._rotary
         }
+
+    def _plan(self, batch: RaggedBatch, kind: str) -> Plan:
+        config = self.config
+        return self.kernels.plan_attention(
+            batch.spans[kind],
+            page_size=batch.page_size,
+            window=config.sliding_window if kind == SLIDING else None,
+            group=config.num_heads // config.num_kv_heads,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
 
 def load_target(path: Path, *, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> TargetModel:

@@ -31,7 +31,7 @@ def choose(law: Law, seeds: torch.Tensor, positions: torch.Tensor, bits: KeyedBi
         int64 (rows,) token ids.
     """
     size = law.ids.shape[1]
-    extra = torch.zeros_like(law.ids[:, :2])
+    extra = law.ids.new_zeros(len(law.ids), 2)
     of = streams(size, Stream.REST, Stream.REST_PICK, device=seeds.device)
     drawn = bits(seeds, torch.cat((law.ids, extra), 1), positions, of)
     scores = torch.cat((law.log_weights, law.rest.log()), 1) + gumbel(drawn[:, :-1])

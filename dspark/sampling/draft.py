@@ -66,6 +66,11 @@ class DraftChooser:
         self._top_k = draft_top_k
         self._bits = bits
 
+    @property
+    def top_k(self) -> int:
+        """How many of the most likely draft tokens take part in a choice at temperature > 0."""
+        return self._top_k
+
     @torch.no_grad()
     def choose(
         self,

@@ -102,13 +102,14 @@ class ChainBlocks:
         """Rows of several contexts in one forward."""
         stack = self._stack
         spans = [Span(part.kv, len(part.next_ids)) for part in parts]
+        plan = stack.plan(spans, causal=True)
         ranges = [range(span.context.length, span.context.length + span.count) for span in spans]
         positions = torch.tensor([position for one in ranges for position in one], device=stack.device)
         *tables, last = stack.rotary(positions, max(one.stop for one in ranges))
         ids = torch.tensor([token_id for part in parts for token_id in part.next_ids], device=stack.device)
         x = self._rows_in(ids, torch.cat([part.features for part in parts]))
         for index, table in enumerate(tables):
-            x = stack.through(index, x, table, spans, causal=True)
+            x = stack.through(index, x, table, plan)
         index = len(tables)
         config = stack.config
         kv = self._last_kv(stack.entering(index, x)).view(len(x), 2, config.num_kv_heads, config.head_dim)
@@ -152,10 +153,10 @@ class ChainBlocks:
         stack = self._stack
         positions = [context.length + at for context in contexts]
         rotary = stack.rotary(torch.tensor(positions, device=stack.device), max(positions) + 1)
-        spans = [Span(context, 1, at) for context in contexts]
+        plan = stack.plan([Span(context, 1, at) for context in contexts])
         x = self._rows_in(tokens, features)
         for index, table in enumerate(rotary):
-            x = stack.through(index, x, table, spans)
+            x = stack.through(index, x, table, plan)
         return x
 
 

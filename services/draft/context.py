@@ -90,6 +90,10 @@ class ContextKV:
         own_values[0, :, start:] = values
         return own_keys, own_values
 
+    def layer_rows(self, layer: int = 0) -> torch.Tensor:
+        """K and V of one draft layer as they lie now: (2, kv_heads, room, head_dim); layers follow each other."""
+        return self._rows[layer]
+
     def _allocate(self, room: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         shape = self._shape
         return torch.empty(shape.layers, 2, shape.kv_heads, room, shape.head_dim, dtype=dtype, device=device)

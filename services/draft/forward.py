@@ -70,10 +70,10 @@ class ParallelBlocks(ABC):
         starts = [context.length for context in contexts]
         positions = torch.tensor(starts, device=stack.device)[:, None] + torch.arange(rows, device=stack.device)
         rotary = stack.rotary(positions.flatten(), max(starts) + rows)
-        spans = [Span(context, rows) for context in contexts]
+        plan = stack.plan([Span(context, rows) for context in contexts])
         x = self._inputs(torch.tensor(anchors, device=stack.device)).flatten(0, 1)
         for index, table in enumerate(rotary):
-            x = stack.through(index, x, table, spans)
+            x = stack.through(index, x, table, plan)
         return stack.normed(x).view(len(anchors), rows, -1)
 
     def _keys_values(self, features: Tensor, positions: Tensor, end: int) -> list[tuple[Tensor, Tensor]]:

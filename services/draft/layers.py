@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +22,12 @@ from dspark.models.drafters import Drafter
 from dspark.models.drafters.layers import DraftLayer
 from dspark.models.layers import RotaryTable
 from services.draft.context import ContextKV, KVShape
+from services.draft.kernels import draft_kernels
+from services.draft.kernels.attention import Span
 
 __all__ = ["DraftStack", "Rotary", "Span"]
 
 Rotary = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`count` rows of a batch that belong to one context: they lie `at` rows behind it."""
-
-    context: ContextKV
-    count: int
-    at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +50,7 @@ class DraftStack:
         """`block_rows`: most rows that lie behind a context at once."""
         config = self.config = drafter.config
         self.kernels = kernels
+        self.own_kernels = draft_kernels(kernels)
         self.dtype = drafter.norm.weight.dtype
         self.device = drafter.norm.weight.device
         self._shape = KVShape(config.num_layers, config.num_kv_heads, config.head_dim, block_rows)
@@ -88,14 +83,20 @@ class DraftStack:
         """Rows (n, d) as the layer's projections read them."""
         return self.kernels.rms_norm(x, self._layers[index].input_norm, self.config.rms_norm_eps)
 
-    def through(self, index: int, x: Tensor, rotary: Rotary, spans: Sequence[Span], *, causal: bool = False) -> Tensor:
-        """Rows x (n, d) through one layer: (n, d). Their K/V is written behind the contexts of `spans`, which cover x.
+    def plan(self, spans: Sequence[Span], *, causal: bool = False) -> Any:
+        """What all layers of one forward share, for spans that cover its rows.
 
         A row sees its context, all rows behind it, and of its own span's rows all, or with `causal` those up to itself.
         """
-        layer, eps = self._layers[index], self.config.rms_norm_eps
-        x = x + layer.output(self._attend(index, self.entering(index, x), rotary, spans, causal=causal))
-        return x + layer.down(layer.gated(self.kernels.rms_norm(x, layer.mlp_norm, eps)))
+        group = self.config.num_heads // self.config.num_kv_heads
+        return self.own_kernels.plan_block(spans, causal=causal, group=group)
+
+    def through(self, index: int, x: Tensor, rotary: Rotary, plan: Any) -> Tensor:
+        """Rows x (n, d) through one layer: (n, d). Their K/V is written behind the contexts of the plan's spans."""
+        layer = self._layers[index]
+        attended = layer.output(self._attend(index, self.entering(index, x), rotary, plan))
+        x, normed = self.kernels.add_norm(x, attended, layer.mlp_norm, self.config.rms_norm_eps)
+        return x + layer.down(layer.gated(normed))
 
     def normed(self, x: Tensor) -> Tensor:
         """The final norm."""
@@ -106,34 +107,14 @@ class DraftStack:
         flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         return self._head(flat).view(*hidden.shape[:-1], -1).float()
 
-    def _attend(self, index: int, normed: Tensor, rotary: Rotary, spans: Sequence[Span], *, causal: bool) -> Tensor:
+    def _attend(self, index: int, normed: Tensor, rotary: Rotary, plan: Any) -> Tensor:
         """Attention of normed rows (n, d): (n, heads · head_dim)."""
         layer, config = self._layers[index], self.config
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         qkv = layer.qkv(normed).view(len(normed), heads + 2 * kv_heads, dim)
         qk = self.kernels.norm_rotary(qkv[:, : heads + kv_heads], layer.qk_norm, config.rms_norm_eps, *rotary)
-        query = qk[:, :heads].reshape(-1, kv_heads, heads // kv_heads, dim)
-        counts = [span.count for span in spans]
-        operands = (query, qk[:, heads:], qkv[:, heads + kv_heads :])
-        parts = zip(*(torch.split(rows, counts) for rows in operands), strict=True)
-        mixed = [_attention(index, span, *part, causal=causal) for span, part in zip(spans, parts, strict=True)]
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-
-
-def _attention(index: int, span: Span, query: Tensor, keys: Tensor, values: Tensor, *, causal: bool) -> Tensor:
-    """One span's rows over its context and themselves: (rows, heads · D), from a query (rows, kv heads, group, D).
-
-    Keys and values are (rows, kv heads, D). Query heads that share a key/value head become rows of one product.
-    """
-    rows, kv_heads, group, dim = query.shape
-    all_keys, all_values = span.context.with_rows(index, keys.transpose(0, 1), values.transpose(0, 1), span.at)
-    folded = query.permute(1, 2, 0, 3).reshape(1, kv_heads, group * rows, dim)
-    mask = None
-    if causal and rows > 1:
-        last = torch.arange(all_keys.shape[2] - rows, all_keys.shape[2], device=query.device)
-        mask = (torch.arange(all_keys.shape[2], device=query.device) <= last[:, None]).repeat(group, 1)
-    mixed = functional.scaled_dot_product_attention(folded, all_keys, all_values, attn_mask=mask)
-    return mixed.view(kv_heads, group, rows, dim).permute(2, 0, 1, 3).reshape(rows, kv_heads * group * dim)
+        keys, values = qk[:, heads:], qkv[:, heads + kv_heads :]
+        return self.own_kernels.block_attention(qk[:, :heads], keys, values, plan, index)
 
 
 def draft_layers(drafter: Drafter) -> list[DraftLayer]:

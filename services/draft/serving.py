@@ -123,7 +123,8 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
     if isinstance(drafter, Drafter):
         _let_go(drafter)
     _warm_up(engine, offer.row_bytes // 2)
-    _log.info("drafter loaded", drafter=offer.drafter.name, seconds=round(time.perf_counter() - began, 2))
+    seconds = round(time.perf_counter() - began, 2)
+    _log.info("drafter loaded", drafter=offer.drafter.name, kernels=kernels.name, seconds=seconds)
     engine.costs = _costs(settings, engine, offer, kernels, device)
     return engine, offer
 

@@ -18,8 +18,9 @@ from dspark.models.batch import RaggedBatch
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
 from services.verifier.features import FeatureStore
+from services.verifier.kernels import verifier_kernels
 from services.verifier.sequences import Work
-from services.verifier.verification import Candidate, Outcome, verify
+from services.verifier.verification import Candidate, Outcome
 
 __all__ = ["Computed", "Stepper", "split", "warm_up"]
 
@@ -47,6 +48,7 @@ class Stepper:
         self._cache = cache
         self._features = features
         self._noise_candidates = noise_candidates
+        self._verify = verifier_kernels(model.kernels).verify
 
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> Computed:
@@ -78,7 +80,7 @@ class Stepper:
         for part in split(anchored, SAMPLED_ROWS, lambda entry: 1 + len(entry[0].draft_tokens)):
             rows = [row for own, first in part for row in range(first, first + 1 + len(own.draft_tokens))]
             logits = self._model.logits(hidden[torch.tensor(rows, device=hidden.device)])
-            chosen = verify(logits, _candidates(part), noise_candidates=self._noise_candidates)
+            chosen = self._verify(logits, _candidates(part), noise_candidates=self._noise_candidates)
             outcomes |= zip((own for own, _ in part), chosen, strict=True)
         return outcomes
 
@@ -142,6 +144,7 @@ def warm_up(model: TargetModel, cache: KVCache, noise_candidates: int, rows: Seq
 
     Nothing stays behind: the pages are given back and none is hashed.
     """
+    verify = verifier_kernels(model.kernels).verify
     for count in rows:
         sequence = cache.open([0] * count, count + 1)
         batch = RaggedBatch.build([(sequence, [0] * count, 0)])

@@ -17,6 +17,7 @@ from torch import Tensor
 from dspark.errors import InvalidRequest, Mismatch
 from dspark.kernels import Kernels
 from dspark.messages import ModelInfo, TapInfo
+from services.verifier.kernels import verifier_kernels
 
 __all__ = ["BIAS", "NORM", "PROJECTION", "Tap", "check_info", "tap_digest", "tensor_shapes"]
 
@@ -78,6 +79,7 @@ class Tap:
         """`tensors`: float32, named and shaped as `tensor_shapes` says. `InvalidRequest` where they are not."""
         _check_tensors(info, tensors)
         self.info = info
+        self._kernels = verifier_kernels(kernels)
         self._project = kernels.linear(tensors[PROJECTION].to(device))
         self._bias = tensors[BIAS].to(device) if BIAS in tensors else None
         self._norm = tensors[NORM].to(device)
@@ -88,17 +90,10 @@ class Tap:
         `captured[layer]`: (all rows, hidden), the output of that decoder layer; `rows`: (n,) int64.
         Returns bfloat16 (n, feature_size). A row's features do not depend on the other rows.
         """
-        states = [captured[layer].index_select(0, rows).float() for layer in self.info.layer_ids]
-        if self.info.normalize_inputs:
-            states = [_unit_rms(state, self.info.norm_eps) for state in states]
-        projected = self._project(torch.cat(states, dim=-1))
-        if self._bias is not None:
-            projected = projected + self._bias
-        return (_unit_rms(projected, self.info.norm_eps) * self._norm).to(torch.bfloat16)
-
-
-def _unit_rms(rows: Tensor, eps: float) -> Tensor:
-    return rows * torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + eps)
+        states = [captured[layer] for layer in self.info.layer_ids]
+        eps = self.info.norm_eps
+        inputs = self._kernels.tap_inputs(states, rows, eps if self.info.normalize_inputs else None)
+        return self._kernels.tap_outputs(self._project(inputs), self._bias, self._norm, eps)
 
 
 def _check_tensors(info: TapInfo, tensors: Mapping[str, Tensor]) -> None:

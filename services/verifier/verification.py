@@ -35,7 +35,7 @@ from dspark.sampling.processed import Law, process
 from dspark.sampling.residual import residual
 from dspark.sampling.rows import UNFILTERED, SamplingRows
 
-__all__ = ["EXACT", "AcceptanceRules", "Candidate", "Outcome", "verify"]
+__all__ = ["EXACT", "AcceptanceRules", "Candidate", "Outcome", "refused", "verify"]
 
 _CHUNK_ELEMENTS = 1 << 21  # logits judged at a time: 8 rows of 262k, 8 MiB in float32
 
@@ -164,7 +164,7 @@ def verify(
         InternalError: a request names rows that the logits do not have.
     """
     court = _Court(logits, noise_candidates, rules, bits)
-    outcomes: list[Outcome | None] = [_refused(request, *logits.shape) for request in requests]
+    outcomes: list[Outcome | None] = [refused(request, *logits.shape) for request in requests]
     walks = [_Walk(i, request) for i, request in enumerate(requests) if outcomes[i] is None]
     at_once = max(1, _CHUNK_ELEMENTS // logits.shape[1])
     while walks:
@@ -181,7 +181,8 @@ def verify(
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _refused(request: Candidate, rows: int, vocab: int) -> Outcome | None:
+def refused(request: Candidate, rows: int, vocab: int) -> Outcome | None:
+    """The outcome of a request that cannot be judged, else None. `InternalError` for rows that are not there."""
     drafts = request.draft_tokens
     if request.first_row < 0 or request.first_row + len(drafts) >= rows:
         raise InternalError(f"rows {request.first_row} to {request.first_row + len(drafts)} of {rows} logits")

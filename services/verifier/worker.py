@@ -125,7 +125,13 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     warm_up(model, cache, settings.noise_candidates)
     own = EngineSettings(max_step_tokens=settings.max_step_tokens, noise_candidates=settings.noise_candidates)
     engine = VerifyEngine(model, cache, own, info=info, metrics=Metrics(CollectorRegistry()))
-    _log.info("model loaded", model=info.name, path=str(path), seconds=round(time.perf_counter() - began, 2))
+    _log.info(
+        "model loaded",
+        model=info.name,
+        path=str(path),
+        kernels=kernels.name,
+        seconds=round(time.perf_counter() - began, 2),
+    )
     engine.costs = _costs(settings, model, cache, own, info)
     return engine, tokenizer_files(path, info)
 

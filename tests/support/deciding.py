@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dspark.kernels import TORCH
 from dspark.messages import (
     AttachSequence,
     FeatureBlock,
@@ -42,7 +41,7 @@ class Decoder:
         self._verifier = VerifyEngine(target, cache)
         self._verifier.register_tap(drafter.tap, drafter.tap_tensors())
         self._drafts = DraftEngine(
-            drafter, DraftChooser(draft_top_k=draft_top_k), TORCH, context_positions=target.config.max_context
+            drafter, DraftChooser(draft_top_k=draft_top_k), target.kernels, context_positions=target.config.max_context
         )
         self._drafter = drafter
         self._eos = target.config.eos_token_ids

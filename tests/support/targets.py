@@ -14,8 +14,8 @@ from dspark.models.target import TargetModel, load_target
 CPU = torch.device("cpu")
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32) -> TargetModel:
-    return load_target(path, dtype=dtype, device=CPU, kernels=select_kernels("auto", CPU))
+def load(path: Path, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> TargetModel:
+    return load_target(path, dtype=dtype, device=CPU, kernels=select_kernels(kernels, CPU))
 
 
 def new_cache(model: TargetModel, pages: int = 256, **settings: int | bool) -> KVCache:

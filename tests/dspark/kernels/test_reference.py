@@ -59,10 +59,29 @@ def test_rows_keep_their_bits(width: int, dtype: torch.dtype) -> None:
         assert torch.equal(norm_rotary(heads[rows], weight.view(2, -1), 1e-6, cos[rows], sin[rows]), turned[rows])
 
 
-def test_choice_of_kernels() -> None:
+def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu = torch.device("cpu")
     assert select_kernels("auto", cpu) is select_kernels("torch", cpu) is TORCH
-    with pytest.raises(ConfigError, match="triton kernels for target models are not there yet"):
+    with pytest.raises(
+        ConfigError, match="triton: device cpu has none; they need a CUDA device, or TRITON_INTERPRET=1"
+    ):
         select_kernels("triton", cpu)
     with pytest.raises(ConfigError, match="'cuda' is not one of auto, torch, triton"):
         select_kernels("cuda", cpu)
+
+
+def test_triton_is_asked_for_by_name_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    card = torch.device("cuda")
+    assert select_kernels("auto", card) is TORCH
+    with pytest.raises(ConfigError, match="the package triton is not installed"):
+        select_kernels("triton", card)
+
+
+def test_a_residual_sum_with_its_norm_is_both() -> None:
+    x, y, weight, own = randn(5, 24).bfloat16(), randn(5, 24, seed=1).bfloat16(), randn(24, seed=2), randn(24, seed=3)
+    for added, y_weight in ((y, None), (rms_norm(y, own, 1e-6), own)):
+        total, normed = TORCH.add_norm(x, y, weight, 1e-6, y_weight)
+        assert torch.equal(total, x + added)
+        assert torch.equal(normed, rms_norm(x + added, weight, 1e-6))

@@ -1,0 +1,86 @@
+"""Torch reference of the sequential head over a whole block: token after token, and confidences (DSpark §3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark.kernels.linear import Linear
+from dspark.messages import Sampling
+from dspark.models.drafters.heads import ConfidenceHead, MarkovHead
+from dspark.sampling import DraftChooser
+from services.draft.drafting import Drafted
+
+__all__ = ["ConfidenceRow", "SequentialHead", "draft_tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfidenceRow:
+    """The confidence head's one row, float32, cut by what it multiplies: h_k (d,) and, or None, W_1[x_{k-1}] (r,)."""
+
+    hidden: Tensor
+    previous: Tensor | None
+    bias: Tensor
+
+    @classmethod
+    def of(cls, head: ConfidenceHead | None, width: int) -> ConfidenceRow | None:
+        """The row of a head whose hidden states have `width` numbers."""
+        if head is None:
+            return None
+        row = head.proj.weight[0].float().contiguous()
+        return cls(row[:width], row[width:] if len(row) > width else None, head.proj.bias.float())
+
+    def logits(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """Float32 logits of c_k (b, n) from h_k (b, n, d) and W_1[x_{k-1}] (b, n, r)."""
+        rows = hidden.float() @ self.hidden + self.bias
+        return rows if self.previous is None else rows + previous.float() @ self.previous
+
+
+@dataclass(frozen=True, slots=True)
+class SequentialHead:
+    """A drafter's head as it is served: `bias` is x ↦ x · W_2ᵀ, `d2t` as `DraftChooser.choose` takes it."""
+
+    head: MarkovHead
+    bias: Linear
+    confidence: ConfidenceRow | None
+    d2t: Tensor | None
+    chooser: DraftChooser
+
+
+@torch.inference_mode()
+def draft_tokens(
+    own: SequentialHead,
+    base: Tensor,
+    hidden: Tensor,
+    anchors: Sequence[int],
+    committed_lens: Sequence[int],
+    samplings: Sequence[Sampling],
+) -> Drafted:
+    """Draft n tokens of b blocks, left to right.
+
+    `base` (b, n, draft vocabulary) float32: base logits U_k; `hidden` (b, n, d): h_k. The k-th token (from 0) is for
+    position N + k of a sequence with N committed tokens.
+    """
+    committed = torch.tensor(committed_lens, device=hidden.device)
+    state, embedded = own.head.initial_state(len(anchors)), []
+    tokens = [torch.tensor(anchors, device=hidden.device)]
+    logits, chosen, distributions = [], [], []
+    for k in range(hidden.shape[1]):
+        embedded.append(own.head.previous(tokens[-1]))
+        latent, state = own.head.latent(state, embedded[-1], hidden[:, k])
+        logits.append(base[:, k] + own.bias(latent))
+        choice = own.chooser.choose(logits[-1], samplings, committed + k, own.d2t, committed=committed)
+        tokens.append(choice.tokens)
+        chosen.append(choice.draft_index)
+        distributions.append(choice.distributions)
+    confidence = own.confidence
+    return Drafted(
+        tokens=torch.stack(tokens[1:], 1),
+        distributions=distributions,
+        confidence_logits=None if confidence is None else confidence.logits(hidden, torch.stack(embedded, 1)),
+        logits=logits,
+        chosen=chosen,
+    )

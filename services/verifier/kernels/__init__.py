@@ -1,0 +1,38 @@
+"""The verify service's own kernels, chosen with the shared ones; each Triton kernel beside its torch reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dspark.kernels import Kernels
+from services.verifier.kernels import features
+from services.verifier.verification import Outcome, verify
+
+__all__ = ["VerifierKernels", "verifier_kernels"]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierKernels:
+    """One implementation of what verification computes beyond `dspark.kernels`.
+
+    `services.verifier.verification` and `services.verifier.kernels.features` say what each of them means.
+    """
+
+    verify: Callable[..., list[Outcome]]
+    tap_inputs: Callable[..., Tensor]
+    tap_outputs: Callable[..., Tensor]
+
+
+_TORCH = VerifierKernels(verify, features.tap_inputs, features.tap_outputs)
+
+
+def verifier_kernels(shared: Kernels) -> VerifierKernels:
+    """Those that go with the shared kernels."""
+    if shared.implementation == "torch":
+        return _TORCH
+    from services.verifier.kernels import features_triton, verify_triton  # noqa: PLC0415 - triton is an extra
+
+    return VerifierKernels(verify_triton.verify, features_triton.tap_inputs, features_triton.tap_outputs)

@@ -1,0 +1,163 @@
+"""The draft service's kernels: block attention over contexts where they lie, and the sequential head."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from support.drafting import make_drafter
+
+from dspark.kernels import TORCH
+from dspark.kernels.triton_kernels import TRITON
+from dspark.messages import Mode, Sampling
+from dspark.models.drafters import DSparkDrafter
+from dspark.sampling import DraftChooser
+from services.draft.context import ContextKV, KVShape
+from services.draft.drafting import Drafted
+from services.draft.kernels import draft_kernels
+from services.draft.kernels.attention import Span
+from services.draft.kernels.sequential import ConfidenceRow, SequentialHead
+
+TORCH_OWN, TRITON_OWN = draft_kernels(TORCH), draft_kernels(TRITON)
+LAYERS = 2
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Blocks:
+    """Contexts filled with something, and rows of blocks behind them."""
+
+    def __init__(self, lengths: list[tuple[int, int, int]], *, heads: int = 4, kv_heads: int = 2, dim: int = 20,
+                 dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+        """`lengths`: context, rows that lie behind it already, and rows of the block."""
+        self.lengths, self.kv_heads, self.dim, self.dtype = lengths, kv_heads, dim, dtype
+        self.group = heads // kv_heads
+        total = sum(count for _, _, count in lengths)
+        self.operands = [
+            randn(total, n, dim, seed=seed).to(dtype) for seed, n in enumerate((heads, kv_heads, kv_heads))
+        ]
+
+    def spans(self, device: torch.device) -> list[Span]:
+        shape, spans = KVShape(LAYERS, self.kv_heads, self.dim, 40), []
+        for seed, (length, at, count) in enumerate(self.lengths):
+            context = ContextKV(shape, 2048, dtype=self.dtype, device=device)
+            filled = length + at
+            rows = [randn(filled, self.kv_heads, self.dim, seed=seed + 10).to(device, self.dtype)] * 2
+            context.append([(rows[0], rows[1])] * LAYERS, 0, filled)
+            context.length = length
+            spans.append(Span(context, count, at))
+        return spans
+
+    def run(self, own: Any, device: torch.device, *, causal: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What comes out for layer 1, and what lies behind the contexts then."""
+        spans = self.spans(device)
+        plan = own.plan_block(spans, causal=causal, group=self.group)
+        out = own.block_attention(*(t.to(device) for t in self.operands), plan, 1)
+        ends = [(span, span.context.length + span.at + span.count) for span in spans]
+        return out.cpu(), [span.context.layer_rows(1)[:, :, :end].cpu() for span, end in ends]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_block_attention(device: torch.device, dtype: torch.dtype, causal: bool) -> None:
+    blocks = Blocks([(0, 0, 1), (5, 0, 7), (63, 2, 1), (64, 0, 33), (700, 0, 5)], dtype=dtype)
+    expected, behind = blocks.run(TORCH_OWN, torch.device("cpu"), causal=causal)
+    found, behind_too = blocks.run(TRITON_OWN, device, causal=causal)
+    tolerance = 3e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    assert all(torch.equal(one, other) for one, other in zip(behind, behind_too, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 64), (6, 2, 16), (2, 1, 256)])
+def test_heads_of_all_sizes(device: torch.device, heads: int, kv_heads: int, dim: int) -> None:
+    blocks = Blocks([(9, 0, 3)], heads=heads, kv_heads=kv_heads, dim=dim)
+    expected, _ = blocks.run(TORCH_OWN, torch.device("cpu"), causal=False)
+    found, _ = blocks.run(TRITON_OWN, device, causal=False)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+
+
+def test_blocks_keep_their_bits_in_company(device: torch.device) -> None:
+    lengths = [(5, 0, 7), (600, 0, 7), (130, 0, 7)]
+    whole = Blocks(lengths)
+    together, _ = whole.run(TRITON_OWN, device, causal=False)
+    spans = whole.spans(device)
+    for number, span in enumerate(spans):
+        rows = slice(7 * number, 7 * number + 7)
+        plan = TRITON_OWN.plan_block([span], causal=False, group=2)
+        query, keys, values = (t[rows].to(device) for t in whole.operands)
+        alone = TRITON_OWN.block_attention(query, keys, values, plan, 1)
+        assert torch.equal(alone.cpu(), together[rows])
+
+
+# ---- the sequential head
+
+SAMPLINGS = [
+    Sampling(temperature=0.0),
+    Sampling(seed=5),
+    Sampling(seed=2**63 + 11, temperature=0.7, top_k=6),
+    Sampling(seed=9, mode=Mode.REJECTION),
+    Sampling(seed=10, mode=Mode.REJECTION, temperature=1.4, top_p=0.8),
+    Sampling(seed=12, mode=Mode.REJECTION, top_k=3, min_p=0.1),
+]
+
+
+def head_of(drafter: DSparkDrafter, kernels: Any, device: torch.device, top_k: int) -> SequentialHead:
+    drafter = drafter.to(device)
+    return SequentialHead(
+        head=drafter.head,
+        bias=kernels.linear(drafter.head.markov_w2.weight),
+        confidence=ConfidenceRow.of(drafter.confidence_head, drafter.config.hidden_size),
+        d2t=drafter.d2t if drafter.d2t is None else drafter.d2t.to(device),
+        chooser=DraftChooser(draft_top_k=top_k),
+    )
+
+
+def draft(kernels: Any, device: torch.device, samplings: list[Sampling], first: int = 0, **changes: Any) -> Drafted:
+    shape: dict[str, Any] = {"hidden_size": 48, "num_layers": 1, "rope_thetas": (1e4,)}
+    drafter = make_drafter(**(shape | changes))
+    own = head_of(drafter, kernels, device, top_k=12)
+    n, b, vocab = 3, 6, drafter.config.draft_vocab_size
+    rows = slice(first, first + len(samplings))
+    base, hidden = randn(b, n, vocab)[rows].to(device) * 2, randn(b, n, 48, seed=1)[rows].to(device)
+    anchors, committed = [3, 511, 0, 7, 8, 9][rows], [1, 40, 41, 100_000, 9, 10][rows]
+    return draft_kernels(kernels).draft_tokens(own, base, hidden, anchors, committed, samplings)
+
+
+HEADS = [
+    {"markov_head_type": "vanilla"},
+    {"markov_head_type": "gated"},
+    {"markov_head_type": "rnn"},
+    {"draft_vocab_size": 128},
+]
+
+
+@pytest.mark.parametrize("changes", HEADS, ids=str)
+def test_sequential_head(device: torch.device, changes: dict[str, Any]) -> None:
+    expected = draft(TORCH, torch.device("cpu"), SAMPLINGS, **changes)
+    found = draft(TRITON, device, SAMPLINGS, **changes)
+    assert torch.equal(found.tokens.cpu(), expected.tokens)
+    assert torch.equal(torch.stack(tuple(found.chosen)).cpu(), torch.stack(tuple(expected.chosen)))
+    torch.testing.assert_close(found.top_logits().cpu(), expected.top_logits(), atol=1e-4, rtol=1e-4)
+    assert found.confidence_logits is not None
+    torch.testing.assert_close(found.confidence_logits.cpu(), expected.confidence_logits, atol=1e-4, rtol=1e-4)
+    for step, other in zip(found.distributions, expected.distributions, strict=True):
+        for own, theirs in zip(step, other, strict=True):
+            assert (own is None) == (theirs is None)
+            if own is not None and theirs is not None:
+                assert own.token_ids == theirs.token_ids
+                assert own.probabilities == pytest.approx(theirs.probabilities, rel=1e-4)
+
+
+def test_heads_keep_their_bits_in_company(device: torch.device) -> None:
+    together = draft(TRITON, device, SAMPLINGS)
+    assert together.confidence_logits is not None
+    for row in (1, 4):
+        alone = draft(TRITON, device, SAMPLINGS[row : row + 1], first=row)
+        assert alone.confidence_logits is not None
+        assert torch.equal(alone.tokens[0], together.tokens[row])
+        assert torch.equal(alone.confidence_logits[0], together.confidence_logits[row])
+        assert [step[0] for step in alone.distributions] == [step[row] for step in together.distributions]
