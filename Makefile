@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 MODEL ?= gemma-3-270m
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check model proto format baselines compose-test overhead clean
+.PHONY: help demo test check model proto format baselines compose-test overhead steps invariance clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -40,6 +40,12 @@ proto: $(VENV)/.dev  ## regenerate dspark/v1 from proto/
 
 overhead: $(VENV)/.run model  ## where a round's time goes, at 1 and 8 streams
 	$(BIN)/python -m benchmarks.overhead
+
+steps: $(VENV)/.run model  ## what a verify and a draft step take beside what the machine could do
+	$(BIN)/python -m benchmarks.steps
+
+invariance: $(VENV)/.run model  ## 200 completions alone and in batches of 2 to 32: equal token ids
+	$(BIN)/python -m benchmarks.invariance
 
 baselines: $(VENV)/.dev model  ## train DFlash, Eagle3, MTP and DSpark alike: PROMPTS=file [BLOCKS=300000 OUT=runs]
 	OUT=$(or $(OUT),runs) BLOCKS=$(or $(BLOCKS),300000) PROMPTS=$(PROMPTS) BIN=$(BIN) MODEL=$(MODEL) bash benchmarks/baselines.sh

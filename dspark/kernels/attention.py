@@ -12,16 +12,16 @@ on that number. In bf16 on a CPU attention is two plain batched products of oneD
 to 24 tiles; tiles are filled up to 8, 16, 32 … rows so that few shapes occur. Measured with torch 2.13; over more or
 fewer masked keys some rows differ in both.
 
-The two products take 28 µs a tile of 16 rows over 640 keys where the fused one takes 52: that one calls oneDNN four times
-for each tile. Scores are rounded to bf16 in between, which does not show: the mean KL divergence of Gemma 3 270M from
-float32 over 700 tokens is 0.00094 against 0.00081.
+The two products take 57 µs a tile of 16 rows over 640 keys where the fused one takes 104: that one calls oneDNN four
+times for each tile. Scores are rounded to bf16 in between, which does not show: the mean KL divergence of Gemma 3 270M
+from float32 over 700 tokens is 0.00094 against 0.00081.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional
@@ -56,7 +56,8 @@ class Bucket:
     `rows` (tiles · width,) are the batch rows of the tiles, None where they are all rows in order; a short tile repeats
     its last row. `valid` picks the tiles' own rows among them and `target` says which batch rows they are.
     `pages` has the key pages of every tile, or of one where `shared`. `mask` (tiles, width · group, length) is added to
-    the scores.
+    the scores. `room` is where layer after layer gathers its keys and values: fresh memory for each would cost more in
+    page faults than the copy.
     """
 
     tiles: int
@@ -68,6 +69,13 @@ class Bucket:
     target: torch.Tensor
     pages: torch.Tensor
     mask: torch.Tensor
+    room: list[torch.Tensor] = field(default_factory=list)
+
+    def gather(self, storage: torch.Tensor) -> torch.Tensor:
+        """(2 · kv_heads, key pages, page_size · D) of a layer's storage; the next call overwrites it."""
+        if not self.room:
+            self.room.append(storage.new_empty(storage.shape[0], len(self.pages), storage.shape[2]))
+        return torch.index_select(storage, 1, self.pages, out=self.room[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +215,7 @@ def _attend(q: torch.Tensor, storage: torch.Tensor, bucket: Bucket, scale: float
     rows = q if bucket.rows is None else q.index_select(0, bucket.rows)
     folded = rows.reshape(bucket.tiles, bucket.width, kv_heads, heads // kv_heads, dim).permute(2, 0, 1, 3, 4)
     folded = folded.reshape(kv_heads, bucket.tiles, -1, dim)
-    keys, values = storage.index_select(1, bucket.pages).view(2, kv_heads, -1, bucket.length, dim)
+    keys, values = bucket.gather(storage).view(2, kv_heads, -1, bucket.length, dim)
     attend = _products if q.dtype == torch.bfloat16 and fast_bf16(q.device) else _fused
     result = attend(folded, keys, values, bucket.mask, scale)
     result = result.view(kv_heads, bucket.tiles, bucket.width, heads // kv_heads, dim).permute(1, 2, 0, 3, 4)

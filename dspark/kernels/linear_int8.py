@@ -64,10 +64,9 @@ class Int8Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, in) ↦ (rows, out)."""
         codes, scales = quantised_rows(x)
+        weight = self._weight, self._scales, self._zero_points
         operator = torch.ops.onednn.qlinear_pointwise.default
-        result: torch.Tensor = operator(
-            codes, 1.0, _ZERO_POINT, self._weight, self._scales, self._zero_points, None, 1.0, 0, x.dtype, "none", [], ""
-        )
+        result: torch.Tensor = operator(codes, 1.0, _ZERO_POINT, *weight, None, 1.0, 0, x.dtype, "none", [], "")
         return result.mul_(scales)
 
 

@@ -66,7 +66,7 @@ class Rehearsal:
 
     def attach(self, requests: int, context: int) -> list[SequenceKey]:
         """So many sequences of a context."""
-        keys = self._keys[context]
+        keys = self._keys.setdefault(context, [])
         for number in range(len(keys), requests):
             keys.append(SequenceKey(f"rehearsal-{context}-{number}", 0))
             self._engine.attach(AttachSequence(keys[-1], "", Sampling(seed=number), context))
