@@ -27,10 +27,12 @@ from dspark.messages import OpenSequence, Sampling, SequenceKey, StepItem  # noq
 from dspark.models.kv_cache import KVCache  # noqa: E402
 from dspark.models.target import load_target  # noqa: E402
 from services.verifier.engine import VerifyEngine  # noqa: E402
+from services.verifier.sequences import SequenceState  # noqa: E402
 
 __all__ = ["completions", "differing", "requests"]
 
 _SIZES = (2, 3, 5, 8, 13, 32)
+_PIECE = 128  # rows of a prompt at a time
 
 
 def requests(count: int, tokens: int, vocab: int) -> list[OpenSequence]:
@@ -44,22 +46,26 @@ def requests(count: int, tokens: int, vocab: int) -> list[OpenSequence]:
 
 
 def completions(engine: VerifyEngine, batch: Sequence[OpenSequence]) -> list[tuple[int, ...]]:
-    """The batch's tokens, decoded together; drafts that are nonsense make the steps ragged."""
+    """The batch's tokens, decoded together in ragged steps."""
     for opened in engine.open(batch):
         if opened.error is not None:
             raise opened.error
     states = [engine.find(request.key) for request in batch]
     while running := [state for state in states if state.committed_len < state.request.max_len]:
-        items = [
-            StepItem(state.key, state.committed_len, state.committed_len - state.computed_len, (number,) * (number % 4))
-            for number, state in enumerate(running)
-        ]
+        items = [_item(state, number % 4) for number, state in enumerate(running)]
         for verdict in engine.step(items).verdicts:
             if verdict.error is not None:
                 raise verdict.error
     tokens = [tuple(state.token_ids[len(state.request.token_ids) :]) for state in states]
     engine.close([request.key for request in batch])
     return tokens
+
+
+def _item(state: SequenceState, drafts: int) -> StepItem:
+    """The next piece of a prompt, or the anchor and drafts that are nonsense."""
+    missing = state.committed_len - state.computed_len
+    count = min(missing, _PIECE)
+    return StepItem(state.key, state.committed_len, count, (drafts,) * drafts if count == missing else ())
 
 
 def differing(engine: VerifyEngine, wanted: Sequence[OpenSequence]) -> int:

@@ -114,8 +114,7 @@ def draft_steps(args: argparse.Namespace, target: Path, machine: Machine) -> lis
         steps = stack.enter_context(rehearsal(engine, size))
         shapes = [(blocks, context) for blocks in (1, 8) for context in args.contexts]
         return [
-            {"blocks": blocks, "context": context}
-            | sample(machine, partial(steps.time, blocks, context), args.repeats)
+            {"blocks": blocks, "context": context} | sample(machine, partial(steps.time, blocks, context), args.repeats)
             for blocks, context in shapes
         ]
 
