@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 MODEL ?= gemma-3-270m
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check model proto format baselines compose-test overhead peers gpu gpu-test gpu-bench clean
+.PHONY: help demo test check model proto format baselines compose-test overhead steps invariance peers
+.PHONY: gpu gpu-test gpu-bench clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -50,6 +51,12 @@ proto: $(VENV)/.dev  ## regenerate dspark/v1 from proto/
 
 overhead: $(VENV)/.run model  ## where a round's time goes, at 1 and 8 streams
 	$(BIN)/python -m benchmarks.overhead
+
+steps: $(VENV)/.run model  ## what a verify and a draft step take beside what the machine could do
+	$(BIN)/python -m benchmarks.steps
+
+invariance: $(VENV)/.run model  ## 200 completions alone and in batches of 2 to 32: equal token ids
+	$(BIN)/python -m benchmarks.invariance
 
 peers: $(VENV)/.run model  ## against vLLM, llama.cpp, …: PROMPTS=file PEERS="vllm=venv …" [GGUF=file JSON=file ARGS="…"], see docs/peers.md
 	$(BIN)/python -m benchmarks.peers --prompts $(PROMPTS) --template qa $(PEERS:%=--peer %) $(GGUF:%=--gguf %) $(JSON:%=--json %) $(ARGS)

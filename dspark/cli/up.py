@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from typing import Annotated
 
@@ -11,6 +12,13 @@ from dspark.cli import common
 from dspark.cluster import DEFAULT_MODEL, Cluster
 
 app = typer.Typer(add_completion=False)
+
+
+class Weights(enum.Enum):
+    """How verify workers keep the target's matrices."""
+
+    PLAIN = "plain"
+    INT8 = "int8"
 
 
 @app.command()
@@ -26,6 +34,9 @@ def up(
     policy: common.PolicyName = None,
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
+    weights: Annotated[
+        Weights, typer.Option(help="int8: on a CPU, half the bytes; outputs are then that model's own.")
+    ] = Weights.PLAIN,
     log_dir: common.LogDir = None,
     trace: common.Trace = None,
     as_json: common.AsJson = False,
@@ -41,6 +52,7 @@ def up(
         dtype=dtype,
         log_dir=log_dir,
         trace=trace,
+        verify_args=("--weights", weights.value),
     )
     common.run(_serve(settings.cluster(listen=listen, store=store), as_json=as_json))
 

@@ -19,6 +19,9 @@ from dspark.kernels import Kernels
 from dspark.models.config import read_config
 from dspark.models.weights import weight_files
 
+NUMERICS = 2
+"""Goes up with every change of this code that changes bits."""
+
 _CHUNK = 1 << 24
 _LENGTH = 32
 
@@ -46,6 +49,7 @@ def numerics_fingerprint(dtype: torch.dtype, kernels: Kernels, device: torch.dev
         "kernels": kernels.name,
         "device": _device_name(device),
         "torch": torch.__version__,
+        "numerics": NUMERICS,
         **settings,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_LENGTH]

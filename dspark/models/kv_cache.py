@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from dspark.errors import InternalError, OutOfPages
@@ -62,6 +63,13 @@ class _Group:
         return self.pool.total - self.promised
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, because masked garbage must be finite; on a CPU they take no memory until they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros((*shape, dtype.itemsize), np.uint8)).view(dtype).squeeze(-1)
+
+
 class KVCache:
     """Keys and values of every layer in pages.
 
@@ -100,8 +108,7 @@ class KVCache:
         shape = 2 * config.num_kv_heads, page_size * config.head_dim
         for layer, kind in enumerate(config.layer_types):
             group = self._groups[kind]
-            # Zeros, because masked garbage must be finite.
-            group.storage[layer] = torch.zeros(shape[0], group.pool.total + 1, shape[1], dtype=dtype, device=device)
+            group.storage[layer] = _zeros((shape[0], group.pool.total + 1, shape[1]), dtype, device)
 
     @staticmethod
     def page_bytes(config: TargetConfig, dtype: torch.dtype, page_size: int = 16) -> int:

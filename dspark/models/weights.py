@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from dspark.errors import ModelFileError
 from dspark.files import whole
 from dspark.models.config import read_json
+from dspark.models.mapped import let_go
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -66,8 +67,11 @@ class SafetensorsSource:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Tensors that are still mapped stay usable; their pages are loaded again as they are read."""
+        paths = {path for path, _ in self._files.values()}
         self._files.clear()
         self._stack.close()
+        let_go(paths)
 
     def _open(self, path: Path, names: list[str] | None) -> None:
         try:

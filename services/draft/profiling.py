@@ -41,33 +41,37 @@ def rehearsal(engine: DraftEngine, feature_size: int) -> Iterator[Rehearsal]:
     """Sequences to draft for, as many as there is room for; detached at the end."""
     own = Rehearsal(engine, feature_size)
     try:
-        own.attach()
         yield own
     finally:
         own.detach()
 
 
 class Rehearsal:
-    """Drafts for 1 … 64 sequences at each context."""
+    """Drafts for 1 … 64 sequences at each context, attached once they are needed: a kept profile needs few."""
 
     def __init__(self, engine: DraftEngine, feature_size: int) -> None:
         self._engine = engine
         self._feature_size = feature_size
         self._keys: dict[int, list[SequenceKey]] = {context: [] for context in CONTEXTS}
+        self._most: dict[int, int] = {}
+        room = PAGE_SIZE * engine.load().free_pages
+        for context in CONTEXTS:  # longer ones get what is left
+            self._most[context] = min(REQUESTS[-1], room // (context + _SLACK))
+            room -= self._most[context] * (context + _SLACK)
 
     @property
     def shapes(self) -> list[Shape]:
         """Requests and contexts that can be timed."""
-        return [(count, context) for context, keys in self._keys.items() for count in REQUESTS if count <= len(keys)]
+        return [(count, context) for context, most in self._most.items() for count in REQUESTS if count <= most]
 
-    def attach(self) -> None:
-        """Take the room that is free, longer contexts last."""
-        for context, keys in self._keys.items():
-            room = PAGE_SIZE * self._engine.load().free_pages
-            for number in range(min(REQUESTS[-1], room // (context + _SLACK))):
-                keys.append(SequenceKey(f"rehearsal-{context}-{number}", 0))
-                self._engine.attach(AttachSequence(keys[-1], "", Sampling(seed=number), context))
-                self._engine.extend(keys[-1], torch.zeros(context - 1, self._feature_size), range(1, context))
+    def attach(self, requests: int, context: int) -> list[SequenceKey]:
+        """So many sequences of a context."""
+        keys = self._keys.setdefault(context, [])
+        for number in range(len(keys), requests):
+            keys.append(SequenceKey(f"rehearsal-{context}-{number}", 0))
+            self._engine.attach(AttachSequence(keys[-1], "", Sampling(seed=number), context))
+            self._engine.extend(keys[-1], torch.zeros(context - 1, self._feature_size), range(1, context))
+        return keys[:requests]
 
     def detach(self) -> None:
         """Give all of it back."""
@@ -76,7 +80,7 @@ class Rehearsal:
 
     def time(self, requests: int, context: int) -> float:
         """Seconds of one draft in the engine."""
-        keys = self._keys[context][:requests]
+        keys = self.attach(requests, context)
         result = self._engine.answer([ProposeItem(key, context, 0, _WHOLE_BLOCK) for key in keys])
         for proposal in result.proposals:
             if proposal.error is not None:

@@ -29,6 +29,10 @@ class Settings(BaseSettings):
     advertise: Annotated[str, Field(description="Host under which others reach this worker")] = ""
     device: Annotated[str, Field(description="cpu, cuda, cuda:N, or auto: a GPU if there is one")] = "auto"
     dtype: Annotated[Literal["bfloat16", "float32"], Field(description="Weights and K/V cache")] = "bfloat16"
+    weights: Annotated[
+        Literal["plain", "int8"],
+        Field(description="int8: on a CPU, round matrices to half their bytes; outputs are then that model's own"),
+    ] = "plain"
     kernels: Annotated[Literal["auto", "torch", "triton"], Field(description="Kernel implementations")] = "auto"
     pages: Annotated[int, Field(ge=2, description="K/V cache pages")] = 2048
     page_size: Annotated[int, Field(ge=1, le=1024, description="Positions of one page")] = 16

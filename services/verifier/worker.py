@@ -18,6 +18,7 @@ from dspark.costs import CostModel, CostProfile, Refined
 from dspark.devices import pick_device, processor_name, usage_of
 from dspark.errors import InternalError
 from dspark.kernels import select_kernels
+from dspark.kernels.linear_int8 import with_int8_weights
 from dspark.messages import ModelInfo
 from dspark.models.fingerprint import cost_fingerprint, numerics_fingerprint
 from dspark.models.kv_cache import KVCache
@@ -100,6 +101,8 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     device = pick_device(settings.device)
     dtype = getattr(torch, settings.dtype)
     kernels = select_kernels(settings.kernels, device)
+    if settings.weights == "int8":
+        kernels = with_int8_weights(kernels, device)
     model = load_target(path, dtype=dtype, device=device, kernels=kernels)
     info = replace(
         model.info,
