@@ -41,13 +41,13 @@ def obtain(
 ) -> CostProfile | None:
     """The profile of this fingerprint: kept, or measured and kept. None where nothing can be or is to be measured.
 
-    `choice`: "auto" takes the kept one, checks it at two points and says so where it is off; "measure" measures in any
-    case; "off" does without.
+    `choice`: "auto" takes the kept one and checks it at two points; "measure" measures in any case; "off" does without.
+    A kept one that is far above what steps take now was measured beside other work, and is replaced.
     """
     if choice == "off" or not shapes:
         return None
-    if choice == "auto" and (kept := read_profile(fingerprint)) is not None:
-        check(kept, shapes, timer)
+    kept = read_profile(fingerprint) if choice == "auto" else None
+    if kept is not None and check(kept, shapes, timer) * CHECK_TOLERANCE >= 1.0:
         return kept
     began = time.perf_counter()
     with alone(3.0 * budget_seconds):
@@ -124,7 +124,7 @@ def check(profile: CostProfile, shapes: Sequence[Shape], timer: Timer) -> float:
     ratio = statistics.geometric_mean(ratios)
     if not 1.0 / CHECK_TOLERANCE <= ratio <= CHECK_TOLERANCE:
         _log.warning(
-            "steps do not take what the kept profile says: measure again with --profile measure",
+            "steps do not take what the kept profile says",
             kind=profile.kind,
             fingerprint=profile.fingerprint,
             ratio=round(ratio, 2),

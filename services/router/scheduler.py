@@ -19,6 +19,7 @@ from services.router.drafting import Ask
 from services.router.links import DraftLink
 from services.router.memory import Memory
 from services.router.options import Options
+from services.router.scheduling.looks import Looks
 from services.router.scheduling.payoff import Decision, Payoff
 from services.router.scheduling.plan import FREE, Bools, Floats, Ints, limits, survival_of
 from services.router.scheduling.policies import Facts, Outcome, Policy, mixed
@@ -141,6 +142,7 @@ class Scheduler:
         self._random = np.random.default_rng(options.seed)
         self._longest = options.verify_length
         self._payoff = Payoff(self._longest)
+        self._looks = Looks()
         self._yield = 1.0  # tokens a row, lately
 
     @property
@@ -214,6 +216,8 @@ class Scheduler:
             base_tokens=self._base_tokens(round_),
         )
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
+        if able.any() and self._looks.due(pays=bool(chosen.any())):
+            chosen = able
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.base_rows)
         round_.explored = np.where(room > 0, explored, FREE)

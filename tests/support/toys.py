@@ -412,7 +412,8 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
         if kind == "attach":
             return [self._attach(message, mine) for message in codec.decode(request.attach)]
         if kind == "propose":
-            return ProposeResult(tuple(self._propose(item) for item in codec.decode(request.propose)))
+            proposals = tuple(self._propose(item) for item in codec.decode(request.propose))
+            return ProposeResult(proposals, total_seconds=self.delay or 1e-4)
         for key in map(codec.key_of, request.detach.sequences):
             self._detach(key, mine)
         return None

@@ -116,3 +116,16 @@ def test_a_kept_profile_that_is_far_off_is_said_and_taken(tmp_path: Path, monkey
     with capture_logs() as logs:
         assert obtain("verify", "f", "auto", SHAPES, machine.step, budget_seconds=9) == kept
     assert [(entry["log_level"], entry["ratio"]) for entry in logs] == [("warning", 2.5)]
+
+
+def test_a_kept_profile_that_was_measured_beside_other_work_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    machine = Machine()
+    write_profile(CostProfile("verify", "f", tuple(Point(t, c, 0.01 * t + 1e-5 * c) for t, c in SHAPES), 0.0))
+    machine.factor = 0.3
+    again = obtain("verify", "f", "auto", SHAPES, machine.step, budget_seconds=9)
+    assert again is not None
+    assert again.made_at > 0
+    assert read_profile("f") == again

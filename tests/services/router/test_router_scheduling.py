@@ -154,6 +154,18 @@ async def test_a_verifier_that_slows_down_is_noticed_within_a_few_steps(tmp_path
     assert {"load_age", "tokens", "expected_tokens", "draft_seconds"} <= rounds[0].keys()
 
 
+async def test_a_profile_that_condemns_drafting_is_put_right_by_steps() -> None:
+    """Measured beside other work, drafting seemed to take fifty times what it does."""
+    wrong = drafter()
+    wrong.costs = CostProfile("draft", "toy-wrong-costs", tuple(Point(n, 64, 0.05) for n in (1, 64)), 0.0)
+    wrong.delay = 0.001
+    async with cluster(PricedVerifier(), wrong, options=by_fives(policy=Adaptive())) as toys:
+        await crowd(toys, 1, 60)
+        later = await crowd(toys, 1, 60)
+    assert_right(later, 60)
+    assert length(later) > 3
+
+
 async def test_routers_of_one_verifier_see_each_others_rows() -> None:
     async with cluster(PricedVerifier(), drafter(), routers=2, options=by_fives(policy=Adaptive())) as toys:
         both = await asyncio.gather(
