@@ -46,16 +46,19 @@ class Ours:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             cluster = Cluster(
-                self.model, self.drafter, router_args=self.router_args, verify_args=("--no-prefix-cache",)
+                self.model,
+                self.drafter,
+                policy=None if self.policy == DEFAULT else self.policy,
+                router_args=self.router_args,
+                verify_args=("--no-prefix-cache",),
             )
             await stack.enter_async_context(cluster)
             self._client = await stack.enter_async_context(cluster.client())
             info = await self._client.describe()
-            settings = {"policy": self.policy, "mode": self.mode.value}
             workers = {"draft": int(cluster.drafter is not None), "verify": 1}
             self._facts = {
                 "engine": f"dspark {info.version}",
-                "settings": settings | served(info, workers, prefix_cache=False),
+                "settings": {"mode": self.mode.value} | served(info, workers, prefix_cache=False),
             }
             self._stack = stack.pop_all()
         return self
