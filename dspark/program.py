@@ -27,7 +27,7 @@ __all__ = ["address_of", "run", "stop_signal", "wait_briefly"]
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000"}
 
 # mallopt(3): freed buffers of up to 32 MiB (the most it allows) stay with the process, in one arena for all threads. A
-# fresh buffer of logits or gathered keys costs a page fault every 4 KiB, which takes longer than computing what is there.
+# fresh buffer of logits or gathered keys costs a page fault every 4 KiB, which takes longer than filling it.
 KEEPING = {-8: 1, -3: 32 << 20, -1: 256 << 20}  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
