@@ -24,7 +24,7 @@ from services.verifier.verification import Candidate, Outcome
 
 __all__ = ["Computed", "Stepper", "split", "warm_up"]
 
-SAMPLED_ROWS = 128  # rows of logits at a time: 64 MiB in bfloat16 over 262k tokens
+SAMPLED_ROWS = 32  # rows of logits at a time: 16 MiB in bfloat16 over 262k tokens, which memory is kept for
 
 T = TypeVar("T")
 
