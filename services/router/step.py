@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from dspark.errors import DSparkError, InternalError
-from dspark.messages import PositionLogprobs, Proposal, SequenceKey, StepItem, StepResult, Verdict
+from dspark.messages import PositionLogprobs, StepResult, Verdict
+from services.router.batch import Entry, assemble, judged_rows, rows
 from services.router.cohort import Cohort
 from services.router.drafting import Drafting, Drafts
 from services.router.finish import FinishReason, cut
@@ -20,18 +20,7 @@ from services.router.scheduler import Round, Scheduler, Took
 from services.router.sequences import Sequence
 from services.router.trace import Trace
 
-__all__ = ["Entry", "Owner", "Published", "Rounds", "assemble"]
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One sequence's part in a batch."""
-
-    sequence: Sequence
-    item: StepItem
-    row: int | None = None  # in the round; None: a piece of its prompt
-    drafted: int = 0
-    missed: bool = False
+__all__ = ["Owner", "Published", "Rounds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +76,7 @@ class Rounds:
         seconds = time.perf_counter() - began
         with phase("commit"):
             took = self._commit(cohort, round_, batch, result, seconds + drafts.seconds)
-            self._learn(cohort, scheduler, round_, batch, took, drafts, result, seconds)
+            self._learn(cohort, scheduler, round_, Done(batch, drafts, result, seconds, took))
 
     def _commit(self, cohort: Cohort, round_: Round, batch: list[Entry], result: StepResult, seconds: float) -> Took:
         """Takes in the verdicts. Text is made while the next round waits for its workers."""
@@ -141,46 +130,54 @@ class Rounds:
         self._metrics.generation_tokens.inc(tokens)
         self._metrics.committed(len(rounds), [v for v, _ in drafted], [a for _, a in drafted])
 
-    def _learn(
-        self,
-        cohort: Cohort,
-        scheduler: Scheduler,
-        round_: Round,
-        batch: list[Entry],
-        took: Took,
-        drafts: Drafts,
-        result: StepResult,
-        seconds: float,
-    ) -> None:
+    def _learn(self, cohort: Cohort, scheduler: Scheduler, round_: Round, done: Done) -> None:
         """What the round came to beside what was expected of it."""
-        judged = sum(1 + len(entry.item.draft_tokens) for entry in batch if entry.row is not None)
-        rows = sum(entry.item.count + len(entry.item.draft_tokens) for entry in batch)
-        expected = scheduler.costs.step(rows, round_.context)
-        scheduler.costs.drafted(drafts)
-        scheduler.costs.verified(rows, judged, round_.context, seconds, result)
-        scheduler.learn(round_, took)
-        self._metrics.expected(expected, result.total_seconds)
+        size, context = rows(done.batch), round_.context
+        expected = scheduler.costs.step(size, context)
+        scheduler.costs.drafted(done.drafts)
+        scheduler.costs.verified(size, judged_rows(done.batch), context, done.seconds, done.result)
+        scheduler.learn(round_, done.took)
+        self._metrics.expected(expected, done.result.total_seconds)
         if self._trace.on:
             self._trace.write(
                 worker=cohort.link.worker_id,
-                running=len(round_.running),
-                prompt_rows=sum(round_.pieces),
-                other_rows=result.other_tokens,
-                drafted=int(round_.proposed.sum()),
-                verified=round_.drafts,
-                limit=round_.decision.limit if round_.decision is not None else None,
-                probe=bool(round_.decision is not None and round_.decision.probe),
-                context=round(round_.context, 1),
-                tokens=took.tokens,
-                expected_tokens=round(round_.tokens, 4),
-                step_seconds=round(result.total_seconds, 6),
-                expected_step_seconds=round(expected, 6),
-                verify_seconds=round(seconds, 6),
-                draft_seconds=round(drafts.seconds, 6),
-                expected_draft_seconds=round(round_.unhidden, 6),
                 load_age=round(cohort.link.load_age, 3),
                 advantage=round(scheduler.payoff.advantage, 4),
+                expected_step_seconds=round(expected, 6),
+                **_figures(round_, done),
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A round behind us: its batch, what the workers said, and `seconds` from the step's request to its verdicts."""
+
+    batch: list[Entry]
+    drafts: Drafts
+    result: StepResult
+    seconds: float
+    took: Took
+
+
+def _figures(round_: Round, done: Done) -> dict[str, Any]:
+    """For the trace."""
+    decision = round_.decision
+    return {
+        "running": len(round_.running),
+        "prompt_rows": sum(round_.pieces),
+        "other_rows": done.result.other_tokens,
+        "drafted": int(round_.proposed.sum()),
+        "verified": round_.drafts,
+        "limit": decision.limit if decision is not None else None,
+        "probe": decision is not None and decision.probe,
+        "context": round(round_.context, 1),
+        "tokens": done.took.tokens,
+        "expected_tokens": round(round_.tokens, 4),
+        "step_seconds": round(done.result.total_seconds, 6),
+        "verify_seconds": round(done.seconds, 6),
+        "draft_seconds": round(done.drafts.seconds, 6),
+        "expected_draft_seconds": round(round_.unhidden, 6),
+    }
 
 
 def _check(batch: list[Entry], result: StepResult) -> None:
@@ -192,38 +189,3 @@ def _check(batch: list[Entry], result: StepResult) -> None:
             raise InternalError(f"verdict: {verdict.accepted} accepted of {kept}, token {verdict.token} of {vocab}")
         if not verdict.accepted <= verdict.matched <= verified:
             raise InternalError(f"verdict: {verdict.matched} drafts match of {verified}, {verdict.accepted} accepted")
-
-
-def assemble(cohort: Cohort, round_: Round, proposals: Mapping[str, Proposal]) -> list[Entry]:
-    """The batch: every running sequence's anchor and draft prefix, and pieces of prompts in the rows that are left.
-
-    Who was cancelled, has moved or rests since the round began is left out.
-    """
-    plans = zip(round_.running, round_.keys, round_.proposed, *round_.lengths, strict=True)
-    rounds = [
-        _round(row, sequence, proposals.get(sequence.sequence_id) if proposed else None, length, keep, missed=missed)
-        for row, (sequence, key, proposed, length, keep, missed) in enumerate(plans)
-        if _stays(sequence, key, cohort) and not sequence.outlet.full
-    ]
-    pieces = zip(round_.prompts, round_.prompt_keys, round_.pieces, strict=True)
-    return rounds + [_piece(prompt, count) for prompt, key, count in pieces if count and _stays(prompt, key, cohort)]
-
-
-def _stays(sequence: Sequence, key: SequenceKey, cohort: Cohort) -> bool:
-    return sequence.cohort is cohort and sequence.key == key
-
-
-def _round(row: int, sequence: Sequence, block: Proposal | None, length: int, keep: int, *, missed: int) -> Entry:
-    item = StepItem(
-        sequence.key,
-        sequence.committed_len,
-        sequence.uncomputed,
-        block.tokens[:length] if block else (),
-        block.distributions[:length] if block else (),
-        keep if keep < length else None,
-    )
-    return Entry(sequence, item, row, drafted=len(block.tokens) if block else 0, missed=bool(missed))
-
-
-def _piece(sequence: Sequence, count: int) -> Entry:
-    return Entry(sequence, StepItem(sequence.key, sequence.committed_len, count))
