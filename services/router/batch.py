@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dspark.messages import Proposal, SequenceKey, StepItem
 from services.router.cohort import Cohort
-from services.router.scheduler import Round
+from services.router.round import Round
 from services.router.sequences import Sequence
 
 __all__ = ["Entry", "assemble", "judged_rows", "rows"]

@@ -16,7 +16,8 @@ from services.router.cohort import Cohort
 from services.router.drafting import Drafting, Drafts
 from services.router.finish import FinishReason, cut
 from services.router.metrics import Metrics
-from services.router.scheduler import Round, Scheduler, Took
+from services.router.round import Round, Took
+from services.router.scheduler import Scheduler
 from services.router.sequences import Sequence
 from services.router.trace import Trace
 

@@ -1,0 +1,97 @@
+"""One round on its way, as rows of arrays: what the scheduler knows of it, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dspark.messages import SequenceKey
+from services.router.drafting import Ask
+from services.router.scheduling.payoff import Decision
+from services.router.scheduling.plan import Bools, Floats, Ints
+from services.router.scheduling.policies import Outcome, Policy
+from services.router.sequences import Sequence as Running
+
+__all__ = ["Round", "Took"]
+
+
+@dataclass(slots=True)
+class Round:
+    """One round on its way. Rows of arrays are the running sequences; blocks have up to n tokens.
+
+    Attributes:
+        running: sequences whose next step is a round.
+        prompts, pieces: the others, and how many positions of each are computed beside the round.
+        keys, prompt_keys: the sequences' as the round began; whoever has another by now has moved.
+        policies: whom each running sequence's verify length goes by.
+        context: mean committed length of the running sequences.
+        most: (R,) draft tokens that may be verified.
+        asked: (R,) who is drafted for.
+        explored: (R,) whole blocks that are verified whatever they promise, `FREE` elsewhere.
+        seconds: T over the step's rows, up to all that it may have.
+        unhidden: seconds that the drafting of this round is expected to take.
+        decision: what speculation may do at all; None where no sequence's policy looks at costs.
+        proposed: (R,) whether a block came. confidences: (R, n) as they came; corrected: as they are believed.
+        outcome: the lengths.
+        tokens: expected of the round.
+    """
+
+    running: list[Running]
+    prompts: list[Running]
+    pieces: list[int]
+    keys: list[SequenceKey]
+    prompt_keys: list[SequenceKey]
+    policies: list[Policy]
+    context: float
+    slots: Ints
+    settings: Ints
+    most: Ints
+    asked: Bools
+    explored: Ints
+    before: Floats
+    seconds: Floats
+    unhidden: float
+    decision: Decision | None
+    proposed: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
+    confidences: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+    corrected: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+    outcome: Outcome | None = None
+    tokens: float = 0.0
+
+    @property
+    def base_rows(self) -> int:
+        """Rows of the step without drafts."""
+        return len(self.running) + sum(self.pieces)
+
+    @property
+    def lengths(self) -> tuple[list[int], list[int], list[int]]:
+        """By row: draft tokens to verify, how many of them may be kept, and whether a wanted block did not come."""
+        assert self.outcome is not None
+        missed = self.asked & ~self.proposed
+        return self.outcome.verify.tolist(), self.outcome.commit.tolist(), missed.astype(int).tolist()
+
+    @property
+    def drafts(self) -> int:
+        """Rows of drafts in the step."""
+        return int(self.outcome.verify.sum()) if self.outcome is not None else 0
+
+    @property
+    def asks(self) -> list[Ask]:
+        """What to ask the draft workers for."""
+        return [(self.running[row], int(self.most[row])) for row in np.flatnonzero(self.asked)]
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What a round came to.
+
+    Attributes:
+        matched: (R,) draft tokens accepted, before anything cut them; -1 for a sequence without a verdict.
+        tokens: emitted in all.
+        seconds: from asking for proposals to the verdicts.
+    """
+
+    matched: Ints
+    tokens: int
+    seconds: float
