@@ -31,6 +31,8 @@ class FeatureInbox:
         self._arrived = arrived
         self._lengths: dict[SequenceKey, int] = {}
         self._blocks: list[FeatureBlock] = []
+        self.pressing = False
+        """A block among them leaves a gap: the engine has to be asked for what is missing."""
         self._waits: dict[SequenceKey, set[_Wait]] = defaultdict(set)
 
     def open(self, key: SequenceKey) -> None:
@@ -59,6 +61,7 @@ class FeatureInbox:
         if length is None or end <= length:
             return
         self._blocks.append(block)
+        self.pressing |= block.start > length
         if block.start <= length:
             self._lengths[block.key] = end
             self._wake(block.key, end)
@@ -66,12 +69,12 @@ class FeatureInbox:
 
     def take(self) -> list[FeatureBlock]:
         """Everything that came since the last call, oldest first."""
-        blocks, self._blocks = self._blocks, []
+        blocks, self._blocks, self.pressing = self._blocks, [], False
         return blocks
 
     def __len__(self) -> int:
-        """Blocks waiting to be taken."""
-        return len(self._blocks)
+        """Positions waiting to be taken."""
+        return sum(block.count for block in self._blocks)
 
     async def wait(self, needs: Mapping[SequenceKey, int], seconds: float) -> None:
         """Return once every sequence has the length it needs or is closed, at the latest after `seconds`."""

@@ -41,9 +41,12 @@ async def serve_until_told(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. `StartupError` where it cannot start."""
     check_store(settings.store)  # before the long part
     stop = program.stop_signal()
-    engine, offer = prepare(settings)
     metrics = DraftMetrics(CollectorRegistry())
-    with start_metrics_server(settings.metrics_port, host=settings.metrics_host, registry=metrics.registry) as shown:
+    with (
+        program.one_thread("draft-engine") as executor,
+        start_metrics_server(settings.metrics_port, host=settings.metrics_host, registry=metrics.registry) as shown,
+    ):
+        engine, offer = await asyncio.get_running_loop().run_in_executor(executor, prepare, settings)
         async with (
             Directory(settings.store) as directory,
             DraftWorker(
@@ -52,6 +55,7 @@ async def serve_until_told(settings: Settings) -> None:
                 metrics=metrics,
                 present=lambda: _verifiers(directory, offer),
                 connect_seconds=settings.connect_seconds,
+                executor=executor,
             ) as worker,
         ):
             known = engine.costs.model.profile if engine.costs is not None else None

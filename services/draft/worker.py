@@ -1,7 +1,8 @@
 """A draft worker without its wire: sequences come and go, features flow in, blocks are drafted in one engine thread.
 
 Whatever has gathered while the engine was busy is done in its next job, features first: calls of several routers share
-one forward, and K/V of the context is computed as it arrives, outside any call's critical path.
+one forward. K/V of the context is computed with the next block that needs it, or once enough has gathered: on cores that
+both services share, a job for every few rows would hold up the verifier's step at each of its parallel regions.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self, TypeVar
@@ -36,6 +37,7 @@ from services.draft.offer import TapOffer
 
 __all__ = ["DraftWorker"]
 
+GATHERED = 512  # positions: fewer wait for the next block that is asked for, and are computed with it
 _LONGEST_WAIT = 10.0  # seconds; a router that asks for more is told what came by then
 
 _log = structlog.get_logger(__name__)
@@ -72,8 +74,13 @@ class DraftWorker:
         present: Callable[[], Iterable[str]] = tuple,
         connect_seconds: float = 5.0,
         linger_seconds: float = 30.0,
+        executor: Executor | None = None,
     ) -> None:
-        """`present`, `connect_seconds`, `linger_seconds`: as `FeatureIntake` takes them."""
+        """`present`, `connect_seconds`, `linger_seconds`: as `FeatureIntake` takes them.
+
+        `executor`: of one thread, the engine's.
+        """
+        self._executor = executor or ThreadPoolExecutor(1, "draft-engine")
         self._engine = engine
         self._metrics = metrics
         self._inbox = FeatureInbox(self._kick)
@@ -89,7 +96,6 @@ class DraftWorker:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._executor = ThreadPoolExecutor(1, "draft-engine")
         await self._intake.__aenter__()
         return self
 
@@ -223,7 +229,7 @@ class DraftWorker:
 
     def _kick(self) -> None:
         """Start a job with all that waits, unless one is running: it will be followed by another."""
-        if self._busy or self._closed or not (self._calls or len(self._inbox)):
+        if self._busy or self._closed or not (self._calls or self._inbox.pressing or len(self._inbox) >= GATHERED):
             return
         self._busy = True
         calls, self._calls = self._calls, []

@@ -23,6 +23,7 @@ __all__ = ["RoundCosts"]
 WINDOW = 25  # rounds that a hop is the median of
 JUDGED = 0.75  # of a step's rows, at least, for its time to tell what verifying costs
 OTHERS_PACE = 0.25
+PROMPT_PACE = 0.1
 
 
 class _Median:
@@ -46,6 +47,7 @@ class RoundCosts:
         self._draft_hop = _Median()
         self._draft_engine = _Median()  # where a draft worker has no profile
         self._others = 0.0
+        self._prompt_row = 1.0
 
     @property
     def known(self) -> bool:
@@ -56,6 +58,10 @@ class RoundCosts:
     def other_rows(self) -> int:
         """Rows that other routers have in the steps with ours, lately."""
         return round(self._others)
+
+    def price(self, prompt_rows: int) -> int:
+        """Judged rows that take as long as so many rows inside prompts, which go through the layers only."""
+        return round(prompt_rows * self._prompt_row)
 
     def verify(self, rows: int, context: float) -> Floats:
         """(rows + 1,) T + hop of steps with 0 … rows of our own rows, beside those of others."""
@@ -93,7 +99,17 @@ class RoundCosts:
 
     def verified(self, rows: int, judged: int, context: float, seconds: float, result: StepResult) -> None:
         """Takes in a step: our rows, those of them that verdicts came from, and what the call took."""
+        self._learn_prompts(rows - judged, judged + result.other_tokens, context, result.total_seconds)
         self._others += OTHERS_PACE * (result.other_tokens - self._others)
         self._verify_hop.add(seconds - result.total_seconds)
         if self._link.costs is not None and judged >= JUDGED * rows:
             self._link.costs.observe(rows + result.other_tokens, context, result.total_seconds)
+
+    def _learn_prompts(self, prompt_rows: int, judged: int, context: float, seconds: float) -> None:
+        """From steps of mostly prompt rows: how many judged rows would have taken as long."""
+        if self._link.costs is None or prompt_rows <= judged:
+            return
+        table = np.maximum.accumulate(self._link.costs.table(judged + 2 * prompt_rows, context))
+        like = int(np.searchsorted(table, seconds))
+        found = min(max(0.0, (like - judged) / prompt_rows), 2.0)
+        self._prompt_row += PROMPT_PACE * (found - self._prompt_row)

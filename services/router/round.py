@@ -23,6 +23,7 @@ class Round:
     Attributes:
         running: sequences whose next step is a round.
         prompts, pieces: the others, and how many positions of each are computed beside the round.
+        prompt_price: these positions, in rows that take as long.
         keys, prompt_keys: the sequences' as the round began; whoever has another by now has moved.
         policies: whom each running sequence's verify length goes by.
         context: mean committed length of the running sequences.
@@ -40,6 +41,7 @@ class Round:
     running: list[Running]
     prompts: list[Running]
     pieces: list[int]
+    prompt_price: int
     keys: list[SequenceKey]
     prompt_keys: list[SequenceKey]
     policies: list[Policy]
@@ -61,8 +63,8 @@ class Round:
 
     @property
     def base_rows(self) -> int:
-        """Rows of the step without drafts."""
-        return len(self.running) + sum(self.pieces)
+        """Rows of the step without drafts, those inside prompts at their price."""
+        return len(self.running) + self.prompt_price
 
     @property
     def lengths(self) -> tuple[list[int], list[int], list[int]]:

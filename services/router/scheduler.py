@@ -76,10 +76,11 @@ class Scheduler:
         rows = cohort.link.max_step_tokens
         free = rows - len(running)
         pieces = level([p.uncomputed for p in prompts], min(free, self._options.prefill_tokens) if running else free)
+        price = self.costs.price(sum(pieces))
         policies = [s.request.policy or self._options.policy for s in running]
         block = self._block()
         scheduled = np.array([policy.needs_costs for policy in policies], np.bool_)
-        decision = self._decide(block, len(running) + sum(pieces)) if scheduled.any() else None
+        decision = self._decide(block, len(running) + price) if scheduled.any() else None
         context = sum(s.committed_len for s in running) / max(1, len(running))
         slots, settings = self._memory.rows(running)
         most = _most(running, policies, scheduled, block, decision)
@@ -87,6 +88,7 @@ class Scheduler:
             running=running,
             prompts=prompts,
             pieces=pieces,
+            prompt_price=price,
             keys=[s.key for s in running],
             prompt_keys=[s.key for s in prompts],
             policies=policies,
@@ -97,7 +99,7 @@ class Scheduler:
             asked=most > 0,
             explored=np.full(len(running), FREE),
             before=self._memory.histories.before(slots)[:, :block],
-            seconds=self.costs.verify(rows, context),
+            seconds=self.costs.verify(max(len(running) + price, rows - sum(pieces) + price), context),
             unhidden=0.0,
             decision=decision,
         )

@@ -134,9 +134,10 @@ class Rounds:
     def _learn(self, cohort: Cohort, scheduler: Scheduler, round_: Round, done: Done) -> None:
         """What the round came to beside what was expected of it."""
         size, context = rows(done.batch), round_.context
-        expected = scheduler.costs.step(size, context)
+        judged = judged_rows(done.batch)
+        expected = scheduler.costs.step(judged + scheduler.costs.price(size - judged), context)
         scheduler.costs.drafted(done.drafts)
-        scheduler.costs.verified(size, judged_rows(done.batch), context, done.seconds, done.result)
+        scheduler.costs.verified(size, judged, context, done.seconds, done.result)
         scheduler.learn(round_, done.took)
         self._metrics.expected(expected, done.result.total_seconds)
         if self._trace.on:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -58,8 +58,10 @@ class _Call:
 class EngineThread:
     """Runs an engine in a thread of its own, for `with`. `submit` and `step` may be called from any thread."""
 
-    def __init__(self, engine: VerifyEngine, *, on_end: Callable[[], None] = _nothing) -> None:
-        """`on_end`: called in the thread as it ends, whatever ends it."""
+    def __init__(
+        self, engine: VerifyEngine, *, on_end: Callable[[], None] = _nothing, executor: Executor | None = None
+    ) -> None:
+        """`on_end`: called in the thread as it ends, whatever ends it. `executor`: of one thread, which is to be it."""
         self.engine = engine
         self._on_end = on_end
         self._calls: deque[_Call] = deque()
@@ -68,10 +70,10 @@ class EngineThread:
         self._busy = 0  # calls since background work last ran
         self.failed = False
         """The thread has ended without being told to."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._executor = executor or ThreadPoolExecutor(1, "engine")
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._ended = self._executor.submit(self._run)
         return self
 
     def __exit__(
@@ -81,7 +83,7 @@ class EngineThread:
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
-        self._thread.join()
+        wait([self._ended])
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
         """Queue a call of the engine."""

@@ -44,9 +44,11 @@ _log = structlog.get_logger(__name__)
 async def serve_until_told(settings: Settings, path: Path) -> None:
     """Serve the model at `path` until SIGTERM or SIGINT, then drain. `StartupError` where it cannot start."""
     stop = program.stop_signal()
-    engine, files = prepare(settings, path)
     with contextlib.ExitStack() as stack:
-        thread = stack.enter_context(EngineThread(engine, on_end=_from_another_thread(stop.set)))
+        executor = stack.enter_context(program.one_thread("engine"))
+        engine, files = await asyncio.get_running_loop().run_in_executor(executor, prepare, settings, path)
+        on_end = _from_another_thread(stop.set)
+        thread = stack.enter_context(EngineThread(engine, on_end=on_end, executor=executor))
         metrics = stack.enter_context(
             start_metrics_server(settings.metrics_port, host=settings.metrics_host, registry=engine.metrics.registry)
         )

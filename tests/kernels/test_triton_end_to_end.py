@@ -106,7 +106,7 @@ def test_workers_load_them(device: torch.device, tmp_path: Path) -> None:
     save_drafter(drafter, directory)
     drafting, _ = serving.prepare(
         DraftSettings(drafter=directory, target=str(path), device=str(device), dtype="float32", kernels="triton",
-                      profile="off", threads=1, store=STORE)
+                      profile="off", threads=1, lookup=False, store=STORE)
     )  # fmt: skip
     blocks = drafting._blocks
     assert isinstance(blocks, DSparkBlocks)
