@@ -133,4 +133,6 @@ def _padded(x: torch.Tensor, apply: Callable[[torch.Tensor], torch.Tensor]) -> t
     rows = x.shape[0]
     if rows >= _MIN_ROWS:
         return apply(x)
+    if not rows:
+        return apply(x.new_zeros(_MIN_ROWS, x.shape[1]))[:0]
     return apply(torch.cat((x, x[:1].expand(_MIN_ROWS - rows, -1))))[:rows]  # a fifth of what functional.pad takes

@@ -1,8 +1,8 @@
 """A draft worker without its wire: sequences come and go, features flow in, blocks are drafted in one engine thread.
 
 Whatever has gathered while the engine was busy is done in its next job, features first: calls of several routers share
-one forward. K/V of the context is computed with the next block that needs it, or once enough has gathered: on cores that
-both services share, a job for every few rows would hold up the verifier's step at each of its parallel regions.
+one forward. K/V of the context is computed with the next block that needs it, or once enough has gathered: on cores
+that both services share, a job for every few rows would hold up the verifier's step at each of its parallel regions.
 """
 
 from __future__ import annotations
