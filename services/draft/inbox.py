@@ -31,6 +31,7 @@ class FeatureInbox:
         self._arrived = arrived
         self._lengths: dict[SequenceKey, int] = {}
         self._blocks: list[FeatureBlock] = []
+        self._positions = 0
         self.pressing = False
         """A block among them leaves a gap: the engine has to be asked for what is missing."""
         self._waits: dict[SequenceKey, set[_Wait]] = defaultdict(set)
@@ -61,6 +62,7 @@ class FeatureInbox:
         if length is None or end <= length:
             return
         self._blocks.append(block)
+        self._positions += block.count
         self.pressing |= block.start > length
         if block.start <= length:
             self._lengths[block.key] = end
@@ -69,12 +71,12 @@ class FeatureInbox:
 
     def take(self) -> list[FeatureBlock]:
         """Everything that came since the last call, oldest first."""
-        blocks, self._blocks, self.pressing = self._blocks, [], False
+        blocks, self._blocks, self._positions, self.pressing = self._blocks, [], 0, False
         return blocks
 
     def __len__(self) -> int:
         """Positions waiting to be taken."""
-        return sum(block.count for block in self._blocks)
+        return self._positions
 
     async def wait(self, needs: Mapping[SequenceKey, int], seconds: float) -> None:
         """Return once every sequence has the length it needs or is closed, at the latest after `seconds`."""
