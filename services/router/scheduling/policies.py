@@ -6,6 +6,7 @@ draft by what was known before it was drawn, see `plan`. None but `adaptive` and
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -104,7 +105,7 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Static:
+class _Static(ABC):
     """A rule that looks at neither costs nor load. Where the step is full, the longest are cut first."""
 
     @property
@@ -116,9 +117,9 @@ class _Static:
         """Of a block."""
         return block
 
+    @abstractmethod
     def lengths(self, facts: Facts) -> Ints:
         """(R,) before the step's rows bound them."""
-        raise NotImplementedError
 
     def outcome(self, facts: Facts) -> Outcome:
         """The round's lengths."""
@@ -184,11 +185,8 @@ class Threshold(_Static):
 
 
 @dataclass(frozen=True, slots=True)
-class Adaptive:
-    """`adaptive`: the scheduler (DSpark §3.2.2)."""
-
-    def __str__(self) -> str:
-        return "adaptive"
+class _Scheduled:
+    """A rule that goes by costs and load."""
 
     @property
     def needs_costs(self) -> bool:
@@ -198,6 +196,14 @@ class Adaptive:
     def ask(self, block: int) -> int:
         """Of a block."""
         return block
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive(_Scheduled):
+    """`adaptive`: the scheduler (DSpark §3.2.2)."""
+
+    def __str__(self) -> str:
+        return "adaptive"
 
     def outcome(self, facts: Facts) -> Outcome:
         """The round's lengths."""
@@ -224,7 +230,7 @@ class Adaptive:
 
 
 @dataclass(frozen=True, slots=True)
-class CapAccept:
+class CapAccept(_Scheduled):
     """`cap-accept`: verifies whole blocks, keeps the window that `adaptive` would have verified.
 
     For measuring: outcomes of all drafts are seen, also of those that trimming would hide, while output and progress
@@ -233,15 +239,6 @@ class CapAccept:
 
     def __str__(self) -> str:
         return "cap-accept"
-
-    @property
-    def needs_costs(self) -> bool:
-        """It does."""
-        return True
-
-    def ask(self, block: int) -> int:
-        """Of a block."""
-        return block
 
     def outcome(self, facts: Facts) -> Outcome:
         """The round's lengths."""
