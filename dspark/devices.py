@@ -1,4 +1,4 @@
-"""Which device a worker computes on, what it is, and how its use is read."""
+"""Which device a worker computes on and in what numbers, what it is, and how its use is read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from dspark.errors import ConfigError
+from dspark.kernels.linear import fast_bf16
 from dspark.store import Usage, cpu_usage, gpu_usage
 
-__all__ = ["pick_device", "processor_name", "usage_of"]
+__all__ = ["pick_device", "pick_dtype", "processor_name", "usage_of"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -26,6 +27,19 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: this torch sees no GPU")
     return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 or float32 by name; "auto" is the faster one.
+
+    That is bfloat16 but on processors that multiply it one number at a time (no AVX-512, AMX or Arm BF16): there
+    float32 takes twice the memory and, from two rows on, a half to a sixth of the time. `ConfigError` for other names.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type != "cpu" or fast_bf16(device) else torch.float32
+    if name not in ("bfloat16", "float32"):
+        raise ConfigError(f"dtype {name!r} is not one of auto, bfloat16, float32")
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def usage_of(device: torch.device) -> Callable[[], Usage]:

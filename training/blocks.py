@@ -15,7 +15,7 @@ from torch.nn import functional
 from dspark.models.drafters import Drafter
 from training.states import Batch
 
-__all__ = ["BlockRows", "block_rows", "sample_anchors"]
+__all__ = ["BlockRows", "arithmetic_of", "block_rows", "sample_anchors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,12 @@ def sample_anchors(batch: Batch, count: int, generator: torch.Generator) -> Tens
     first, last = batch.prompt_lengths[:, None], batch.lengths[:, None] - 1
     uniform = torch.rand(len(batch.lengths), count, generator=generator).to(first.device)
     return (first + (uniform * (last - first)).long()).minimum(batch.lengths[:, None] - 2)
+
+
+def arithmetic_of(drafter: Drafter) -> torch.autocast:
+    """What blocks are computed under: products in bfloat16 where the output head is, else plain float32."""
+    head = drafter.head_weight
+    return torch.autocast(head.device.type, torch.bfloat16, enabled=head.dtype == torch.bfloat16)
 
 
 def block_rows(drafter: Drafter, batch: Batch, anchors: Tensor) -> BlockRows:

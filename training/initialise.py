@@ -63,6 +63,11 @@ class Standardisation:
         shift = -(folded @ self.mean.flatten())
         return folded, shift if bias is None else bias + shift
 
+    def unfold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The opposite of `fold`."""
+        shift = weight @ self.mean.flatten()
+        return weight * self.deviation.flatten(), shift if bias is None else bias + shift
+
 
 def spread_layers(num_layers: int, count: int = 4) -> tuple[int, ...]:
     """`count` feature layers from the second to the last but one, evenly spread; never the last (DSpark §3.1)."""

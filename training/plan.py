@@ -23,7 +23,7 @@ class RunPlan:
 
     `cache` (by default a place in each data set) holds at most `cache_gb` of the target's states in all; runs over the
     same data may share it. `save_every` and `validate_every` are in steps. Without `warm_start` layers begin at random;
-    with `begin_with` the drafter begins as another run's ended, over that run's draft vocabulary.
+    with `begin_with` the drafter begins as another run's ended or as a finished checkpoint, over its draft vocabulary.
     """
 
     target: Path

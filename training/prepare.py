@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dspark.devices import pick_dtype
 from dspark.errors import ConfigError, Mismatch
 from dspark.kernels import select_kernels
 from dspark.models.config import TargetConfig, parse_config, read_config
@@ -22,7 +23,8 @@ from dspark.models.drafters.checkpoint import target_tensors
 from dspark.models.gguf import GgufSource
 from dspark.models.target import load_target
 from dspark.models.weights import SafetensorsSource, TensorSource
-from training.blocks import block_rows, sample_anchors
+from training.beginning import begin_with, beginning_of
+from training.blocks import arithmetic_of, block_rows, sample_anchors
 from training.dataset import Manifest, Texts
 from training.initialise import (
     Standardisation,
@@ -35,7 +37,7 @@ from training.initialise import (
     start_from_target,
 )
 from training.plan import RunPlan
-from training.state import SETUP_FILE, load_parameters, load_setup, save_setup
+from training.state import SETUP_FILE, load_setup, save_setup
 from training.state_cache import StateCache, StateCaches
 from training.states import TargetStates
 from training.trainer import Exchange
@@ -75,7 +77,8 @@ def open_target(path: Path) -> Iterator[tuple[TensorSource, TargetConfig]]:
 def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[Texts]) -> TargetStates:
     """The states of the data sets' texts, one after the other; `Mismatch` where another model wrote any."""
     device = torch.device(plan.device)
-    target = load_target(plan.target, dtype=torch.bfloat16, device=device, kernels=select_kernels("auto", device))
+    dtype = pick_dtype("auto", device)
+    target = load_target(plan.target, dtype=dtype, device=device, kernels=select_kernels("auto", device))
     for path, manifest in zip(plan.data, manifests, strict=True):
         if target.info.model_fingerprint != manifest.model_fingerprint:
             raise Mismatch(
@@ -118,20 +121,20 @@ def prepare(
     torch.manual_seed(plan.settings.seed)
     config = drafter_config(target, plan.shape, name=plan.name)
     device = torch.device(plan.device)
+    dtype = pick_dtype("auto", device)
     embed, head = (
-        tensor.to(device)
-        for tensor in target_tensors(plan.target, target.vocab_size, target.hidden_size, torch.bfloat16)
+        tensor.to(device) for tensor in target_tensors(plan.target, target.vocab_size, target.hidden_size, dtype)
     )
     if exchange.rank == 0 and not (plan.run / SETUP_FILE).exists():
         save_setup(plan.run, *_decide(plan, config, target, head, states, training))
     exchange.meet()
     d2t, standardisation = load_setup(plan.run)
     d2t, standardisation = d2t.to(device), standardisation.to(device)
-    own_head = head[torch.arange(len(d2t), device=device) + d2t]
+    own_head = head[torch.arange(len(d2t), device=device) + d2t].to(dtype)
     reduced = d2t if config.reduced_vocabulary else None
     drafter = CLASSES[config.architecture](config, embed_weight=embed, head_weight=own_head, d2t=reduced).to(device)
     if plan.begin_with is not None:
-        load_parameters(plan.begin_with, drafter)
+        begin_with(plan.begin_with, drafter, standardisation)
     elif plan.warm_start:
         start_from_target(drafter, source, target, standardisation)
         absorb_post_norms(drafter, source, target, lambda: _first_rows(drafter, states, training, standardisation))
@@ -147,10 +150,13 @@ def _decide(
     training: Sequence[int],
 ) -> tuple[Tensor, Standardisation]:
     """What the run keeps to, on the CPU: d2t (draft vocabulary,) and standardisation."""
-    if plan.begin_with is not None:
-        return load_setup(plan.begin_with)
+    d2t, kept = (None, None) if plan.begin_with is None else beginning_of(plan.begin_with)
+    if d2t is not None and kept is not None:
+        return d2t, kept
     sample = sample_batch(states, training, SETUP_TEXTS)
-    d2t = draft_vocabulary(sample, head, config.draft_vocab_size, keep=target.eos_token_ids)
+    if d2t is None:
+        wide = head.to(sample.hidden.dtype)
+        d2t = draft_vocabulary(sample, wide, config.draft_vocab_size, keep=target.eos_token_ids)
     measured = as_it_is(sample.captured) if plan.shape.plain_tap else measure(sample.captured, sample.lengths)
     return d2t.cpu(), measured.to(torch.device("cpu"))
 
@@ -160,5 +166,5 @@ def _first_rows(
 ) -> None:
     batch = sample_batch(states, training, 8)
     standardisation.apply_(batch.captured)
-    with torch.autocast(batch.captured.device.type, torch.bfloat16):
+    with arithmetic_of(drafter):
         block_rows(drafter, batch, sample_anchors(batch, 16, torch.Generator().manual_seed(0)))

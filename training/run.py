@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from torch import distributed
 
+from training.beginning import check_beginning
 from training.dataset import read_manifest, read_texts
 from training.plan import RunPlan, claim
 from training.prepare import open_target, prepare, split, target_states, with_blocks
 from training.recorder import Recorder
-from training.state import load_setup, load_state
+from training.state import load_state
 from training.trainer import Alone, Exchange, Joined, StepReport, Trainer
 from training.validate import Validation, validate
 
@@ -56,7 +57,7 @@ def train(plan: RunPlan, exchange: Exchange, report: Callable[[StepReport], None
     manifests, texts = [read_manifest(path) for path in plan.data], [read_texts(path) for path in plan.data]
     plan.settings.check(exchange.world)
     if plan.begin_with is not None:
-        load_setup(plan.begin_with)
+        check_beginning(plan.begin_with)
     training, held_out = split(sum(map(len, texts)))
     states = target_states(plan, manifests, texts)
     training, held_out = with_blocks(training, states.texts), with_blocks(held_out, states.texts)

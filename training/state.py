@@ -76,16 +76,3 @@ def load_state(run: Path, drafter: Drafter, optimizer: torch.optim.AdamW) -> Pro
                 "exp_avg_sq": tensors[f"second.{name}"],
             }
     return progress
-
-
-def load_parameters(run: Path, drafter: Drafter) -> None:
-    """Fill a drafter with another run's parameters; `ConfigError` where there are none or they do not fit."""
-    try:
-        tensors = load_file(run / STATE_FILE)
-        with torch.no_grad():
-            for name, parameter in drafter.named_parameters():
-                parameter.copy_(tensors[f"parameter.{name}"])
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{run} has no state to begin with: {error}") from error
-    except (KeyError, RuntimeError) as error:
-        raise ConfigError(f"the drafter of {run} has another shape: {error}") from error

@@ -70,12 +70,12 @@ class TargetStates:
     def batch(self, rows: Sequence[int]) -> Batch:
         """The texts at `rows`, padded at the end to the longest of them, on the target's device."""
         states = self._states(rows)
-        captured = _padded([one.captured for one in states]).to(self._target.device)
+        captured = _padded([one.captured for one in states]).to(self._target.device, self._target.dtype)
         lengths = torch.tensor([len(self.texts.token_ids[row]) for row in rows])
         device = self._target.device
         return Batch(
             captured=captured if not self._normalise else rms_normalise(captured, self._target.config.rms_norm_eps),
-            hidden=_padded([one.hidden for one in states]).to(device),
+            hidden=_padded([one.hidden for one in states]).to(device, self._target.dtype),
             logz=_padded([one.logz for one in states]).to(device),
             token_ids=_padded([self.texts.token_ids[row].long() for row in rows]).to(device),
             lengths=lengths.to(device),

@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 
 from dspark.errors import ConfigError
 from dspark.models.drafters import Drafter
-from training.blocks import block_rows, sample_anchors
+from training.blocks import arithmetic_of, block_rows, sample_anchors
 from training.initialise import Standardisation
 from training.losses import EAGER, block_loss, compiled, position_weights
 from training.state import Progress
@@ -188,7 +188,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, anchors: Tensor) -> Tensor:
         """Add this part's gradients; its figures: loss, CE, L1, BCE, acceptance by position."""
-        with torch.autocast(anchors.device.type, torch.bfloat16):
+        with arithmetic_of(self.drafter):
             rows = block_rows(self.drafter, batch, anchors)
         n = rows.valid.shape[-1]
         parts = block_loss(

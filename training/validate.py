@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspark.models.drafters import Drafter
-from training.blocks import BlockRows, block_rows, sample_anchors
+from training.blocks import BlockRows, arithmetic_of, block_rows, sample_anchors
 from training.initialise import Standardisation
 from training.states import TargetStates
 
@@ -49,7 +49,7 @@ def validate(
         batch = states.batch(rows[first : first + per_batch])
         standardisation.apply_(batch.captured)
         places = sample_anchors(batch, anchors, generator)
-        with torch.autocast(batch.captured.device.type, torch.bfloat16):
+        with arithmetic_of(drafter):
             found = block_rows(drafter, batch, places)
         parts.append(_figures(found, batch.temperatures))
     drafter.train()

@@ -26,15 +26,13 @@ __all__ = ["check_same_model", "compare_rounds", "open_drafter", "open_target", 
 def open_target(model: str, *, device: str = "auto", dtype: str | None = None) -> tuple[TargetModel, Path]:
     """A target by name, directory or GGUF file, and where it lies; as a verify worker loads it."""
     program.wait_briefly()
-    import torch
-
-    from dspark.devices import pick_device
+    from dspark.devices import pick_device, pick_dtype
     from dspark.kernels import select_kernels
     from dspark.models.pull import resolve_model
     from dspark.models.target import load_target
 
     where, path = pick_device(device), resolve_model(model)
-    chosen = torch.float32 if dtype == "float32" else torch.bfloat16
+    chosen = pick_dtype(dtype or "auto", where)
     return load_target(path, dtype=chosen, device=where, kernels=select_kernels("auto", where)), path
 
 

@@ -1,8 +1,9 @@
-"""Device functions that several Triton kernels share, and the interpreter's two differences from a compiled kernel.
+"""Device functions that several Triton kernels share, and the interpreter's differences from a compiled kernel.
 
 Triton's interpreter (TRITON_INTERPRET=1) runs kernels on a CPU through numpy. It keeps bfloat16 as 16-bit integers:
 products of them would be products of integers, and rounding to them cuts off. So there operands are widened before a
-product, which loses nothing, and rounding is written out.
+product, which loses nothing, and rounding is written out. Its products are numpy's, where a row's bits depend on its
+place on some processors: in float64 they differ by less than float32 keeps.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def narrow(x, dtype: tl.constexpr):
 def product(a, b, acc):
     """Acc + a · b in float32, without tensor-float-32."""
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        wide = tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64), out_dtype=tl.float64)
+        return acc + wide.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 

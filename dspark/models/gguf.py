@@ -84,6 +84,10 @@ class GgufSource:
             values -= 1.0
         return values.to(dtype)
 
+    def lookup(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As `get`: the file's own formats cannot be read by rows."""
+        return self.get(name, shape, dtype)
+
     def _dequantised(self, name: str) -> torch.Tensor:
         from gguf import dequantize  # noqa: PLC0415  # heavy, and wanted only with a GGUF file
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,11 +227,10 @@ def _progress(temporary: Path, target: Path, total: int, report: Report) -> Iter
 
 def _size(directory: Path) -> int:
     total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # gone meanwhile
-            continue
+    for folder, _, names in os.walk(directory):  # passes over folders that are gone meanwhile, unlike rglob
+        for name in names:
+            with suppress(OSError):
+                total += (Path(folder) / name).stat().st_size
     return total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -57,9 +58,8 @@ _ARCHITECTURES = {
 class TargetModel:
     """A target model, ready to run.
 
-    `embed_weight` and `head_weight` (vocab, d) are the model's own, in its dtype, one tensor where they are tied. On a
-    CPU the head's product uses a packed copy; the plain one stays mapped from the file where the dtypes agree, so
-    that of it only the rows looked up take memory.
+    `embed_weight` (vocab, d) is the model's own. On a CPU it stays mapped from a bfloat16 file, so that only the rows
+    looked up take memory, and the head's product uses a packed copy.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class TargetModel:
         architecture = _ARCHITECTURES[config.architecture]
         self.config, self.info, self.dtype, self.device, self.kernels = config, info, dtype, device, kernels
         shape = config.vocab_size, config.hidden_size
-        self.embed_weight = source.get("model.embed_tokens.weight", shape, dtype).to(device)
+        self.embed_weight = source.lookup("model.embed_tokens.weight", shape, dtype).to(device)
         tied = config.tie_word_embeddings
-        self.head_weight = self.embed_weight if tied else source.get("lm_head.weight", shape, dtype).to(device)
-        self._head = kernels.linear(self.head_weight)
+        self._stored_head = self.embed_weight if tied else source.lookup("lm_head.weight", shape, dtype).to(device)
+        self._head = kernels.linear(self._stored_head.to(dtype))
         scaled = architecture.scaled_embedding
         self._embedding_scale = gemma3.embedding_scale(config.hidden_size, dtype) if scaled else None
         self.layers: list[DecoderLayer] = [
@@ -91,9 +91,14 @@ class TargetModel:
         self.norm_weight = (norm + architecture.norm_offset).to(device)
         self._rotary = {kind: RotaryTable(config.rope[kind], config.head_dim, device) for kind in config.layer_types}
 
+    @cached_property
+    def head_weight(self) -> torch.Tensor:
+        """The output head (vocab, d) in the model's dtype, unpacked; serving does not need it."""
+        return self._stored_head.to(self.dtype)
+
     def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids (...,) ↦ what the first layer sees (..., d): scaled, where the architecture scales it."""
-        embedded = self.embed_weight[token_ids]
+        embedded = self.embed_weight[token_ids].to(self.dtype)
         return embedded if self._embedding_scale is None else embedded * self._embedding_scale
 
     @torch.inference_mode()

@@ -46,6 +46,9 @@ class TensorSource(Protocol):
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous copy on the CPU; ModelFileError where the tensor is missing or of another shape."""
 
+    def lookup(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As `get`, for a tensor of which single rows are read: bfloat16 may stay so where float32 is asked for."""
+
 
 class SafetensorsSource:
     """The tensors of one safetensors file or of the shards that an index names; a context manager."""
@@ -102,9 +105,19 @@ class SafetensorsSource:
         Where the file has that dtype already, the tensor stays mapped from it: the system loads the parts that are
         used, shares them between processes and may drop them again.
         """
+        return self._read(self._stored(name), shape).to(dtype).contiguous()
+
+    def lookup(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As `get`, but a bfloat16 tensor stays mapped from the file where float32 is asked for."""
+        return for_lookup(self._read(self._stored(name), shape), dtype)
+
+    def _stored(self, name: str) -> str:
         stored = self._stored_name(name)
         if stored is None:
             raise ModelFileError(f"{self._directory}: tensor {name} is missing")
+        return stored
+
+    def _read(self, stored: str, shape: tuple[int, ...]) -> torch.Tensor:
         path, file = self._files[stored]
         try:
             tensor: torch.Tensor = file.get_tensor(stored)
@@ -113,7 +126,14 @@ class SafetensorsSource:
         check_tensor(tensor.shape, shape, f"{path}: tensor {stored}")
         if not tensor.is_floating_point():
             raise ModelFileError(f"{path}: tensor {stored} holds {tensor.dtype}, not floating-point numbers")
-        return tensor.to(dtype).contiguous()
+        return tensor
+
+
+def for_lookup(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of which single rows are read, as `dtype` or, where that is float32, as the bfloat16 it is."""
+    if tensor.dtype == torch.bfloat16 and dtype == torch.float32:
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -95,7 +95,7 @@ def _mask_rows(drafter: ParallelDrafter) -> Tensor:
     """What stands at the places behind the anchor, (block rows - 1, d)."""
     config = drafter.config
     if drafter.mask_embedding is not None:
-        row = drafter.mask_embedding.detach().to(drafter.embed_weight.dtype)
+        row = drafter.mask_embedding.detach().to(drafter.norm.weight.dtype)
     else:
-        row = drafter.embed_weight[config.mask_token_id] * config.embedding_scale
+        row = drafter.embed_weight[config.mask_token_id].to(drafter.norm.weight.dtype) * config.embedding_scale
     return row.expand(drafter.block_rows - 1, -1)

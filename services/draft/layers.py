@@ -67,7 +67,7 @@ class DraftStack:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The target's embedding of ids (…,), scaled as the target scales it: (…, d)."""
-        return functional.embedding(token_ids, self._embed) * self.config.embedding_scale
+        return functional.embedding(token_ids, self._embed).to(self.dtype) * self.config.embedding_scale
 
     def rotary(self, positions: Tensor, end: int) -> list[Rotary]:
         """Per layer, cosines and sines for positions (n,), all below `end`."""

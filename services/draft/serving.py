@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from dspark import program
 from dspark.costs import CostModel, CostProfile, Refined
-from dspark.devices import pick_device, usage_of
+from dspark.devices import pick_device, pick_dtype, usage_of
 from dspark.kernels import Kernels, select_kernels
 from dspark.messages import AttachSequence, DrafterInfo, ProposeItem, Sampling, SequenceKey
 from dspark.models.drafters import Drafter
@@ -114,7 +114,7 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     target = resolve_model(settings.target) if settings.target else None
-    drafter = load(settings.drafter, target, dtype=getattr(torch, settings.dtype), device=device)
+    drafter = load(settings.drafter, target, dtype=pick_dtype(settings.dtype, device), device=device)
     offer = TapOffer.of(drafter, settings.drafter)
     kernels = select_kernels(settings.kernels, device)
     engine = DraftEngine(
@@ -141,7 +141,7 @@ def _costs(
     fingerprint = cost_fingerprint(
         "draft",
         drafter.fingerprint or drafter.name,
-        dtype=getattr(torch, settings.dtype),
+        dtype=pick_dtype(settings.dtype, device),
         kernels=kernels,
         device=device,
         target=drafter.model_fingerprint,

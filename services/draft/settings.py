@@ -34,7 +34,10 @@ class Settings(BaseSettings):
     listen: Annotated[str, Field(description="Address to serve on; port 0 picks a free one")] = "127.0.0.1:0"
     advertise: Annotated[str, Field(description="Host under which others reach this worker")] = ""
     device: Annotated[str, Field(description="cpu, cuda, cuda:N, or auto: a GPU if there is one")] = "auto"
-    dtype: Annotated[Literal["bfloat16", "float32"], Field(description="Weights and context K/V")] = "bfloat16"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        Field(description="Weights and context K/V; auto: bfloat16 where the device multiplies it fast"),
+    ] = "auto"
     kernels: Annotated[Literal["auto", "torch", "triton"], Field(description="Kernel implementations")] = "auto"
     context_positions: Annotated[int, Field(ge=16, description="Room for context K/V, all sequences")] = 131_072
     draft_top_k: Annotated[int, Field(ge=1, le=1024, description="Most likely tokens that a draft is drawn from")] = 64

@@ -28,7 +28,10 @@ class Settings(BaseSettings):
     listen: Annotated[str, Field(description="Address to serve on; port 0 picks a free one")] = "127.0.0.1:0"
     advertise: Annotated[str, Field(description="Host under which others reach this worker")] = ""
     device: Annotated[str, Field(description="cpu, cuda, cuda:N, or auto: a GPU if there is one")] = "auto"
-    dtype: Annotated[Literal["bfloat16", "float32"], Field(description="Weights and K/V cache")] = "bfloat16"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        Field(description="Weights and K/V cache; auto: bfloat16 where the device multiplies it fast"),
+    ] = "auto"
     weights: Annotated[
         Literal["plain", "int8"],
         Field(description="int8: on a CPU, round matrices to half their bytes; outputs are then that model's own"),

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from dspark import program
 from dspark.costs import CostModel, CostProfile, Refined
-from dspark.devices import pick_device, processor_name, usage_of
+from dspark.devices import pick_device, pick_dtype, processor_name, usage_of
 from dspark.errors import InternalError
 from dspark.kernels import select_kernels
 from dspark.kernels.linear_int8 import with_int8_weights
@@ -101,7 +101,7 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
-    dtype = getattr(torch, settings.dtype)
+    dtype = pick_dtype(settings.dtype, device)
     kernels = select_kernels(settings.kernels, device)
     if settings.weights == "int8":
         kernels = with_int8_weights(kernels, device)

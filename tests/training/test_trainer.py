@@ -102,6 +102,26 @@ def test_run_begins_with_the_drafter_of_another(plan: RunPlan, tmp_path: Path) -
         train(wider, Alone(), lambda _: None)
 
 
+def test_run_begins_with_a_finished_checkpoint(plan: RunPlan, tmp_path: Path) -> None:
+    first = train(plan, Alone(), lambda _: None)
+    more = replace(plan, run=tmp_path / "more", out=tmp_path / "better", begin_with=plan.out)
+    begun = begin(more)
+    _, held_out = split(48)
+    again = validate(begun.drafter, begun.states, held_out, begun.standardisation)
+    assert again.acceptance == pytest.approx(first.validation.acceptance, abs=0.01)  # the checkpoint is in bfloat16
+    # States are standardised anew, and what comes out is the same function of raw ones.
+    states = begun.states.batch(held_out[:1]).captured
+    served = load_drafter(plan.out, target_path=plan.target, dtype=torch.float32, device=torch.device("cpu"))
+    torch.testing.assert_close(
+        fold_for_serving(begun.drafter, begun.standardisation).features(states.float()),
+        served.features(states.float()),
+        atol=2e-3,
+        rtol=2e-3,
+    )
+    with pytest.raises(ConfigError, match="another shape"):
+        train(replace(more, run=tmp_path / "wide", shape=replace(SHAPE, markov_rank=16)), Alone(), lambda _: None)
+
+
 def test_parts_of_a_step_are_as_good_as_the_whole(plan: RunPlan) -> None:
     whole, parts = begin(plan), begin(replace(plan, settings=replace(SETTINGS, accumulate=4)))
     for tolerance in (

@@ -75,7 +75,7 @@ def command(
     validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 1000,
     warm_start: Annotated[bool, typer.Option(help="Start from the target's last layers.")] = True,
     begin_with: Annotated[
-        Path | None, typer.Option(help="Run directory of another run: begin with its drafter and draft vocabulary.")
+        Path | None, typer.Option(help="Run directory or checkpoint: begin with its drafter and draft vocabulary.")
     ] = None,
     compile_: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the loss [for 2,000 steps and more].")

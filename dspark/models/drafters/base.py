@@ -29,7 +29,8 @@ class Drafter(nn.Module, ABC):
     """A drafter beside frozen tensors of its target.
 
     `embed_weight` (vocab, d) and `head_weight` (draft vocab, d) are the target's: buffers that no optimiser sees and no
-    checkpoint of ours holds. `d2t` (draft vocab,) int64 gives target = i + d2t[i], or None for the whole vocabulary.
+    checkpoint of ours holds. The embedding may be narrower than the head, in whose dtype the drafter computes. `d2t`
+    (draft vocab,) int64 gives target = i + d2t[i], or None for the whole vocabulary.
     """
 
     def __init__(
@@ -141,7 +142,8 @@ class Drafter(nn.Module, ABC):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The target's embedding (…, d), scaled as the target scales it."""
-        return functional.embedding(token_ids, self.embed_weight) * self.config.embedding_scale
+        rows = functional.embedding(token_ids, self.embed_weight).to(self.head_weight.dtype)
+        return rows * self.config.embedding_scale
 
     def _layers(self) -> list[DraftLayer]:
         return cast("list[DraftLayer]", list(self.layers))

@@ -22,7 +22,7 @@ from dspark.models.drafters.chain import ChainDrafter
 from dspark.models.drafters.config import DrafterConfig, parse_drafter_config, to_json
 from dspark.models.drafters.dspark import DFlashDrafter, DSparkDrafter
 from dspark.models.gguf import GgufSource
-from dspark.models.weights import SafetensorsSource, TensorSource, check_tensor, write_tensors
+from dspark.models.weights import SafetensorsSource, TensorSource, check_tensor, for_lookup, write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -45,7 +45,8 @@ def load_drafter(path: Path, *, target_path: Path | None, dtype: torch.dtype, de
     source = str(path / WEIGHTS_FILE)
     d2t = _draft_vocabulary(tensors, config, source)
     embed, head = _target_tensors(tensors, config, d2t, source, target_path, dtype)
-    drafter = CLASSES[config.architecture](config, embed_weight=embed, head_weight=head, d2t=d2t).to(dtype)
+    drafter = CLASSES[config.architecture](config, embed_weight=embed[:0], head_weight=head, d2t=d2t).to(dtype)
+    drafter.embed_weight = embed  # only now: it keeps the dtype of its file and stays mapped from it
     _fill(drafter, tensors, source)
     return drafter.to(device).eval().requires_grad_(requires_grad=False)
 
@@ -64,7 +65,10 @@ def save_drafter(drafter: Drafter, path: Path, *, dtype: torch.dtype = torch.bfl
 
 
 def target_tensors(target_path: Path, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A target's embedding and output head, each (vocab, d); one tensor twice where they are tied."""
+    """A target's embedding and output head, each (vocab, d); one tensor twice where they are tied.
+
+    Either may be narrower than `dtype`, as `TensorSource.lookup` says.
+    """
     if target_path.is_file():
         return _embedding_and_head(GgufSource(target_path), vocab_size, hidden_size, dtype)
     with SafetensorsSource(target_path) as source:
@@ -72,9 +76,9 @@ def target_tensors(target_path: Path, vocab_size: int, hidden_size: int, dtype: 
 
 
 def _embedding_and_head(source: TensorSource, vocab: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    embed = source.get("model.embed_tokens.weight", (vocab, hidden), dtype)
+    embed = source.lookup("model.embed_tokens.weight", (vocab, hidden), dtype)
     tied = "lm_head.weight" not in source
-    return embed, embed if tied else source.get("lm_head.weight", (vocab, hidden), dtype)
+    return embed, embed if tied else source.lookup("lm_head.weight", (vocab, hidden), dtype)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -117,7 +121,7 @@ def _target_tensors(
     if d2t is not None and len(head) == config.vocab_size:
         head = head[torch.arange(len(d2t)) + d2t]
     check_tensor(tuple(head.shape), (config.draft_vocab_size, config.hidden_size), f"{source}: tensor lm_head.weight")
-    return embed.to(dtype), head.to(dtype)
+    return for_lookup(embed, dtype), head.to(dtype)
 
 
 def _fill(drafter: Drafter, tensors: dict[str, Tensor], source: str) -> None:
