@@ -583,6 +583,26 @@ global___FeatureRequest = FeatureRequest
 
 @typing.final
 class FeatureReply(google.protobuf.message.Message):
+    """What there is for one draft worker: after a step, the blocks of all its sequences in one message. At most 2 MiB, but
+    for the last block's rest.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: builtins.int
+    @property
+    def blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___FeatureBlock]: ...
+    def __init__(
+        self,
+        *,
+        blocks: collections.abc.Iterable[global___FeatureBlock] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks"]) -> None: ...
+
+global___FeatureReply = FeatureReply
+
+@typing.final
+class FeatureBlock(google.protobuf.message.Message):
     """Features of positions start … start + count - 1, committed or about to be."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -624,4 +644,4 @@ class FeatureReply(google.protobuf.message.Message):
     def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
     def ClearField(self, field_name: typing.Literal["count", b"count", "data", b"data", "epoch", b"epoch", "error", b"error", "sequence_id", b"sequence_id", "start", b"start", "token_ids", b"token_ids"]) -> None: ...
 
-global___FeatureReply = FeatureReply
+global___FeatureBlock = FeatureBlock

@@ -163,7 +163,8 @@ class VerifierLink:
             for key in self._wants:
                 self._ask(key)
             async for reply in stream:
-                self._receive(decode(reply))
+                for block in reply.blocks:
+                    self._receive(decode(block))
         raise Unavailable("the verify worker ended the stream")
 
     async def _register(self, stub: VerifierStub) -> None:

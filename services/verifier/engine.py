@@ -95,6 +95,7 @@ class VerifyEngine:
         """Reserve pages and take what the prefix cache has; each request fails alone."""
         self.publish()
         opened = [self._answer_open(request) for request in requests]
+        self._feed.flush()
         self._note_load()
         return opened
 
@@ -105,6 +106,7 @@ class VerifyEngine:
             state = self._sequences.get(key.sequence_id)
             if state is not None and state.key == key:
                 self._close(state)
+        self._feed.flush()
         self._note_load()
 
     def step(self, items: Sequence[StepItem]) -> StepResult:
@@ -141,6 +143,7 @@ class VerifyEngine:
             self._stepper.keep_features(part)
             for work in part.work:
                 self._feed.push(work.state)
+        self._feed.flush()
 
     def find(self, key: SequenceKey) -> SequenceState:
         """An open sequence. `UnknownSequence`, or `StaleMessage` for another epoch."""
@@ -176,6 +179,7 @@ class VerifyEngine:
             self._feed.subscribe(stream, self.find(key), tap_id, position)
         except DSparkError as error:
             stream.put(refused(key, error, position))
+            stream.flush()
 
     def unsubscribe(self, stream: FeatureStream, key: SequenceKey) -> None:
         """Stop sending a sequence's features to the stream."""
@@ -186,6 +190,7 @@ class VerifyEngine:
         self.publish()
         for sequence_id in self._feed.followed(stream):
             self._feed.push(self._sequences[sequence_id])
+        self._feed.flush()
 
     def leave(self, stream: FeatureStream) -> None:
         """The stream has ended."""
@@ -204,6 +209,7 @@ class VerifyEngine:
         if finished is not None:
             self.metrics.recomputed.inc(finished.end)
             self._feed.push(finished.state)
+        self._feed.flush()
         self._note_load()
 
     # ------------------------------------------------------------ inside

@@ -28,6 +28,7 @@ __all__ = ["IDS_ONLY", "FeatureStream", "Feed", "refused"]
 
 IDS_ONLY = ""
 PIECE_BYTES = 1 << 20
+MESSAGE_BYTES = 2 << 20
 
 _ID_BYTES = 4
 
@@ -35,10 +36,10 @@ _ID_BYTES = 4
 class FeatureStream:
     """One draft worker's queue: filled by the engine's thread, emptied by the event loop."""
 
-    def __init__(self, *, limit_bytes: int, on_block: Callable[[], None], on_room: Callable[[], None]) -> None:
-        """`on_block`: called when something was queued; `on_room`: when one that was full is half empty again."""
+    def __init__(self, *, limit_bytes: int, on_blocks: Callable[[], None], on_room: Callable[[], None]) -> None:
+        """`on_blocks`: called by `flush`; `on_room`: when a queue that was full is half empty again."""
         self._limit = limit_bytes
-        self._on_block = on_block
+        self._on_blocks = on_blocks
         self._on_room = on_room
         self._lock = threading.Lock()
         self._blocks: deque[FeatureBlock] = deque()
@@ -57,20 +58,27 @@ class FeatureStream:
             return not self._refused
 
     def put(self, block: FeatureBlock) -> None:
-        """Queue a block. One piece over the limit may come after `has_room`; errors carry no data and always fit."""
+        """Queue a block; `flush` follows. One may come over the limit after `has_room`; errors always fit."""
         with self._lock:
             self._blocks.append(block)
             self._bytes += _size(block)
-        self._on_block()
 
-    def take(self) -> FeatureBlock | None:
-        """The oldest block, or None."""
+    def flush(self) -> None:
+        """Something was queued, and no more comes for now."""
+        self._on_blocks()
+
+    def take(self) -> list[FeatureBlock]:
+        """The oldest blocks, a message of them."""
+        blocks: list[FeatureBlock] = []
         with self._lock:
-            block = self._blocks.popleft() if self._blocks else None
-            resume = self._count(-_size(block) if block else 0)
+            taken = 0
+            while self._blocks and taken < MESSAGE_BYTES:
+                blocks.append(self._blocks.popleft())
+                taken += _size(blocks[-1])
+            resume = self._count(-taken)
         if resume:
             self._on_room()
-        return block
+        return blocks
 
     def drop(self, key: SequenceKey) -> None:
         """Forget what is queued for a sequence: nobody wants it any more, or it is asked for from elsewhere."""
@@ -107,6 +115,7 @@ class Feed:
         self._features = features
         self._want = want
         self._subscriptions: dict[str, list[Subscription]] = {}
+        self._filled: set[FeatureStream] = set()
 
     @property
     def taps_in_use(self) -> frozenset[str]:
@@ -121,6 +130,7 @@ class Feed:
         subscription = Subscription(stream, tap_id, position)
         self._subscriptions.setdefault(state.key.sequence_id, []).append(subscription)
         self._send(subscription, state)
+        self.flush()
 
     def unsubscribe(self, stream: FeatureStream, key: SequenceKey) -> None:
         """Stop sending a sequence's features to a stream; harmless where there is no subscription."""
@@ -130,9 +140,15 @@ class Feed:
             self._subscriptions[key.sequence_id] = kept
 
     def push(self, state: SequenceState) -> None:
-        """Send what is new of a sequence to everybody who wants it."""
+        """Queue what is new of a sequence for everybody who wants it. It leaves with the next `flush`."""
         for subscription in self._subscriptions.get(state.key.sequence_id, ()):
             self._send(subscription, state)
+
+    def flush(self) -> None:
+        """Let go what was queued: one message for many sequences costs little more than one for each."""
+        filled, self._filled = self._filled, set()
+        for stream in filled:
+            stream.flush()
 
     def followed(self, stream: FeatureStream) -> list[str]:
         """Sequences that a stream is subscribed to."""
@@ -142,7 +158,11 @@ class Feed:
         """The sequence is closed: tell its subscribers."""
         for subscription in self._subscriptions.pop(state.key.sequence_id, ()):
             subscription.stream.drop(state.key)
-            subscription.stream.put(refused(state.key, UnknownSequence(f"{describe(state.key)} was closed")))
+            self._put(subscription.stream, refused(state.key, UnknownSequence(f"{describe(state.key)} was closed")))
+
+    def _put(self, stream: FeatureStream, block: FeatureBlock) -> None:
+        stream.put(block)
+        self._filled.add(stream)
 
     def _send(self, subscription: Subscription, state: SequenceState) -> None:
         step = self._positions_of_a_piece(subscription.tap_id)
@@ -153,7 +173,7 @@ class Feed:
                 self._missing(subscription, state)
                 return
             subscription.position = end
-            subscription.stream.put(self._block(subscription.tap_id, state, start, end))
+            self._put(subscription.stream, self._block(subscription.tap_id, state, start, end))
 
     def _positions_of_a_piece(self, tap_id: str) -> int:
         row = _ID_BYTES if tap_id == IDS_ONLY else 2 * self._features.info(tap_id).feature_size
@@ -176,7 +196,7 @@ class Feed:
             error = FeaturesMissing(
                 f"{describe(state.key)}: features from {subscription.position} are being recomputed"
             )
-            subscription.stream.put(refused(state.key, error, subscription.position))
+            self._put(subscription.stream, refused(state.key, error, subscription.position))
 
 
 def refused(key: SequenceKey, error: DSparkError, start: int = 0) -> FeatureBlock:

@@ -109,8 +109,8 @@ class VerifierService(VerifierServicer):
         context.add_done_callback(_call(subscriber.end))
         reader = asyncio.create_task(subscriber.read(requests))
         try:
-            async for block in subscriber.blocks(reader):
-                yield encode(block)
+            async for blocks in subscriber.blocks(reader):
+                yield pb.FeatureReply(blocks=[encode(block) for block in blocks])
             await reader
         finally:
             reader.cancel()

@@ -22,7 +22,7 @@ class Subscriber:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
-        self._stream = FeatureStream(limit_bytes=limit_bytes, on_block=self._wake, on_room=self._resume)
+        self._stream = FeatureStream(limit_bytes=limit_bytes, on_blocks=self._wake, on_room=self._resume)
         self._ended = False
 
     async def read(self, requests: AsyncIterator[pb.FeatureRequest]) -> None:
@@ -36,13 +36,13 @@ class Subscriber:
                 case _:
                     raise InvalidRequest("the request holds neither subscribe nor unsubscribe")
 
-    async def blocks(self, reader: asyncio.Task[None]) -> AsyncIterator[FeatureBlock]:
-        """Blocks as they come, until the reader has ended and the queue is empty."""
+    async def blocks(self, reader: asyncio.Task[None]) -> AsyncIterator[list[FeatureBlock]]:
+        """All blocks that are there, as they come, until the reader has ended and the queue is empty."""
         reader.add_done_callback(lambda _: self._arrived.set())
         while True:
             self._arrived.clear()
-            while (block := self._stream.take()) is not None:
-                yield block
+            while blocks := self._stream.take():
+                yield blocks
             if reader.done():
                 return
             await self._arrived.wait()

@@ -102,7 +102,7 @@ class ScriptedVerifier(VerifierServicer):
         reader = asyncio.create_task(self._read(requests, stream))
         try:
             while True:
-                yield encode(await stream.outbox.get())
+                yield pb.FeatureReply(blocks=[encode(await stream.outbox.get())])
         finally:
             reader.cancel()
             self._streams.remove(stream)

@@ -185,8 +185,8 @@ def _(message: pb.CloseSequences) -> tuple[m.SequenceKey, ...]:
 
 
 @encode.register
-def _(message: m.FeatureBlock) -> pb.FeatureReply:
-    return pb.FeatureReply(
+def _(message: m.FeatureBlock) -> pb.FeatureBlock:
+    return pb.FeatureBlock(
         sequence_id=message.key.sequence_id,
         epoch=message.key.epoch,
         start=message.start,
@@ -198,7 +198,7 @@ def _(message: m.FeatureBlock) -> pb.FeatureReply:
 
 
 @decode.register
-def _(message: pb.FeatureReply) -> m.FeatureBlock:
+def _(message: pb.FeatureBlock) -> m.FeatureBlock:
     return m.FeatureBlock(
         key=key_of(message),
         start=message.start,

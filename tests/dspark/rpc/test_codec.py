@@ -100,7 +100,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
         SECONDS,
         other_tokens=UINT32,
     ),
-    verifier_pb2.FeatureReply: st.builds(
+    verifier_pb2.FeatureBlock: st.builds(
         m.FeatureBlock, KEYS, UINT32, UINT32, st.binary(), error=st.none(), token_ids=IDS
     ),
     draft_pb2.AttachSequence: st.builds(m.AttachSequence, KEYS, TEXT, SAMPLING, UINT32, TEXT),

@@ -35,7 +35,11 @@ class Reader:
         self.engine = engine
         self.log: list[FeatureBlock] = []
         self.wants_more = False
-        self.stream = FeatureStream(limit_bytes=limit, on_block=lambda: None, on_room=self._room)
+        self.woken = 0
+        self.stream = FeatureStream(limit_bytes=limit, on_blocks=self._wake, on_room=self._room)
+
+    def _wake(self) -> None:
+        self.woken += 1
 
     def _room(self) -> None:
         self.wants_more = True
@@ -44,8 +48,8 @@ class Reader:
         """Everything queued, going on as the engine's thread would."""
         read = []
         while True:
-            while (block := self.stream.take()) is not None:
-                read.append(block)
+            while blocks := self.stream.take():
+                read += blocks
             if not self.wants_more:
                 self.log += read
                 return read
@@ -140,6 +144,25 @@ def test_features_do_not_depend_on_the_batch(tiny_gemma: Path) -> None:
         drive(engine, [stream, *crowd], close=False)
         found.append(reader.rows(stream.key, info.feature_size))
     assert torch.equal(*found)
+
+
+def test_a_step_leaves_one_message_whatever_the_number_of_sequences(tiny_gemma: Path) -> None:
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma)
+    engine.register_tap(info, tensors)
+    reader = Reader(engine)
+    crowd = [Stream(engine, f"o{i}", [2, 7 + i, 9], features=True) for i in range(5)]
+    for stream in crowd:
+        engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
+    for _ in range(3):
+        reader.read()
+        reader.woken = 0
+        for stream, verdict in zip(crowd, engine.step([one.item() for one in crowd]).verdicts, strict=True):
+            stream.take(verdict)
+        assert not reader.stream.take()
+        engine.publish()
+        assert reader.woken == 1
+        assert {block.key for block in reader.stream.take()} == {stream.key for stream in crowd}
 
 
 def test_features_come_with_prefix_cached_pages(tiny_gemma: Path) -> None:

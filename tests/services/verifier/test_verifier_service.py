@@ -219,18 +219,24 @@ async def test_features_come_over_the_wire(tiny_gemma: Path) -> None:
         expected = rig.engine._sequences["a"].computed_len
         received = 0
         while received < expected:
-            block: FeatureBlock = decode(await features.read())
-            assert (block.key, block.start, block.error) == (key, received, None)
-            assert len(block.data) == 2 * block.count * info.feature_size
-            received += block.count
+            for block in await blocks(features):
+                assert (block.key, block.start, block.error) == (key, received, None)
+                assert len(block.data) == 2 * block.count * info.feature_size
+                received += block.count
         await features.write(pb.FeatureRequest(subscribe=pb.Subscribe(sequence_id="zzz", tap_id=info.tap_id)))
-        assert isinstance(decode(await features.read()).error, UnknownSequence)
+        [unknown] = await blocks(features)
+        assert isinstance(unknown.error, UnknownSequence)
         await session.call(close_call([key]), timeout=5)
-        ended: FeatureBlock = decode(await features.read())
+        [ended] = await blocks(features)
         assert isinstance(ended.error, UnknownSequence)
         await features.done_writing()
         assert await features.read() is grpc.aio.EOF
         await until(lambda: not rig.engine._feed.taps_in_use)
+
+
+async def blocks(features: Any) -> list[FeatureBlock]:
+    """Those of the next message."""
+    return [decode(block) for block in (await features.read()).blocks]
 
 
 async def test_a_late_tap_is_recomputed_while_nothing_else_runs(tiny_gemma: Path) -> None:
@@ -240,10 +246,10 @@ async def test_a_late_tap_is_recomputed_while_nothing_else_runs(tiny_gemma: Path
         await rig.stub.RegisterTap(iter(registration(info, tensors)))
         features = rig.stub.Features()
         await features.write(pb.FeatureRequest(subscribe=pb.Subscribe(sequence_id="a", tap_id=info.tap_id)))
-        first: FeatureBlock = decode(await features.read())
+        [first] = await blocks(features)
         assert first.error is not None
         async with asyncio.timeout(5):
-            block: FeatureBlock = decode(await features.read())
+            [block] = await blocks(features)
         assert (block.start, block.count) == (0, rig.engine._sequences["a"].computed_len)
 
 
