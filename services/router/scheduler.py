@@ -30,6 +30,7 @@ from services.router.shares import level
 __all__ = ["Scheduler"]
 
 EXPLORED_ROWS = 0.02  # of a step's rows without drafts, that exploring may add on average
+LOOKED = 4  # requests drafted for in a later look: whether drafting pays is seen of any number
 IDLE_EXPLORED_ROWS = 0.005  # the same while drafting pays for nobody: then a draft is asked for to be explored
 
 
@@ -137,7 +138,7 @@ class Scheduler:
         )
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
         if able.any() and self._looks.due(pays=bool(chosen.any())):
-            chosen = able
+            chosen = able if self._looks.first else _most_promising(predicted, able, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.base_rows)
         round_.explored = np.where(room > 0, explored, FREE)
@@ -225,6 +226,13 @@ def _most(
         caps=np.where(scheduled, np.minimum(caps, pays), caps).astype(np.int64),
         speculation=np.array([s.request.speculation for s in running], np.bool_),
     )
+
+
+def _most_promising(predicted: Floats, able: Bools, count: int) -> Bools:
+    """(R,) those of the able whose blocks should survive longest."""
+    chosen = np.zeros(len(able), np.bool_)
+    chosen[np.argsort(-np.where(able, predicted.sum(axis=1), -1.0), kind="stable")[:count]] = True
+    return chosen & able
 
 
 def _fresh(sequence: Running, proposals: Mapping[str, Proposal]) -> Proposal | None:

@@ -18,8 +18,9 @@ FIRST_WAIT, LONGEST_WAIT = 32, 512  # rounds between series
 
 @dataclass(slots=True)
 class Looks:
-    """The state of one cohort."""
+    """The state of one cohort. `first`: whether rounds are still the first ones, before any later series."""
 
+    first: bool = True
     _left: int = FIRST
     _wait: int = FIRST_WAIT
     _since: int = 0
@@ -36,4 +37,5 @@ class Looks:
         if self._since < self._wait:
             return False
         self._since, self._wait, self._left = 0, min(2 * self._wait, LONGEST_WAIT), SERIES - 1
+        self.first = False
         return True

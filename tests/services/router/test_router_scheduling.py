@@ -25,6 +25,8 @@ from dspark.costs import CostProfile, Point
 from dspark.errors import DSparkError
 from dspark.messages import StepItem, StepResult
 from dspark.v1.verifier_pb2 import DescribeVerifierResponse
+from services.router.scheduler import LOOKED
+from services.router.scheduling.looks import FIRST, SERIES
 from services.router.scheduling.policies import Adaptive, CapAccept, Policy
 
 PROMPT = [BOS, *ids_of("hello")]
@@ -164,6 +166,21 @@ async def test_a_profile_that_condemns_drafting_is_put_right_by_steps() -> None:
         later = await crowd(toys, 1, 60)
     assert_right(later, 60)
     assert length(later) > 3
+
+
+async def test_drafting_that_does_not_seem_to_pay_is_looked_at_for_a_few_streams(tmp_path: Path) -> None:
+    dear = drafter()
+    dear.costs = CostProfile("draft", "toy-dear-costs", tuple(Point(n, 64, 0.05) for n in (1, 64)), 0.0)
+    dear.delay = 0.05
+    trace = tmp_path / "rounds.jsonl"
+    options = by_fives(policy=Adaptive(), explore=0.0, trace=trace)
+    async with cluster(PricedVerifier(), dear, options=options) as toys:
+        await crowd(toys, 12, 100)
+    rounds = [json.loads(line) for line in trace.read_text().splitlines()]
+    later = [one["drafted"] for one in rounds[2 * FIRST :] if one["running"] == 12]
+    assert max(one["drafted"] for one in rounds[:FIRST]) == 12
+    assert set(later) == {0, LOOKED}
+    assert later.count(LOOKED) <= 3 * SERIES
 
 
 async def test_routers_of_one_verifier_see_each_others_rows() -> None:
