@@ -21,6 +21,7 @@ program.wait_briefly()  # as the workers do, before torch loads
 
 import torch  # noqa: E402
 
+from dspark.devices import pick_dtype  # noqa: E402
 from dspark.kernels import select_kernels  # noqa: E402
 from dspark.kernels.linear_int8 import with_int8_weights  # noqa: E402
 from dspark.messages import OpenSequence, Sampling, SequenceKey, StepItem  # noqa: E402
@@ -95,7 +96,7 @@ def main() -> int:
     kernels = select_kernels("auto", device)
     if args.weights == "int8":
         kernels = with_int8_weights(kernels, device)
-    model = load_target(resolve_model(args.model), dtype=torch.bfloat16, device=device, kernels=kernels)
+    model = load_target(resolve_model(args.model), dtype=pick_dtype("auto", device), device=device, kernels=kernels)
     cache = KVCache(model.config, pages=2048, dtype=model.dtype, device=device, prefix_cache=False)
     wanted = requests(args.completions, args.tokens, model.config.vocab_size)
     different = differing(VerifyEngine(model, cache), wanted)

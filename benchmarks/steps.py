@@ -3,7 +3,7 @@
     python -m benchmarks.steps [--weights int8] [--tokens 1 8 64] [--contexts 64 512] [--json FILE]
 
 Steps run in the engines, whole: plan, forward, head, sampling at temperature 1, commit. Each sample is followed by one
-of reading as many bytes as the target's plain bf16 weights have, the least that a step could take; a neighbour on the
+of reading as many bytes as the target's plain weights have, the least that a step could take; a neighbour on the
 machine slows both. Matrix throughput is that of one large product. A point's tokens are spread over sequences of four.
 """
 
@@ -30,6 +30,7 @@ program.wait_briefly()  # as the workers do, before torch loads
 
 import torch  # noqa: E402
 
+from dspark.devices import pick_dtype  # noqa: E402
 from dspark.kernels import select_kernels  # noqa: E402
 from dspark.kernels.linear import linear  # noqa: E402
 from dspark.kernels.linear_int8 import with_int8_weights  # noqa: E402
@@ -70,9 +71,9 @@ class Machine:
         return _seconds(self._stream.sum)
 
     @staticmethod
-    def flops(repeats: int = 10) -> float:
-        """Floating-point operations a second of one bf16 product of 1024 x 4096 x 4096."""
-        layer, rows = linear(torch.randn(4096, 4096).bfloat16()), torch.randn(1024, 4096).bfloat16()
+    def flops(dtype: torch.dtype, repeats: int = 10) -> float:
+        """Floating-point operations a second of one product of 1024 x 4096 x 4096."""
+        layer, rows = linear(torch.randn(4096, 4096).to(dtype)), torch.randn(1024, 4096).to(dtype)
         return 2.0 * 1024 * 4096 * 4096 / min(_seconds(lambda: layer(rows)) for _ in range(repeats))
 
 
@@ -102,12 +103,12 @@ def verify_steps(args: argparse.Namespace, model: TargetModel, machine: Machine,
     return entries
 
 
-def draft_steps(args: argparse.Namespace, target: Path, machine: Machine) -> list[dict[str, Any]]:
+def draft_steps(args: argparse.Namespace, target: Path, machine: Machine, dtype: torch.dtype) -> list[dict[str, Any]]:
     """One entry for each number of blocks and context."""
     path = find_drafter(args.drafter, args.model)
     if path is None:
         return []
-    drafter = load_drafter(path, target, dtype=torch.bfloat16, device=_CPU)
+    drafter = load_drafter(path, target, dtype=dtype, device=_CPU)
     engine = DraftEngine(drafter, DraftChooser(), select_kernels("auto", _CPU), context_positions=1 << 15)
     size = TapOffer.of(drafter, path).row_bytes // 2
     with ExitStack() as stack:
@@ -131,19 +132,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     kernels = select_kernels("auto", _CPU)
     if args.weights == "int8":
         kernels = with_int8_weights(kernels, _CPU)
-    model = load_target(path, dtype=torch.bfloat16, device=_CPU, kernels=kernels)
-    weight_bytes = 2 * (layer_weights(model.config) + head_weights(model.config))
+    dtype = pick_dtype(args.dtype, _CPU)
+    model = load_target(path, dtype=dtype, device=_CPU, kernels=kernels)
+    weight_bytes = dtype.itemsize * (layer_weights(model.config) + head_weights(model.config))
     machine = Machine(weight_bytes)
-    flops = machine.flops()
+    flops = machine.flops(dtype)
     return {
         "model": model.info.name,
         "weights": args.weights,
+        "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "weight_bytes": weight_bytes,
         "gflops": flops / 1e9,
         "stream_ms": min(machine.stream() for _ in range(10)) * 1e3,
         "verify": verify_steps(args, model, machine, flops),
-        "draft": draft_steps(args, path, machine),
+        "draft": draft_steps(args, path, machine, dtype),
     }
 
 
@@ -155,9 +158,9 @@ def show(report: dict[str, Any]) -> None:
         figures = f"{e['ms']:.1f}", f"{e['least_ms']:.1f}", f"{e['ratio']:.2f}", f"{e['throughput_share']:.0%}"
         verify.add_row(str(e["tokens"]), str(e["context"]), *figures)
     verify.caption = (
-        f"{report['model']}, {report['weights']} weights, {report['threads']} threads. Reading {gigabytes:.2f} GB "
-        f"takes {report['stream_ms']:.1f} ms at best ({gigabytes / report['stream_ms'] * 1e3:.0f} GB/s); matrices "
-        f"{report['gflops']:.0f} GFLOP/s."
+        f"{report['model']} in {report['dtype']}, {report['weights']} weights, {report['threads']} threads. "
+        f"Reading {gigabytes:.2f} GB takes {report['stream_ms']:.1f} ms at best "
+        f"({gigabytes / report['stream_ms'] * 1e3:.0f} GB/s); matrices {report['gflops']:.0f} GFLOP/s."
     )
     Console().print(verify)
     alone = {e["context"]: e["least_ms"] for e in reversed(report["verify"])}
@@ -174,6 +177,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--drafter", default="default")
     parser.add_argument("--weights", choices=("plain", "int8"), default="plain")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512, 2048])
     parser.add_argument("--repeats", type=int, default=15)

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from dspark import program
 from dspark.costs import CostModel, CostProfile, Refined
 from dspark.devices import pick_device, pick_dtype, processor_name, usage_of
-from dspark.errors import InternalError
+from dspark.errors import ConfigError, InternalError
 from dspark.kernels import select_kernels
 from dspark.kernels.linear_int8 import with_int8_weights
 from dspark.messages import ModelInfo
@@ -101,7 +101,7 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
-    dtype = pick_dtype(settings.dtype, device)
+    dtype = _dtype(settings, device)
     kernels = select_kernels(settings.kernels, device)
     if settings.weights == "int8":
         kernels = with_int8_weights(kernels, device)
@@ -139,6 +139,14 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     )
     engine.costs = _costs(settings, model, cache, own, info)
     return engine, tokenizer_files(path, info)
+
+
+def _dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    if settings.weights == "plain":
+        return pick_dtype(settings.dtype, device)
+    if settings.dtype == "float32":
+        raise ConfigError("weights: int8 goes with dtype bfloat16, not float32")
+    return torch.bfloat16
 
 
 def _costs(

@@ -108,6 +108,17 @@ def test_gemma_embedding_is_scaled(tiny_gemma: Path) -> None:
     assert model.head_weight is model.embed_weight
 
 
+def test_float32_of_a_bfloat16_file_widens_single_rows(tmp_path: Path) -> None:
+    """The embedding, most of a small model's weights, stays mapped as it is."""
+    narrow = load(tiny.save_gemma3(tmp_path, dtype=torch.bfloat16))
+    ids = torch.tensor([5, 7])
+    assert (narrow.dtype, narrow.embed_weight.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(narrow.embed_tokens(ids), narrow.embed_weight[ids].float() * 8.0)
+    rows = torch.randn(3, 64)
+    assert narrow.head_weight.dtype == torch.float32
+    torch.testing.assert_close(narrow.logits(rows), rows @ narrow.embed_weight.float().T, atol=1e-4, rtol=1e-4)
+
+
 def test_bfloat16_stays_near_float32(tiny_gemma: Path) -> None:
     ids = random_ids(100, tiny.VOCAB)
     logits = {}

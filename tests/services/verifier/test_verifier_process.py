@@ -130,6 +130,7 @@ async def test_a_worker_publishes_what_its_steps_cost(
         (["--listen", "1.2.3.4:1"], "cannot listen"),
         (["--pages", "0"], "pages"),
         (["--dtype", "float8"], "dtype"),
+        (["--weights", "int8", "--dtype", "float32"], "int8 goes with dtype bfloat16"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
