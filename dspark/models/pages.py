@@ -7,7 +7,7 @@ contents are known by a key and it can be had again until another sequence needs
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from dspark.errors import InternalError
@@ -30,7 +30,8 @@ class PagePool:
         self.generations = [0] * (total + 1)
         self._references = [0] * (total + 1)
         self._keys: list[bytes | None] = [None] * (total + 1)
-        self._free = deque(range(1, total + 1))
+        # Last in, first out: memory that nobody has touched yet is left alone for as long as it can be.
+        self._free = list(range(total, 0, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._index: dict[bytes, int] = {}
         self._listeners: list[Callable[[int], None]] = []
@@ -65,7 +66,7 @@ class PagePool:
     def allocate(self) -> int:
         """A page with unknown contents, referenced once; the caller has made sure that there is one."""
         if self._free:
-            page = self._free.popleft()
+            page = self._free.pop()
         elif self._cached:
             page = self._cached.popitem(last=False)[0]
             self._forget(page)

@@ -157,10 +157,22 @@ def test_least_recently_used_pages_go_first_and_listeners_hear_of_it() -> None:
     heard.clear()
     third = cache.open(ids(48, 3), 48)
     compute(cache, third, ids(48, 3))
-    # free pages (the unfinished third ones) first, then the end of the sequence that was closed first
-    assert heard == third.full_pages == [pages[1][2], pages[0][2], pages[1][1]]
+    # free pages (the unfinished third ones, last freed first), then the end of the sequence that was closed first
+    assert heard == third.full_pages == [pages[0][2], pages[1][2], pages[1][1]]
     assert cache.generation(pages[1][1]) == generation + 1
     assert cache.open(ids(33, 2), 17).computed_len == 16
+
+
+def test_pages_that_were_used_are_taken_before_untouched_ones() -> None:
+    """Memory is really taken when it is first written, which on some machines costs more than the step."""
+    cache = make_cache(pages=64, sliding=False, prefix_cache=False)
+    touched: set[int] = set()
+    for seed in range(8):
+        sequence = cache.open(ids(33, seed), 33)
+        compute(cache, sequence, ids(33, seed))
+        touched |= set(sequence.full_pages)
+        cache.close(sequence)
+    assert len(touched) == 3
 
 
 def test_drop_prefixes() -> None:
