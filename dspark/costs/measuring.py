@@ -5,6 +5,9 @@ falls on one sample of many points instead of all samples of one, and the median
 tells what each point costs and leaves out those that would go over the budget. What tells most comes first: powers of
 four at the shortest context, then by and by longer contexts and sizes between. Measured from the smallest size on, a
 busy machine's budget ended at 8 rows of Gemma 3 270M, on a step of the curve whose slope says nothing of 64.
+
+A few sizes are timed whatever they take: without them a slow machine's curve would be flat, and a scheduler would
+verify everything.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ __all__ = ["REPEATS", "Clock", "Shape", "Timer", "check", "measure", "obtain"]
 
 REPEATS = 5
 _SHARE = 0.25  # of the budget, for one shape at most
+_NEEDED = 64  # tokens: powers of four up to here are timed in any case
 CHECK_TOLERANCE = 2.0  # a kept profile may be off by this factor before somebody is told
 
 Shape = tuple[int, int]
@@ -68,8 +72,8 @@ def measure(
 ) -> tuple[Point, ...]:
     """The median of `repeats` samples at each shape that fits into the budget.
 
-    No shape gets more than a quarter of it; one shape is always measured. Where the machine slows down meanwhile,
-    points keep the samples they have.
+    No shape gets more than a quarter of it, but powers of four up to 64 at the shortest context are always measured,
+    once at least. Where the machine slows down meanwhile, points keep the samples they have.
     """
     deadline = clock() + 1.5 * budget_seconds
     samples = _warm_up(shapes, timer, budget_seconds / (repeats + 1), clock)
@@ -88,12 +92,23 @@ def _warm_up(shapes: Sequence[Shape], timer: Timer, seconds: float, clock: Clock
         known = max((other for other in took if other[0] <= shape[0]), default=None)
         growth = (1.0 + shape[0] / known[0]) / 2.0 if known is not None else 0.0  # half fixed, half by tokens
         expected = took[known] * growth if known is not None else 0.0
-        if took and (expected > _SHARE * seconds or sum(took.values()) + expected > seconds):
+        dear = expected > _SHARE * seconds or sum(took.values()) + expected > seconds
+        if dear and not _needed(shape, shapes):
             continue
         began = clock()
         timer(*shape)
         took[shape] = clock() - began
     return {shape: [] for shape in sorted(took)}
+
+
+def _needed(shape: Shape, shapes: Sequence[Shape]) -> bool:
+    tokens, context = shape
+    shortest = context == min(other for _, other in shapes)
+    return shortest and _power_of_four(tokens) and tokens <= _NEEDED
+
+
+def _power_of_four(tokens: int) -> bool:
+    return tokens & (tokens - 1) == 0 and tokens.bit_length() % 2 == 1
 
 
 def _telling(shapes: Sequence[Shape]) -> list[Shape]:
@@ -102,8 +117,7 @@ def _telling(shapes: Sequence[Shape]) -> list[Shape]:
 
     def rank(shape: Shape) -> tuple[int, Shape]:
         tokens, context = shape
-        power = tokens & (tokens - 1) == 0
-        between = 0 if power and tokens.bit_length() % 2 else 1 if power else 2
+        between = 0 if _power_of_four(tokens) else 1 if tokens & (tokens - 1) == 0 else 2
         return between + contexts.index(context), shape
 
     return sorted(shapes, key=rank)

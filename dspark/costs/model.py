@@ -105,8 +105,8 @@ def _filled(tokens: Seconds, known: Seconds, seconds: Seconds, smaller: Seconds 
 
 
 def _last_slope(tokens: Seconds, seconds: Seconds) -> float:
-    """Seconds a token at the end of a curve; where it ends flat, those of the whole."""
+    """Seconds a token at the end of a curve; where it ends flat, those of the whole. A single point is half fixed."""
     if len(tokens) == 1:
-        return 0.0
+        return float(seconds[0] / tokens[0] / 2.0)
     last = (seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2])
     return float(last if last > 0.0 else (seconds[-1] - seconds[0]) / (tokens[-1] - tokens[0]))

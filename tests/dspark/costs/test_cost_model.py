@@ -160,7 +160,12 @@ def test_between_and_beyond_points() -> None:
 def test_a_flat_end_goes_on_with_the_slope_of_the_whole() -> None:
     made = model((1, 64, 1.0), (2, 64, 2.0), (4, 64, 2.0))
     assert made.predict(7, 64) == pytest.approx(2.0 + 3 * (1.0 / 3))
-    assert model((4, 64, 2.0)).predict(100, 999) == 2.0
+
+
+def test_a_single_point_is_never_a_flat_curve() -> None:
+    """A flat one would have everything verified."""
+    assert model((4, 64, 2.0)).predict(4, 999) == 2.0
+    assert model((4, 64, 2.0)).predict(8, 999) == 3.0
 
 
 def test_a_long_context_measured_at_few_sizes_goes_on_like_the_shorter() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from dspark.costs import Point
+from dspark.costs import CostModel, Point
 from dspark.costs.files import read_profile, write_profile
 from dspark.costs.measuring import check, measure, obtain
 from dspark.costs.profile import CostProfile
@@ -56,11 +56,17 @@ def test_what_would_go_over_the_budget_is_left_out() -> None:
     machine = Machine()
     shapes = [(2**k, 64) for k in range(10)]
     points = measure(shapes, machine.step, budget_seconds=8, clock=machine.clock)
-    assert [p.tokens for p in points] == [1, 2, 4, 8, 16, 32]
+    assert [p.tokens for p in points] == [1, 2, 4, 8, 16, 32, 64]
     assert machine.now < 8
+
+
+def test_a_slow_machine_still_learns_what_rows_cost() -> None:
     machine = Machine()
-    (point,) = measure(shapes, machine.step, budget_seconds=1e-9, clock=machine.clock)
-    assert point.tokens == 1
+    shapes = [(2**k, context) for k in range(10) for context in (64, 512)]
+    points = measure(shapes, machine.step, budget_seconds=1e-9, clock=machine.clock)
+    assert [(p.tokens, p.context) for p in points] == [(1, 64), (4, 64), (16, 64), (64, 64)]
+    assert len(machine.calls) == 1 + 2 * len(points)
+    assert CostModel(CostProfile("verify", "f", points, 0.0)).predict(32, 64) == pytest.approx(0.32064)
 
 
 def test_what_tells_most_comes_first() -> None:
