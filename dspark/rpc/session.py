@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import grpc
 
+from dspark.ending import end
 from dspark.errors import DeadlineExceeded, Unavailable
 from dspark.rpc.codec import decode_error
 
@@ -57,9 +58,7 @@ class Session(Generic[RequestT, ReplyT]):
     ) -> None:
         self._fail(f"{self._name}: the session was closed")
         self._stream.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.wait(self._tasks)
+        await end(*self._tasks)
 
     async def call(self, request: RequestT, *, timeout: float | None = None) -> ReplyT:  # noqa: ASYNC109 - per call, as gRPC's own
         """Sends the request under a fresh call_id and returns its reply.

@@ -13,6 +13,7 @@ import redis
 import structlog
 
 from dspark.costs import CostProfile
+from dspark.ending import end
 from dspark.errors import StoreError
 from dspark.store.records import (
     WORKERS_KEY,
@@ -73,8 +74,7 @@ class Directory:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await end(self._task)
         await self._client.aclose()
 
     def workers(self) -> tuple[WorkerRecord, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
+from dspark.ending import end
 from dspark.errors import InvalidRequest
 from dspark.messages import SequenceKey
 from services.draft.inbox import FeatureInbox
@@ -56,8 +57,7 @@ class FeatureIntake:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._follower.cancel()
-        await asyncio.wait([self._follower])
+        await end(self._follower)
         for link in self._links.values():
             await link.__aexit__(None, None, None)
         self._links.clear()

@@ -19,6 +19,7 @@ from typing import Self
 import grpc
 import structlog
 
+from dspark.ending import end
 from dspark.errors import DSparkError, FeaturesMissing, InternalError, InvalidRequest, Mismatch, Unavailable
 from dspark.messages import FeatureBlock, SequenceKey
 from dspark.rpc.channel import connect, error_from_call
@@ -69,10 +70,9 @@ class VerifierLink:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._task.cancel()
         for key in tuple(self._wants):
             self.drop(key)
-        await asyncio.wait([self._task])
+        await end(self._task)
 
     @property
     def idle_seconds(self) -> float:

@@ -67,6 +67,11 @@ class Round:
         return len(self.running) + self.prompt_price
 
     @property
+    def decodes(self) -> bool:
+        """Whether it is a measure of decoding: not mostly prompts."""
+        return sum(self.pieces) <= len(self.running) // 2
+
+    @property
     def lengths(self) -> tuple[list[int], list[int], list[int]]:
         """By row: draft tokens to verify, how many of them may be kept, and whether a wanted block did not come."""
         assert self.outcome is not None

@@ -137,7 +137,7 @@ class Scheduler:
             base_tokens=self._base_tokens(round_),
         )
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
-        if able.any() and self._looks.due(pays=bool(chosen.any())):
+        if able.any() and round_.decodes and self._looks.due(pays=bool(chosen.any())):
             chosen = able if self._looks.first else _most_promising(predicted, able, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.base_rows)
@@ -195,8 +195,8 @@ class Scheduler:
         self._weigh(round_, took, int(np.count_nonzero(judged)))
 
     def _weigh(self, round_: Round, took: Took, judged: int) -> None:
-        if not judged or sum(round_.pieces) > len(round_.running) // 2:
-            return  # mostly prompts: no measure of either way to decode
+        if not judged or not round_.decodes:
+            return
         assert round_.outcome is not None
         rows = judged + int(round_.outcome.verify.sum())
         self._yield += (took.tokens / rows - self._yield) / 16

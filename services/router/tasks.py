@@ -9,6 +9,8 @@ from typing import Any, Self, TypeVar
 
 import structlog
 
+from dspark.ending import end
+
 __all__ = ["Tasks"]
 
 _log = structlog.get_logger(__name__)
@@ -27,10 +29,7 @@ class Tasks:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await end(*self._tasks)
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Runs it; the event loop alone would hold it only weakly."""

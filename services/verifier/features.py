@@ -76,13 +76,22 @@ class FeatureStore:
 
     def known_until(self, tap_id: str, pages: Sequence[int], start: int, end: int) -> int:
         """The first position from `start` on, up to `end`, that lacks features of the tap."""
-        holes = ~self._buffers[tap_id].known[self._slots(pages, start, end)]
-        return start + int(holes.to(torch.uint8).argmax()) if bool(holes.any()) else end
+        known = self._buffers[tap_id].known[self._places(pages, start, end)]
+        return end if bool(known.all()) else start + int((~known).to(torch.uint8).argmax())
 
     def read(self, tap_id: str, pages: Sequence[int], start: int, end: int) -> bytes:
         """Features of positions start … end - 1 as little-endian bfloat16 bytes, row-major (end - start, d)."""
-        rows = self._buffers[tap_id].data[self._slots(pages, start, end).to(self._device)]
+        places = self._places(pages, start, end)
+        rows = self._buffers[tap_id].data[places if isinstance(places, slice) else places.to(self._device)]
         return rows.cpu().view(torch.uint8).numpy().tobytes()
+
+    def _places(self, pages: Sequence[int], start: int, end: int) -> slice | Tensor:
+        """As `_slots`; inside one page, as nearly always while decoding, a slice, which takes a third of the time."""
+        page, first = divmod(start, self._page_size)
+        if first + end - start > self._page_size:
+            return self._slots(pages, start, end)
+        slot = pages[page] * self._page_size + first
+        return slice(slot, slot + end - start)
 
     def _slots(self, pages: Sequence[int], start: int, end: int) -> Tensor:
         size = self._page_size

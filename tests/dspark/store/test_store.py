@@ -296,3 +296,10 @@ def test_gpu_usage_is_the_card_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(ConfigError, match="nvidia-ml-py"):
         gpu_usage("GPU-a")
+
+
+async def test_directory_ends_in_the_middle_of_a_reading() -> None:
+    async with EmbeddedStore() as url:
+        for number in range(12):
+            async with asyncio.timeout(20), Directory(url, interval=0.0):
+                await asyncio.sleep(0.0005 * number)
