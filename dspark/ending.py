@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["end"]
 
-_PATIENCE = 0.25  # seconds between cancellations
+_PATIENCE = 1.0  # seconds between cancellations: one that comes too soon cuts off what a task tidies up
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:

@@ -93,9 +93,9 @@ class ParallelBlocks(ABC):
 
 def _mask_rows(drafter: ParallelDrafter) -> Tensor:
     """What stands at the places behind the anchor, (block rows - 1, d)."""
-    config = drafter.config
+    config, dtype = drafter.config, drafter.norm.weight.dtype
     if drafter.mask_embedding is not None:
-        row = drafter.mask_embedding.detach().to(drafter.norm.weight.dtype)
+        row = drafter.mask_embedding.detach().to(dtype)
     else:
-        row = drafter.embed_weight[config.mask_token_id].to(drafter.norm.weight.dtype) * config.embedding_scale
+        row = drafter.embed_weight[config.mask_token_id].to(dtype) * config.embedding_scale
     return row.expand(drafter.block_rows - 1, -1)

@@ -301,5 +301,6 @@ def test_gpu_usage_is_the_card_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_directory_ends_in_the_middle_of_a_reading() -> None:
     async with EmbeddedStore() as url:
         for number in range(12):
-            async with asyncio.timeout(20), Directory(url, interval=0.0):
+            async with asyncio.timeout(20), Directory(url, interval=0.0) as directory:
                 await asyncio.sleep(0.0005 * number)
+            assert directory._task.done()
