@@ -46,9 +46,9 @@ def arithmetic_of(drafter: Drafter) -> torch.autocast:
     return torch.autocast(head.device.type, torch.bfloat16, enabled=head.dtype == torch.bfloat16)
 
 
-def block_rows(drafter: Drafter, batch: Batch, anchors: Tensor) -> BlockRows:
-    """Run the drafter on blocks at `anchors` (s, a), each fed the text's own tokens."""
-    hidden = drafter.training_hidden(batch.captured, batch.token_ids, anchors)
+def block_rows(drafter: Drafter, batch: Batch, anchors: Tensor, length: int | None = None) -> BlockRows:
+    """Run the drafter on blocks of `length` tokens, by default its own, at `anchors` (s, a), fed the text's own."""
+    hidden = drafter.training_hidden(batch.captured, batch.token_ids, anchors, length)
     s, a, n, _ = hidden.shape
     # Positions of x_{k-1}, and of the hidden state that predicts x_k.
     before = anchors[..., None] + torch.arange(n, device=anchors.device)

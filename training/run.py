@@ -55,7 +55,7 @@ def train(plan: RunPlan, exchange: Exchange, report: Callable[[StepReport], None
         ConfigError, Mismatch: what cannot be trained on, a disk that refuses, or a loss that is no number any more.
     """
     manifests, texts = [read_manifest(path) for path in plan.data], [read_texts(path) for path in plan.data]
-    plan.settings.check(exchange.world)
+    plan.settings.check(exchange.world, plan.shape.block_size)
     if plan.begin_with is not None:
         check_beginning(plan.begin_with)
     training, held_out = split(sum(map(len, texts)))

@@ -30,7 +30,8 @@ class TrainSettings:
     """How to train: `blocks` in all, `sequences` · `anchors` of them a step, `accumulate` parts a step one by one.
 
     Small steps learn more from as many blocks: after 33,000 blocks of seven tokens, 128 a step gave 1.51 tokens a round
-    on held-out texts and 256 a step 1.37, everything else equal.
+    on held-out texts and 256 a step 1.37, everything else equal. With `lengths` each step draws one of them and cuts
+    its blocks to it; it takes more of them then, so that every step has as many rows.
     """
 
     blocks: int = 300_000
@@ -44,14 +45,17 @@ class TrainSettings:
     weight_decay: float = 0.01
     seed: int = 0
     compile: bool = False
+    lengths: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
         return max(1, self.blocks // (self.sequences * self.anchors))
 
-    def check(self, world: int) -> None:
-        """`ConfigError` unless a step's texts divide into `world` processes and their parts."""
+    def check(self, world: int, block: int) -> None:
+        """`ConfigError` unless a step's texts divide into processes and their parts, and `lengths` fit a block."""
+        if not all(1 <= length <= block for length in self.lengths):
+            raise ConfigError(f"lengths {self.lengths} do not lie between 1 and the block's {block}")
         if self.sequences % (world * self.accumulate):
             raise ConfigError(
                 f"{self.sequences} sequences a step do not divide into {world} processes x {self.accumulate} parts"
@@ -171,12 +175,13 @@ class Trainer:
             self.progress.step, self.progress.seconds, rate, loss, cross_entropy, distance, confidence, norm, acceptance
         )
 
-    def _draw(self) -> Iterator[tuple[Batch, Tensor]]:
-        """This process's texts and anchors of this step, in `accumulate` parts."""
+    def _draw(self) -> Iterator[tuple[Batch, Tensor, int]]:
+        """This process's texts, anchors and block length of this step, in `accumulate` parts."""
         settings, world = self.settings, self.exchange.world
         generator = torch.Generator().manual_seed(_seed(settings.seed, self.progress.step))
         chosen = torch.randint(len(self._rows), (settings.sequences,), generator=generator).tolist()
         seeds = torch.randint(1 << 32, (settings.sequences,), generator=generator).tolist()
+        length, anchors = self._cut(generator)
         mine = range(self.exchange.rank, settings.sequences, world)
         size = settings.sequences // (world * settings.accumulate)
         for first in range(0, len(mine), size):
@@ -184,12 +189,20 @@ class Trainer:
             batch = self.states.batch([self._rows[chosen[n]] for n in part])
             self.standardisation.apply_(batch.captured)
             # Anchors are drawn text by text, so that they do not depend on how the texts are shared out.
-            yield batch, _anchors(batch, settings.anchors, [seeds[n] for n in part])
+            yield batch, _anchors(batch, anchors, [seeds[n] for n in part]), length
 
-    def _backward(self, batch: Batch, anchors: Tensor) -> Tensor:
+    def _cut(self, generator: torch.Generator) -> tuple[int, int]:
+        """How long this step's blocks are, and how many of each text."""
+        block, lengths = self.drafter.config.block_size, self.settings.lengths
+        if not lengths:
+            return block, self.settings.anchors
+        length = lengths[int(torch.randint(len(lengths), (), generator=generator))]
+        return length, self.settings.anchors * block // length
+
+    def _backward(self, batch: Batch, anchors: Tensor, length: int) -> Tensor:
         """Add this part's gradients; its figures: loss, CE, L1, BCE, acceptance by position."""
         with arithmetic_of(self.drafter):
-            rows = block_rows(self.drafter, batch, anchors)
+            rows = block_rows(self.drafter, batch, anchors, length)
         n = rows.valid.shape[-1]
         parts = block_loss(
             rows.logits.flatten(0, 2),

@@ -302,14 +302,20 @@ class StepBatch(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ITEMS_FIELD_NUMBER: builtins.int
+    HOLD_FEATURES_FIELD_NUMBER: builtins.int
+    hold_features: builtins.bool
+    """The next round drafts for nobody: features may wait for those of later steps. They come with the next step that
+    does not say so, before anything else is answered, or when many wait.
+    """
     @property
     def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___StepItem]: ...
     def __init__(
         self,
         *,
         items: collections.abc.Iterable[global___StepItem] | None = ...,
+        hold_features: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["items", b"items"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hold_features", b"hold_features", "items", b"items"]) -> None: ...
 
 global___StepBatch = StepBatch
 

@@ -33,6 +33,7 @@ class Round:
         seconds: T over the step's rows, up to all that it may have.
         unhidden: seconds that the drafting of this round is expected to take.
         decision: what speculation may do at all; None where no sequence's policy looks at costs.
+        hold_features: whether the features that the step brings may wait at the verify worker.
         proposed: (R,) whether a block came. confidences: (R, n) as they came; corrected: as they are believed.
         outcome: the lengths.
         tokens: expected of the round.
@@ -55,6 +56,7 @@ class Round:
     seconds: Floats
     unhidden: float
     decision: Decision | None
+    hold_features: bool = False
     proposed: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     confidences: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     corrected: Floats = field(default_factory=lambda: np.zeros((0, 0)))

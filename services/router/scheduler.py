@@ -14,6 +14,7 @@ import numpy as np
 from dspark.messages import Mode, Proposal
 from services.router.cohort import Cohort
 from services.router.costs import RoundCosts
+from services.router.holding import Holding
 from services.router.links import DraftLink
 from services.router.memory import Memory
 from services.router.options import Options
@@ -62,6 +63,7 @@ class Scheduler:
         self._longest = options.verify_length
         self._payoff = Payoff(self._longest)
         self._looks = Looks()
+        self._holding = Holding()
         self._yield = 1.0  # tokens a row, lately
 
     @property
@@ -81,7 +83,7 @@ class Scheduler:
         policies = [s.request.policy or self._options.policy for s in running]
         block = self._block()
         scheduled = np.array([policy.needs_costs for policy in policies], np.bool_)
-        decision = self._decide(block, len(running) + price) if scheduled.any() else None
+        decision = (self._holding.decision or self._decide(block, len(running) + price)) if scheduled.any() else None
         context = sum(s.committed_len for s in running) / max(1, len(running))
         slots, settings = self._memory.rows(running)
         most = _most(running, policies, scheduled, block, decision)
@@ -106,7 +108,7 @@ class Scheduler:
         )
         if scheduled.any() and block:
             self._choose(round_, scheduled, block)
-        drafting = np.array([row and self._able(s) for row, s in zip(round_.asked, running, strict=True)], np.bool_)
+        drafting = self._holding.settle(round_, round_.asked & self._ables(round_))
         round_.unhidden = float(self._draft_seconds(len(running), context)[np.count_nonzero(drafting)])
         return round_
 
@@ -126,7 +128,10 @@ class Scheduler:
 
     def _choose(self, round_: Round, scheduled: Bools, block: int) -> None:
         """Among those whose policy looks at costs; the others are drafted for as they wish."""
-        able = np.array([self._able(s) for s in round_.running], np.bool_)
+        able = self._ables(round_)
+        if self._holding.postponed:
+            self._holding.resume(round_, scheduled & able)
+            return
         open_ = np.arange(block) < np.where(scheduled & able, round_.most, 0)[:, None]
         predicted = np.where(open_, self._memory.histories.predicted(round_.slots)[:, :block], 0.0)
         chosen = whom_to_draft(
@@ -144,6 +149,9 @@ class Scheduler:
         round_.explored = np.where(room > 0, explored, FREE)
         wanted = chosen | (round_.explored > 0)
         round_.asked = (round_.most > 0) & np.where(scheduled & able, wanted, True)
+
+    def _ables(self, round_: Round) -> Bools:
+        return np.array([self._able(s) for s in round_.running], np.bool_)
 
     def _base_tokens(self, round_: Round) -> float:
         """Of the step without our drafts: one of each running sequence, and what other routers' rows yield."""

@@ -73,7 +73,8 @@ class Rounds:
             return
         began = time.perf_counter()
         with phase("verify"):
-            result = await cohort.link.step([entry.item for entry in batch], self._step_seconds)
+            items = [entry.item for entry in batch]
+            result = await cohort.link.step(items, self._step_seconds, hold_features=round_.hold_features)
         seconds = time.perf_counter() - began
         with phase("commit"):
             took = self._commit(cohort, round_, batch, result, seconds + drafts.seconds)

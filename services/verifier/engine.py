@@ -45,6 +45,8 @@ from services.verifier.taps import Tap, check_info
 
 __all__ = ["EngineSettings", "VerifyEngine"]
 
+HELD_ROWS = 256  # whose states wait, at most, before their features are published although nobody asks
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
@@ -86,6 +88,7 @@ class VerifyEngine:
         self._backfill = Backfill(model, cache, self._features, rows=self.settings.backfill_rows)
         self._feed = Feed(self._features, self._backfill.want)
         self._unpublished: list[Computed] = []
+        self._holding = False
         self._load = WorkerLoad()
         self._note_load()
 
@@ -109,20 +112,21 @@ class VerifyEngine:
         self._feed.flush()
         self._note_load()
 
-    def step(self, items: Sequence[StepItem]) -> StepResult:
-        """Compute, verify and commit. Features of what was committed wait for `publish`.
+    def step(self, items: Sequence[StepItem], *, hold_features: bool = False) -> StepResult:
+        """Compute, verify and commit. Features of what was committed wait for `publish_due`.
 
         Verdicts come in the order of the items. An item that cannot be served gets an error and hurts no other; of
         two items about one sequence the second is refused. Rows past max_step_tokens go into a further forward.
         """
         began = time.perf_counter()
-        self.publish()
+        self.publish_due()
+        self._holding = hold_features
         planned = self._plan(items)
         work = [entry for entry in planned if isinstance(entry, Work)]
         computed = [
             self._stepper.run(part) for part in split(work, self.settings.max_step_tokens, lambda own: own.rows)
         ]
-        self._unpublished = computed
+        self._unpublished += computed
         verdicts = self._collect(planned, computed)
         result = StepResult(
             verdicts,
@@ -134,16 +138,20 @@ class VerifyEngine:
         return self._learn(computed, result)
 
     def publish(self) -> None:
-        """Compute features of what the last step committed and send them to subscribers.
+        """Compute features of what was committed since and send them to subscribers.
 
         Apart from `step` so that verdicts can leave first; every other call does it before anything else.
         """
-        computed, self._unpublished = self._unpublished, []
-        for part in computed:
-            self._stepper.keep_features(part)
-            for work in part.work:
-                self._feed.push(work.state)
+        computed, self._unpublished, self._holding = self._unpublished, [], False
+        self._stepper.keep_features(computed)
+        for state in dict.fromkeys(work.state for part in computed for work in part.work):
+            self._feed.push(state)
         self._feed.flush()
+
+    def publish_due(self) -> None:
+        """`publish`, unless the last step's features may wait for those of further ones and few wait yet."""
+        if not self._holding or sum(part.rows for part in self._unpublished) > HELD_ROWS:
+            self.publish()
 
     def find(self, key: SequenceKey) -> SequenceState:
         """An open sequence. `UnknownSequence`, or `StaleMessage` for another epoch."""

@@ -39,6 +39,11 @@ class Computed:
     forward_seconds: float
     sample_seconds: float
 
+    @property
+    def rows(self) -> int:
+        """Of the forward."""
+        return sum(own.rows for own in self.work)
+
 
 class Stepper:
     """Runs admitted work through the model and commits what it came to."""
@@ -65,13 +70,16 @@ class Stepper:
         return Computed(tuple(work), verdicts, forward.captured, sampled - began, ended - sampled)
 
     @torch.inference_mode()
-    def keep_features(self, computed: Computed) -> None:
+    def keep_features(self, computed: Sequence[Computed]) -> None:
         """Compute and store the features of the rows that were committed, for sequences that may be drafted for."""
-        wanted = [(own, first) for own, first in _first_rows(computed.work) if own.state.request.features]
-        self._features.write(
-            computed.captured,
-            [(_kept_rows(own, first), own.state.cached.full_pages, own.start) for own, first in wanted],
-        )
+        parts = [part for part in computed if part.captured]
+        placed: list[tuple[Tensor, Sequence[int], int]] = []
+        first = 0
+        for part in parts:
+            placed += _placed(part, first)
+            first += part.rows
+        if placed:
+            self._features.write(_together([part.captured for part in parts]), placed)
 
     def _sample(self, hidden: Tensor, work: Sequence[Work]) -> dict[Work, Outcome]:
         """What the items that reach their anchor came to."""
@@ -109,9 +117,22 @@ def _first_rows(work: Sequence[Work]) -> Iterator[tuple[Work, int]]:
         first += own.rows
 
 
-def _kept_rows(work: Work, first: int) -> Tensor:
-    """Rows of the forward whose positions were committed: all of the item's but rejected drafts."""
-    return torch.arange(first, first + work.state.computed_len - work.start)
+def _placed(computed: Computed, first: int) -> Iterator[tuple[Tensor, Sequence[int], int]]:
+    """What became of a forward whose rows count from `first`, for the feature store: rows, pages, first position.
+
+    All rows of an item but its rejected drafts; how far it got is in its verdict, for its sequence may be further.
+    """
+    for (own, row), verdict in zip(_first_rows(computed.work), computed.verdicts, strict=True):
+        if own.state.request.features:
+            start = first + row
+            yield torch.arange(start, start + verdict.computed_len - own.start), own.state.cached.full_pages, own.start
+
+
+def _together(captured: Sequence[Mapping[int, Tensor]]) -> Mapping[int, Tensor]:
+    """The states of several forwards, row after row."""
+    if len(captured) == 1:
+        return captured[0]
+    return {layer: torch.cat([states[layer] for states in captured]) for layer in captured[0]}
 
 
 def _candidates(part: Sequence[tuple[Work, int]]) -> list[Candidate]:

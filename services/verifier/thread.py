@@ -43,6 +43,7 @@ class _Call:
 
     function: Callable[[], Any] = _nothing
     items: tuple[StepItem, ...] | None = None
+    hold_features: bool = False
     answer: Future[Any] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.perf_counter)
 
@@ -89,9 +90,9 @@ class EngineThread:
         """Queue a call of the engine."""
         return self._queue(_Call(function))
 
-    def step(self, items: Sequence[StepItem]) -> Future[StepResult]:
-        """Queue a step."""
-        return self._queue(_Call(items=tuple(items)))
+    def step(self, items: Sequence[StepItem], *, hold_features: bool = False) -> Future[StepResult]:
+        """Queue a step. Its features may wait where all that are in one forward with it say so."""
+        return self._queue(_Call(items=tuple(items), hold_features=hold_features))
 
     async def call(self, function: Callable[[], T]) -> T:
         """`submit`, awaited."""
@@ -124,7 +125,7 @@ class EngineThread:
                     self._execute(calls[0])
                 else:
                     self._step(calls)
-                self._guard(self.engine.publish)
+                self._guard(self.engine.publish_due)
         finally:  # also where a fault of this module ends the thread: nobody may wait for it
             with self._wake:
                 self.failed = not self._stopping
@@ -167,7 +168,10 @@ class EngineThread:
         live = [call for call in calls if call.answer.set_running_or_notify_cancel()]
         began = time.perf_counter()
         try:
-            result = self.engine.step([item for call in live for item in call.items or ()])
+            result = self.engine.step(
+                [item for call in live for item in call.items or ()],
+                hold_features=all(call.hold_features for call in live),
+            )
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault in it
             _log.exception("a step failed")
             for call in live:

@@ -122,6 +122,18 @@ def test_run_begins_with_a_finished_checkpoint(plan: RunPlan, tmp_path: Path) ->
         train(replace(more, run=tmp_path / "wide", shape=replace(SHAPE, markov_rank=16)), Alone(), lambda _: None)
 
 
+@pytest.mark.parametrize("architecture", ["dspark", "dflash", "eagle3"])
+def test_blocks_are_cut_to_lengths_and_rows_stay_as_many(plan: RunPlan, architecture: str) -> None:
+    cut = replace(of(plan, architecture), settings=replace(SETTINGS, lengths=(1, 3), anchors=4))
+    trainer = begin(cut)
+    seen = {len(trainer.step().acceptance) for _ in range(8)}
+    assert seen == {1, 3}
+    for _, anchors, length in trainer._draw():
+        assert anchors.shape[1] * length == 4 * 3
+    with pytest.raises(ConfigError, match=r"lengths .* between 1 and the block's 3"):
+        replace(SETTINGS, lengths=(4,)).check(1, 3)
+
+
 def test_parts_of_a_step_are_as_good_as_the_whole(plan: RunPlan) -> None:
     whole, parts = begin(plan), begin(replace(plan, settings=replace(SETTINGS, accumulate=4)))
     for tolerance in (
@@ -131,7 +143,7 @@ def test_parts_of_a_step_are_as_good_as_the_whole(plan: RunPlan) -> None:
         one, other = whole.step(), parts.step()
         assert one.loss == pytest.approx(other.loss, rel=tolerance)
     with pytest.raises(ConfigError, match="do not divide"):
-        replace(SETTINGS, accumulate=3).check(1)
+        replace(SETTINGS, accumulate=3).check(1, 3)
 
 
 def test_texts_without_a_block_are_left_out() -> None:

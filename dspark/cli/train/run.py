@@ -68,6 +68,9 @@ def command(
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the run in which it rises.")] = 0.04,
     clip: Annotated[float, typer.Option(min=0, help="Largest norm of a step's gradient.")] = 1.0,
     decay: Annotated[float, typer.Option(min=0.01, help="Weight of block position k is exp(-(k - 1) / decay).")] = 4.0,
+    lengths: Annotated[
+        str, typer.Option(help="1,2,7: cut each step's blocks to one of these, and take more of them [all whole].")
+    ] = "",
     seed: Annotated[int, typer.Option(min=0, help="Of the start and of every step's choice.")] = 0,
     cache: Annotated[Path | None, typer.Option(help="Where the target's states are kept [DATA/states each].")] = None,
     cache_gb: Annotated[float, typer.Option(min=0, help="Most disk that they may take.")] = 8.0,
@@ -96,7 +99,10 @@ def command(
 
     if threads:
         torch.set_num_threads(threads)
-    settings = TrainSettings(blocks, sequences, anchors, accumulate, learning_rate, warmup, clip, decay, seed=seed)
+    cut = _numbers("--lengths", lengths)
+    settings = TrainSettings(
+        blocks, sequences, anchors, accumulate, learning_rate, warmup, clip, decay, seed=seed, lengths=cut
+    )
     fused = settings.steps >= COMPILED_STEPS if compile_ is None else compile_
     where = pick_device(device)
     plan = RunPlan(
@@ -107,7 +113,14 @@ def command(
         name=name or out.name,
         settings=TrainSettings(**{**asdict(settings), "compile": fused}),
         shape=Shape(
-            architecture.value, layers, block, _layer_ids(feature_layers), draft_vocab, rank, head.value, plain_tap
+            architecture.value,
+            layers,
+            block,
+            _numbers("--feature-layers", feature_layers),
+            draft_vocab,
+            rank,
+            head.value,
+            plain_tap,
         ),
         cache=cache,
         cache_gb=cache_gb,
@@ -122,11 +135,11 @@ def command(
         _print(plan, outcome, as_json=as_json)
 
 
-def _layer_ids(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise ConfigError(f"--feature-layers {text!r} is no list of numbers") from error
+        raise ConfigError(f"{option} {text!r} is no list of numbers") from error
 
 
 def _train(plan: RunPlan) -> Outcome | None:

@@ -56,9 +56,12 @@ class Drafter(nn.Module, ABC):
     # ------------------------------------------------------------ training
 
     @abstractmethod
-    def training_hidden(self, captured: Tensor, token_ids: Tensor, anchors: Tensor) -> Tensor:
+    def training_hidden(
+        self, captured: Tensor, token_ids: Tensor, anchors: Tensor, length: int | None = None
+    ) -> Tensor:
         """Many blocks of each sequence in one forward: (s, a, n, d), what the head reads for draft tokens 1 … n.
 
+        Blocks are of n = `length` tokens, by default of as many as when served.
         `captured` (s, t, m, d) hidden states and `token_ids` (s, t) of whole sequences, `anchors` (s, a) positions. A
         block sees the context before its anchor and itself only, exactly as when served, and is fed the sequence's own
         tokens where it takes any.

@@ -46,14 +46,16 @@ class ChainDrafter(Drafter):
         embedded = self.embed_norm(self.embed(next_tokens).to(features.dtype))
         return cast("Tensor", self.in_proj(torch.cat([embedded, self.feature_norm(features)], -1)))
 
-    def training_hidden(self, captured: Tensor, token_ids: Tensor, anchors: Tensor) -> Tensor:
-        """As in `Drafter`, but (s, a, steps, d)."""
+    def training_hidden(
+        self, captured: Tensor, token_ids: Tensor, anchors: Tensor, length: int | None = None
+    ) -> Tensor:
+        """As in `Drafter`, but of at most `steps` tokens."""
         outputs, context = self.context_rows(self.features(captured), token_ids)
         last = anchors - 1
         y = outputs.gather(1, last[..., None].expand(-1, -1, outputs.shape[-1]))
         chain = Chain(context, last)
         hidden = [y]
-        for step in range(1, self.steps):
+        for step in range(1, min(self.steps, length or self.steps)):
             at = (anchors + step).clamp(max=token_ids.shape[1] - 1)
             y = self._advance(self.rows_in(token_ids.gather(1, at), y), last + step, chain)
             hidden.append(y)

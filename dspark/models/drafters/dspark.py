@@ -61,32 +61,34 @@ class ParallelDrafter(Drafter):
         seen = torch.arange(longest, device=anchors.device) < lengths[:, None]
         own = torch.ones(b, block, dtype=torch.bool, device=anchors.device)
         mask = torch.cat([seen, own], 1)[:, None, None].expand(b, 1, block, longest + block)
-        rows = self._run(self._block_inputs(anchors), self._block_positions(positions), context, mask)
+        rows = self._run(self._block_inputs(anchors, block), self._block_positions(positions, block), context, mask)
         return rows[:, self.first_row :]
 
-    def training_hidden(self, captured: Tensor, token_ids: Tensor, anchors: Tensor) -> Tensor:
+    def training_hidden(
+        self, captured: Tensor, token_ids: Tensor, anchors: Tensor, length: int | None = None
+    ) -> Tensor:
         """As in `Drafter`."""
         s, a = anchors.shape
-        block, t = self.block_rows, captured.shape[1]
+        block, t = (length or self.config.block_size) + self.first_row, captured.shape[1]
         positions = torch.arange(t, device=captured.device).expand(s, t)
         context = self.context_kv(self.features(captured), positions)
-        inputs = self._block_inputs(token_ids.gather(1, anchors).flatten()).view(s, a * block, -1)
-        rows = self._block_positions(anchors.flatten()).view(s, a * block)
+        inputs = self._block_inputs(token_ids.gather(1, anchors).flatten(), block).view(s, a * block, -1)
+        rows = self._block_positions(anchors.flatten(), block).view(s, a * block)
         mask = block_mask(anchors, block, t)
         return self._run(inputs, rows, context, mask).view(s, a, block, -1)[:, :, self.first_row :]
 
     # ------------------------------------------------------------ inside
 
-    def _block_inputs(self, anchors: Tensor) -> Tensor:
-        """Embeddings of anchor and masks, (b, block rows, d)."""
-        masks = anchors.new_full((len(anchors), self.block_rows - 1), self.config.mask_token_id)
+    def _block_inputs(self, anchors: Tensor, rows: int) -> Tensor:
+        """Embeddings of anchor and masks, (b, rows, d)."""
+        masks = anchors.new_full((len(anchors), rows - 1), self.config.mask_token_id)
         if self.mask_embedding is None:
             return self.embed(torch.cat([anchors[:, None], masks], 1))
         anchor = self.embed(anchors)[:, None]
         return torch.cat([anchor, self.mask_embedding.to(anchor.dtype).expand(*masks.shape, -1)], 1)
 
-    def _block_positions(self, positions: Tensor) -> Tensor:
-        return positions[:, None] + torch.arange(self.block_rows, device=positions.device)
+    def _block_positions(self, positions: Tensor, rows: int) -> Tensor:
+        return positions[:, None] + torch.arange(rows, device=positions.device)
 
     def _run(self, x: Tensor, positions: Tensor, context: Sequence[KV], mask: Tensor) -> Tensor:
         tables = self._rotary(positions, context[0][0].dtype)

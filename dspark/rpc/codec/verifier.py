@@ -15,9 +15,10 @@ def open_call(sequences: Sequence[m.OpenSequence]) -> pb.VerifierRequest:
     return pb.VerifierRequest(open=pb.OpenSequences(sequences=[encode(sequence) for sequence in sequences]))
 
 
-def step_call(items: Sequence[m.StepItem]) -> pb.VerifierRequest:
+def step_call(items: Sequence[m.StepItem], *, hold_features: bool = False) -> pb.VerifierRequest:
     """A session's request for one step."""
-    return pb.VerifierRequest(step=pb.StepBatch(items=[encode(item) for item in items]))
+    batch = pb.StepBatch(items=[encode(item) for item in items], hold_features=hold_features)
+    return pb.VerifierRequest(step=batch)
 
 
 def close_call(keys: Sequence[m.SequenceKey]) -> pb.VerifierRequest:

@@ -25,6 +25,7 @@ from dspark.costs import CostProfile, Point
 from dspark.errors import DSparkError
 from dspark.messages import StepItem, StepResult
 from dspark.v1.verifier_pb2 import DescribeVerifierResponse
+from services.router.holding import QUIET
 from services.router.scheduler import LOOKED
 from services.router.scheduling.looks import FIRST, SERIES
 from services.router.scheduling.policies import Adaptive, CapAccept, Policy
@@ -55,6 +56,20 @@ class PricedVerifier(ToyVerifier):
     async def _step(self, items: tuple[StepItem, ...]) -> StepResult | DSparkError:
         self.row_seconds = self.step_cost(rows := rows_of(items)) / rows
         return await super()._step(items)
+
+
+class HoldingVerifier(PricedVerifier):
+    """Writes down of every step whether its features may wait, and whether it has drafts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[bool, bool]] = []
+
+    async def answer(self, request: Any, mine: set[str]) -> Any:
+        if request.WhichOneof("call") == "step":
+            drafts = any(item.draft_tokens for item in request.step.items)
+            self.told.append((request.step.hold_features, drafts))
+        return await super().answer(request, mine)
 
 
 class BlindVerifier(ToyVerifier):
@@ -181,6 +196,19 @@ async def test_drafting_that_does_not_seem_to_pay_is_looked_at_for_a_few_streams
     assert max(one["drafted"] for one in rounds[:FIRST]) == 12
     assert set(later) == {0, LOOKED}
     assert later.count(LOOKED) <= 3 * SERIES
+
+
+async def test_features_wait_while_nobody_is_drafted_for_and_are_there_when_somebody_is() -> None:
+    dear, verifier = drafter(), HoldingVerifier()
+    dear.costs = CostProfile("draft", "toy-held-costs", tuple(Point(n, 64, 0.05) for n in (1, 64)), 0.0)
+    dear.delay = 0.05
+    async with cluster(verifier, dear, options=by_fives(policy=Adaptive())) as toys:
+        assert_right(await crowd(toys, 6, 160), 160)
+    looked = [step for step in range(2 * FIRST, len(verifier.told)) if verifier.told[step][1]]
+    assert looked
+    assert not any(verifier.told[step - 1][0] for step in looked)  # the step before brought the features
+    assert sum(held for held, _ in verifier.told) > len(verifier.told) / 2
+    assert not any(held for held, _ in verifier.told[: FIRST + QUIET - 1])
 
 
 async def test_routers_of_one_verifier_see_each_others_rows() -> None:

@@ -2,14 +2,16 @@
 
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
-from support.verifying import Stream, make_engine
+from support.verifying import Stream, make_engine, make_tap
 
 from dspark.errors import InternalError, Unavailable
 from dspark.messages import SequenceKey, StepItem, StepResult
 from services.verifier.engine import VerifyEngine
+from services.verifier.feed import FeatureStream
 from services.verifier.thread import EngineThread
 
 PROMPT = [2, *range(40, 60)]
@@ -72,6 +74,27 @@ def test_steps_that_do_not_fit_together_run_after_each_other(engine: VerifyEngin
         assert one.total_seconds != two.total_seconds
 
 
+def test_features_wait_only_where_all_of_a_forward_say_so(tiny_gemma: Path) -> None:
+    info, tensors = make_tap()
+    engine = make_engine(tiny_gemma)
+    engine.register_tap(info, tensors)
+    feed = FeatureStream(limit_bytes=1 << 20, on_blocks=lambda: None, on_room=lambda: None)
+    streams = [Stream(engine, f"s{i}", PROMPT, features=True) for i in range(2)]
+    with EngineThread(engine) as thread:
+        for stream in streams:
+            thread.submit(partial(engine.subscribe, feed, stream.key, info.tap_id, 0)).result(5)
+        for wishes in ((True, True), (True, False), (False, True), (True, True)):
+            held = Held(thread)
+            answers = [
+                thread.step([stream.item()], hold_features=wish) for stream, wish in zip(streams, wishes, strict=True)
+            ]
+            held.let_go()
+            for stream, answer in zip(streams, answers, strict=True):
+                stream.take(answer.result(5).verdicts[0])
+            Held(thread).let_go()
+            assert bool(feed.take()) != all(wishes)
+
+
 def test_an_opening_between_two_steps_keeps_its_place(engine: VerifyEngine) -> None:
     order: list[str] = []
     with EngineThread(engine) as thread:
@@ -100,10 +123,10 @@ class Background:
         if self.left == 5:
             raise RuntimeError("a fault in the background")
 
-    def publish(self) -> None:
+    def publish_due(self) -> None:
         pass
 
-    def step(self, items: list[StepItem]) -> StepResult:
+    def step(self, items: list[StepItem], *, hold_features: bool) -> StepResult:
         self.log.append("step")
         if not items:
             raise RuntimeError("a fault in a step")

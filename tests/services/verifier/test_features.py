@@ -21,7 +21,7 @@ from dspark.errors import (
 )
 from dspark.kernels import TORCH
 from dspark.messages import FeatureBlock, OpenSequence, Sampling, SequenceKey, TapInfo
-from services.verifier.engine import VerifyEngine
+from services.verifier.engine import HELD_ROWS, VerifyEngine
 from services.verifier.feed import FeatureStream
 from services.verifier.taps import Tap
 
@@ -163,6 +163,50 @@ def test_a_step_leaves_one_message_whatever_the_number_of_sequences(tiny_gemma: 
         engine.publish()
         assert reader.woken == 1
         assert {block.key for block in reader.stream.take()} == {stream.key for stream in crowd}
+
+
+def test_features_that_may_wait_come_later_and_are_the_same(tiny_gemma: Path) -> None:
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma)
+    known = Stream(engine, "known", PROMPT, features=False).run()
+    drafts = oracle(PROMPT, known, 4, wrong_every=5)
+    found = []
+    for holds in (False, True):
+        engine = make_engine(tiny_gemma, prefix_cache=False)
+        engine.register_tap(info, tensors)
+        plain = Stream(engine, "plain", PROMPT, features=False, new=60)
+        stream = Stream(engine, "a", PROMPT, features=True, drafts=drafts, piece=9)
+        reader = Reader(engine)
+        engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
+        while not stream.done:
+            for some in [plain], [stream, plain]:  # also steps that nobody wants features of lie between
+                result = engine.step([one.item() for one in some], hold_features=holds)
+                for one, verdict in zip(some, result.verdicts, strict=True):
+                    one.take(verdict)
+                engine.publish_due()
+            assert bool(reader.stream.queued_bytes) != holds
+        engine.publish()
+        found.append(reader.rows(stream.key, info.feature_size))
+        assert len(found[-1]) == len(stream.ids) - 1
+        assert not engine.has_background_work
+    assert torch.equal(*found)
+
+
+def test_features_of_many_rows_do_not_wait(tiny_gemma: Path) -> None:
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma, max_step_tokens=512)
+    engine.register_tap(info, tensors)
+    streams = [Stream(engine, f"s{i}", [2, i, *PROMPT * 2], features=True) for i in range(5)]
+    reader = Reader(engine)
+    for stream in streams:
+        engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
+    rows = 0
+    for stream in streams:
+        rows += stream.item().count
+        stream.take(engine.step([stream.item()], hold_features=True).verdicts[0])
+        engine.publish_due()
+        assert bool(reader.stream.queued_bytes) == (rows > HELD_ROWS)
+    assert rows > HELD_ROWS
 
 
 def test_features_come_with_prefix_cached_pages(tiny_gemma: Path) -> None:
