@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 MODEL ?= gemma-3-270m
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check model proto format baselines compose-test overhead steps invariance peers
+.PHONY: help demo test check model proto format baselines compose-test overhead steps invariance peers shocks routers
 .PHONY: gpu gpu-test gpu-bench clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -57,6 +57,12 @@ steps: $(VENV)/.run model  ## what a verify and a draft step take beside what th
 
 invariance: $(VENV)/.run model  ## 200 completions alone and in batches of 2 to 32: equal token ids
 	$(BIN)/python -m benchmarks.invariance
+
+shocks: $(VENV)/.run model  ## outside load that comes and goes, one frozen step: how fast costs follow [ARGS="…"]
+	$(BIN)/python -m benchmarks.shocks $(ARGS)
+
+routers: $(VENV)/.run model  ## two routers over one verify worker against one, throughput and tokens [ARGS="…"]
+	$(BIN)/python -m benchmarks.routers $(ARGS)
 
 peers: $(VENV)/.run model  ## against vLLM, llama.cpp, …: PROMPTS=file PEERS="vllm=venv …" [GGUF=file JSON=file ARGS="…"], see docs/peers.md
 	$(BIN)/python -m benchmarks.peers --prompts $(PROMPTS) --template qa $(PEERS:%=--peer %) $(GGUF:%=--gguf %) $(JSON:%=--json %) $(ARGS)
