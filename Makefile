@@ -49,14 +49,14 @@ format: $(VENV)/.dev  ## rewrite to the project's format
 proto: $(VENV)/.dev  ## regenerate dspark/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy -Iproto --python_out=. --grpc_python_out=. --mypy_out=quiet:. proto/dspark/v1/*.proto
 
-overhead: $(VENV)/.run model  ## where a round's time goes, at 1 and 8 streams
-	$(BIN)/python -m benchmarks.overhead
+overhead: $(VENV)/.run model  ## where a round's time goes, at 1 and 8 streams [ARGS="…"]
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
-steps: $(VENV)/.run model  ## what a verify and a draft step take beside what the machine could do
-	$(BIN)/python -m benchmarks.steps
+steps: $(VENV)/.run model  ## what a verify and a draft step take beside what the machine could do [ARGS="--weights int8"]
+	$(BIN)/python -m benchmarks.steps $(ARGS)
 
-invariance: $(VENV)/.run model  ## 200 completions alone and in batches of 2 to 32: equal token ids
-	$(BIN)/python -m benchmarks.invariance
+invariance: $(VENV)/.run model  ## 200 completions alone and in batches of 2 to 32: equal token ids [ARGS="…"]
+	$(BIN)/python -m benchmarks.invariance $(ARGS)
 
 shocks: $(VENV)/.run model  ## outside load that comes and goes, one frozen step: how fast costs follow [ARGS="…"]
 	$(BIN)/python -m benchmarks.shocks $(ARGS)
@@ -65,6 +65,7 @@ routers: $(VENV)/.run model  ## two routers over one verify worker against one, 
 	$(BIN)/python -m benchmarks.routers $(ARGS)
 
 peers: $(VENV)/.run model  ## against vLLM, llama.cpp, …: PROMPTS=file PEERS="vllm=venv …" [GGUF=file JSON=file ARGS="…"], see docs/peers.md
+	@test -n "$(PROMPTS)" || { echo 'make peers needs PROMPTS=FILE.jsonl, see docs/peers.md' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.peers --prompts $(PROMPTS) --template qa $(PEERS:%=--peer %) $(GGUF:%=--gguf %) $(JSON:%=--json %) $(ARGS)
 
 baselines: $(VENV)/.dev model  ## train DFlash, Eagle3, MTP and DSpark alike: PROMPTS=file [BLOCKS=300000 OUT=runs]

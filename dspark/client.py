@@ -29,8 +29,10 @@ from dspark.events import (
     Completion,
     Delta,
     Event,
+    Finished,
     Loads,
     ServerInfo,
+    Started,
     Token,
     completion_of,
     event_of,
@@ -43,7 +45,18 @@ from dspark.rpc.options import API_KEY, REQUEST_ID, check_address
 from dspark.v1 import generation_pb2 as pb
 from dspark.v1.generation_pb2_grpc import RouterStub
 
-__all__ = ["Client", "GenerateParams", "Prompt", "Stream", "SyncClient"]
+__all__ = [
+    "Client",
+    "Completion",
+    "Delta",
+    "Event",
+    "Finished",
+    "GenerateParams",
+    "Prompt",
+    "Started",
+    "Stream",
+    "SyncClient",
+]
 
 T = TypeVar("T")
 

@@ -50,9 +50,8 @@ def find_drafter(drafter: str | Path, model: str | Path) -> Path | None:
         return Path("ngram")
     if str(drafter) == "default":
         name = f"{Path(model).name}-dspark"
-        package = Path(dspark.__file__).parent
-        places = (package / "checkpoints" / name, package.parent / "checkpoints" / name)
-        return next((place for place in places if (place / "config.json").is_file()), None)
+        place = Path(dspark.__file__).parent.parent / "checkpoints" / name
+        return place if (place / "config.json").is_file() else None
     if not (Path(drafter) / "config.json").is_file():
         raise ConfigError(
             f"drafter {str(drafter)!r} is no directory with a config.json, nor 'default', 'ngram' or 'none'"

@@ -1,6 +1,6 @@
 """A data set on disk: shards of token ids and a manifest that says which model wrote them. No hidden states.
 
-A token takes 4 bytes; what a drafter reads of the target is computed while training (`training.features`). Shards are
+A token takes 4 bytes; what a drafter reads of the target is computed while training (`training.states`). Shards are
 written whole or not at all.
 """
 

@@ -1,4 +1,4 @@
-"""Reliability diagrams as PNG files. The one place that needs matplotlib."""
+"""Reliability diagrams as PNG files."""
 
 from __future__ import annotations
 

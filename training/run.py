@@ -6,9 +6,10 @@ import contextlib
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import distributed
 
 from training.beginning import check_beginning
@@ -20,7 +21,7 @@ from training.state import load_state
 from training.trainer import Alone, Exchange, Joined, StepReport, Trainer
 from training.validate import Validation, validate
 
-__all__ = ["Outcome", "joined_processes", "train"]
+__all__ = ["Outcome", "joined_processes", "own_device", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,20 @@ class Outcome:
     texts_computed: int
 
 
+def own_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Under `torchrun` each process of a machine has the card of its own number, unless `device` names one."""
+    number = environment.get("LOCAL_RANK", "")
+    return f"cuda:{number}" if device == "cuda" and number else device
+
+
 @contextlib.contextmanager
 def joined_processes(device: str) -> Iterator[Exchange]:
     """The processes that `torchrun` started, or this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Alone()
         return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # where NCCL meets
     distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Joined()

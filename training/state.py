@@ -1,7 +1,7 @@
 """A training run's files: what was decided at its start, and where it got to.
 
-All are safetensors and JSON, written whole or not at all. Batches are drawn from (seed, step, process), so the step is
-all of the random state there is.
+All are safetensors and JSON, written whole or not at all. Batches are drawn from (seed, step), so the step is all
+of the random state there is.
 """
 
 from __future__ import annotations

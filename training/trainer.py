@@ -38,7 +38,7 @@ class TrainSettings:
     sequences: int = 4
     anchors: int = 16
     accumulate: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     warmup: float = 0.04
     clip: float = 1.0
     decay: float = 4.0

@@ -27,7 +27,7 @@ _PICTURES = {
 def check_plots(directory: Path) -> None:
     """`ConfigError` where nothing could be drawn, said before anything is measured."""
     if find_spec("matplotlib") is None:
-        raise ConfigError("--plots needs matplotlib: pip install 'dspark-serving[train]'")
+        raise ConfigError("--plots needs matplotlib: pip install '.[train]'")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

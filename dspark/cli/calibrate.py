@@ -120,7 +120,7 @@ def _check_places(json_file: Path | None, plots: Path | None) -> None:
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"--json {json_file}: there is no directory {json_file.absolute().parent}")
     if plots is not None and find_spec("matplotlib") is None:
-        raise ConfigError("--plots needs matplotlib: pip install 'dspark-serving[train]'")
+        raise ConfigError("--plots needs matplotlib: pip install '.[train]'")
 
 
 @dataclass(frozen=True, slots=True)

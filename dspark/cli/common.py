@@ -106,6 +106,12 @@ notes = Console(stderr=True, highlight=False)
 """Where everything goes that is not the result."""
 
 
+def note_drafter(cluster: Cluster, settings: ClusterSettings) -> None:
+    """Say so where a cluster decodes plainly although nobody asked for that."""
+    if cluster.drafter is None and settings.drafter == "default":
+        notes.print(f"No drafter comes with {settings.model}: decoding plainly.", style="yellow")
+
+
 @asynccontextmanager
 async def open_client(settings: ClusterSettings) -> AsyncIterator[Client]:
     """A client of the router named in the settings, or of a cluster that lives as long as this block."""
@@ -117,8 +123,7 @@ async def open_client(settings: ClusterSettings) -> AsyncIterator[Client]:
     with notes.status(f"Starting a cluster for {settings.model} …"):
         await cluster.__aenter__()
     try:
-        if cluster.drafter is None and settings.drafter == "default":
-            notes.print(f"No drafter comes with {settings.model}: decoding plainly.", style="yellow")
+        note_drafter(cluster, settings)
         async with cluster.client() as client:
             yield client
     finally:

@@ -158,7 +158,7 @@ def _need_matplotlib() -> None:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise ConfigError("--plots needs matplotlib: install the `train` extra (pip install '.[train]')") from error
+        raise ConfigError("--plots needs matplotlib: pip install '.[train]'") from error
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "dspark"})
 
 

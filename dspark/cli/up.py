@@ -54,13 +54,14 @@ def up(
         trace=trace,
         verify_args=("--weights", weights.value),
     )
-    common.run(_serve(settings.cluster(listen=listen, store=store), as_json=as_json))
+    common.run(_serve(settings, settings.cluster(listen=listen, store=store), as_json=as_json))
 
 
-async def _serve(cluster: Cluster, *, as_json: bool) -> None:
+async def _serve(settings: common.ClusterSettings, cluster: Cluster, *, as_json: bool) -> None:
     with common.notes.status("Starting the cluster …"):
         await cluster.__aenter__()
     try:
+        common.note_drafter(cluster, settings)
         facts = {
             "address": cluster.address,
             "store": cluster.store_url,

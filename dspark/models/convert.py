@@ -63,7 +63,7 @@ def _write_tokenizer(source: Path, directory: Path) -> None:
     try:
         from transformers import AutoTokenizer  # noqa: PLC0415  # an extra, needed here only
     except ImportError as error:
-        raise ConfigError("converting a GGUF file needs transformers: pip install 'dspark-serving[convert]'") from error
+        raise ConfigError("converting a GGUF file needs transformers: pip install '.[convert]'") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)

@@ -110,11 +110,6 @@ class KVCache:
             group = self._groups[kind]
             group.storage[layer] = _zeros((shape[0], group.pool.total + 1, shape[1]), dtype, device)
 
-    @staticmethod
-    def page_bytes(config: TargetConfig, dtype: torch.dtype, page_size: int = 16) -> int:
-        """Bytes of one page of every layer."""
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * page_size * dtype.itemsize
-
     @property
     def kinds(self) -> tuple[str, ...]:
         """The layer groups that have pages."""

@@ -41,9 +41,9 @@ def gpu_usage(uuid: str) -> Callable[[], Usage]:
     `uuid` as `nvidia-smi -L` shows it. `ConfigError` where there is none to read.
     """
     try:
-        import pynvml  # noqa: PLC0415 - only workers on a GPU have it
+        import pynvml  # noqa: PLC0415 - only workers on a GPU need it
     except ImportError as error:
-        raise ConfigError("reading a GPU's load needs the package nvidia-ml-py") from error
+        raise ConfigError("reading a GPU's load needs the package nvidia-ml-py (pip install nvidia-ml-py)") from error
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)

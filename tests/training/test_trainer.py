@@ -15,7 +15,7 @@ from training.dataset import Texts, read_manifest, read_texts
 from training.initialise import Shape, drafter_config, fold_for_serving, measure, spread_layers
 from training.plan import RunPlan
 from training.prepare import open_target, prepare, split, target_states, with_blocks
-from training.run import train
+from training.run import own_device, train
 from training.state import load_state, save_state
 from training.trainer import Alone, StepReport, Trainer, TrainSettings, learning_rate
 from training.validate import validate
@@ -144,6 +144,14 @@ def test_parts_of_a_step_are_as_good_as_the_whole(plan: RunPlan) -> None:
         assert one.loss == pytest.approx(other.loss, rel=tolerance)
     with pytest.raises(ConfigError, match="do not divide"):
         replace(SETTINGS, accumulate=3).check(1, 3)
+
+
+def test_processes_of_one_machine_take_a_card_each() -> None:
+    under_torchrun = {"LOCAL_RANK": "3"}
+    assert own_device("cuda", under_torchrun) == "cuda:3"
+    assert own_device("cuda:1", under_torchrun) == "cuda:1"
+    assert own_device("cpu", under_torchrun) == "cpu"
+    assert own_device("cuda", {}) == "cuda"
 
 
 def test_texts_without_a_block_are_left_out() -> None:

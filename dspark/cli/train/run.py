@@ -95,6 +95,7 @@ def command(
     from dspark.models.pull import resolve_model
     from training.initialise import Shape
     from training.plan import RunPlan
+    from training.run import own_device
     from training.trainer import TrainSettings
 
     if threads:
@@ -104,7 +105,7 @@ def command(
         blocks, sequences, anchors, accumulate, learning_rate, warmup, clip, decay, seed=seed, lengths=cut
     )
     fused = settings.steps >= COMPILED_STEPS if compile_ is None else compile_
-    where = pick_device(device)
+    where = pick_device(own_device(str(pick_device(device))))
     plan = RunPlan(
         target=resolve_model(model),
         data=tuple(data),
