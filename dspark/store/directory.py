@@ -107,6 +107,8 @@ class Directory:
                 await self._read()
             except redis.RedisError as error:
                 self._note(reachable=False, reason=str(error))
+            except Exception as error:  # noqa: BLE001 - were the task to end here, no worker would ever be seen again
+                self._note(reachable=False, reason=f"{type(error).__name__}: {error}")
             else:
                 self._note(reachable=True)
 

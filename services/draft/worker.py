@@ -151,10 +151,15 @@ class DraftWorker:
         self._inbox.open(request.key)
         try:
             await self._in_engine(lambda: self._engine.attach(request))
+            self._check_attached(request.key)
             await self._intake.subscribe(request.key, request.verifier_address)
         except BaseException:
             self.detach([request.key])
             raise
+
+    def _check_attached(self, key: SequenceKey) -> None:
+        if not self._attached(key):
+            raise StaleMessage(f"{_describe(key)}: replaced or let go while it was attached")
 
     @staticmethod
     def _check_newer(present: AttachSequence, request: AttachSequence) -> None:

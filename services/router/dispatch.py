@@ -20,7 +20,7 @@ from dspark.messages import Opened, SequenceKey
 from services.router import placement
 from services.router.links import VerifierLink
 from services.router.sequences import Sequence
-from services.router.tasks import Tasks
+from services.router.tasks import Tasks, guarded
 
 __all__ = ["Dispatcher"]
 
@@ -98,7 +98,7 @@ class Dispatcher:
                 if not self._queue:
                     await self._news.wait()
                 self._news.clear()
-                self._place()
+                guarded(self._place)
                 try:
                     async with asyncio.timeout(RETRY_SECONDS):
                         await self._news.wait()
@@ -111,19 +111,16 @@ class Dispatcher:
         """Assigns what fits; one call for all that go to the same worker."""
         now = time.monotonic()
         batches: dict[VerifierLink, list[_Waiting]] = {}
-        blocked: set[str] = set()  # groups of interchangeable workers whose first in line does not fit
+        blocked: set[VerifierLink] = set()  # somebody earlier in line waits for room there
         for waiting in list(self._queue):
             able = [link for link in self._links.values() if placement.may_serve(link, waiting.sequence)]
             if not able:
                 self._note_homeless(waiting, now)
                 continue
             waiting.homeless_since = None
-            group = waiting.sequence.numerics or waiting.sequence.model.info.model_fingerprint
-            if group in blocked:
-                continue
-            link = self._choose(able, waiting.sequence, now)
+            link = self._choose([link for link in able if link not in blocked], waiting.sequence, now)
             if link is None:
-                blocked.add(group)
+                blocked.update(able)
                 continue
             self._queue.remove(waiting)
             link.opening[waiting.sequence.sequence_id] = link.pages(waiting.sequence.request.max_len)
@@ -151,6 +148,8 @@ class Dispatcher:
             answers = await link.open(requests)
         except DSparkError as error:  # of the whole call: the worker is gone or about to go
             answers = [Opened(request.key, error=error) for request in requests]
+            for request in requests:
+                link.release(request.key)  # it may be late only, and open them yet
         finally:
             for waiting in batch:
                 link.opening.pop(waiting.sequence.sequence_id, None)

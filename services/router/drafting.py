@@ -22,7 +22,7 @@ from services.router.links import DraftLink
 from services.router.metrics import Metrics
 from services.router.options import Patience
 from services.router.sequences import Sequence
-from services.router.tasks import Tasks
+from services.router.tasks import Tasks, guarded
 
 __all__ = ["Ask", "Drafting", "Drafts"]
 
@@ -93,7 +93,7 @@ class Drafting:
         async with self._tasks:
             while True:
                 self._news.clear()
-                self._balance()
+                guarded(self._balance)
                 try:
                     async with asyncio.timeout(BALANCE_SECONDS):
                         await self._news.wait()
@@ -130,6 +130,8 @@ class Drafting:
             answers = await link.attach(requests)
         except DSparkError as error:
             answers = [Attached(request.key, error) for request in requests]
+            for request in requests:
+                link.release(request.key)  # it may be late only, and attach them yet
         finally:
             link.attaching -= len(sequences)
         for sequence, answer in zip(sequences, answers, strict=True):
@@ -235,12 +237,14 @@ class Drafting:
             return True
         if proposal.error is None:
             _log.error("unusable proposal", worker=link.worker_id, reason=fault)
-        self._missed(sequence, proposal.error)
+        self._missed(link, sequence, proposal.error)
         return False
 
-    def _missed(self, sequence: Sequence, error: DSparkError | None) -> None:
+    def _missed(self, link: DraftLink, sequence: Sequence, error: DSparkError | None) -> None:
         lost = isinstance(error, UnknownSequence | StaleMessage)
         self._metrics.missed("lost" if lost else "unusable" if error is None else "features")
+        if sequence.drafter is not link:  # it has moved since it was asked for, and its new drafter missed nothing
+            return
         sequence.misses += 1
         sequence.skip_rounds = min(2**sequence.misses - 1, MAX_SKIPPED)  # its wait held the others up
         if lost or sequence.misses >= MAX_MISSES:

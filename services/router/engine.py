@@ -38,7 +38,7 @@ from services.router.requests import ServedModel
 from services.router.scheduler import Scheduler
 from services.router.sequences import Sequence
 from services.router.step import Published, Rounds
-from services.router.tasks import Tasks
+from services.router.tasks import Tasks, guarded
 from services.router.trace import Trace
 
 __all__ = ["PROFILE_HINT", "Engine"]
@@ -86,6 +86,7 @@ class Engine:
         self._cohorts: dict[VerifierLink, Cohort] = {}
         self._schedulers: dict[VerifierLink, Scheduler] = {}
         self._serving: dict[VerifierLink, asyncio.Task[None]] = {}
+        self._served = False  # whether a verify worker ever joined
         self._blind: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -183,16 +184,21 @@ class Engine:
     async def _prepare_verifier(self, link: VerifierLink) -> None:
         if self.options.policy.needs_costs and link.costs is None:
             error = ConfigError(f"{link.worker_id} has no cost profile: {PROFILE_HINT}")
-            if not self.verifiers.links and not self._blind.done():
+            if self._nobody_has_costs() and not self._blind.done():
                 self._blind.set_result(error)
             raise error
         await self.catalog.learn(link)
 
     async def until_blind(self) -> ConfigError:
-        """Returns why, once a verify worker was refused for its lack of costs while no other was there."""
+        """Returns why, once a verify worker was refused for its lack of costs while no other has any or had."""
         return await asyncio.shield(self._blind)
 
+    def _nobody_has_costs(self) -> bool:
+        records = [reading.record for reading in self._workers.readings()]
+        return not self._served and not any(r.role == "verify" and r.profile_fingerprint for r in records)
+
     def _verifier_joined(self, link: VerifierLink) -> None:
+        self._served = True
         cohort = self._cohorts[link] = Cohort(link)
         self._schedulers[link] = Scheduler(
             RoundCosts(link), self._memory, self.drafters.links, self.drafting.able, self.options
@@ -242,19 +248,26 @@ class Engine:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
-            self.metrics.running.set(self.running)
-            self.metrics.waiting.set(self.active - self.running)
-            self.metrics.connected(draft=len(self.drafters.links), verify=len(self.verifiers.links))
-            self.metrics.store_age.set(self._workers.age)
-            for (mode, drafter), number in self._memory.tracker.settings.items():
-                self.metrics.tracked(mode, drafter, self._memory.tracker.report(number))
-            for sequence in list(self._active.values()):
-                if sequence.outlet.full_seconds > self.options.stall_seconds:
-                    reason = f"the client has read nothing for {self.options.stall_seconds:g} s"
-                    self.cancel(sequence, DeadlineExceeded(reason))
-            for cohort in self._cohorts.values():
-                if not cohort.running() and not cohort.prompts():  # its rounds rest, and would not move anything
-                    self._evacuate(cohort)
+            guarded(self._show)
+            guarded(self._look_after)
+
+    def _show(self) -> None:
+        self.metrics.running.set(self.running)
+        self.metrics.waiting.set(self.active - self.running)
+        self.metrics.connected(draft=len(self.drafters.links), verify=len(self.verifiers.links))
+        self.metrics.store_age.set(self._workers.age)
+        for (mode, drafter), number in self._memory.tracker.settings.items():
+            self.metrics.tracked(mode, drafter, self._memory.tracker.report(number))
+
+    def _look_after(self) -> None:
+        """Clients that stopped reading, and workers about to leave whose rounds rest."""
+        for sequence in list(self._active.values()):
+            if sequence.outlet.full_seconds > self.options.stall_seconds:
+                reason = f"the client has read nothing for {self.options.stall_seconds:g} s"
+                self.cancel(sequence, DeadlineExceeded(reason))
+        for cohort in self._cohorts.values():
+            if not cohort.running() and not cohort.prompts():  # its rounds would not move anything
+                self._evacuate(cohort)
 
     # ------------------------------------------------------------ what happens to sequences
 
@@ -271,7 +284,11 @@ class Engine:
         """Hands tokens to their clients, and ends requests that are complete."""
         with self.metrics.phase("publish"):
             for published in news:
-                self._publish(published)
+                try:
+                    self._publish(published)
+                except Exception:  # noqa: BLE001 - the others' tokens must not be lost with it
+                    _log.exception("tokens not published", request_id=published.sequence.request.request_id)
+                    self.cancel(published.sequence, InternalError("the router failed to hand on its tokens"))
 
     def _publish(self, published: Published) -> None:
         sequence = published.sequence

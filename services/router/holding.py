@@ -47,19 +47,17 @@ class Holding:
         round_.explored = np.where(explored < 0, explored, np.minimum(explored, round_.most))
         round_.asked = (round_.most > 0) & np.where(bound, wanted, True)
 
-    def settle(self, round_: Round, drafting: Bools) -> Bools:
+    def settle(self, round_: Round, *, coming: bool) -> None:
         """Postpone what has no features yet, and say whether those of this round's step may wait.
 
-        `drafting`: (R,) who is asked for and can be drafted for. Returns who is drafted for now.
+        `coming`: whether anybody is to be drafted for who has a drafter or is about to.
         """
-        wants = bool(round_.asked.any())  # also where a drafter is only just coming
-        postpones = self._held and bool(drafting.any())
-        asked = zip(round_.keys, round_.explored.tolist(), drafting, strict=True)
+        postpones = self._held and bool(round_.drafting.any())
+        asked = zip(round_.keys, round_.explored.tolist(), round_.drafting, strict=True)
         self._postponed = {key: explored for key, explored, own in asked if own} if postpones else {}
         self._decision = round_.decision
         if postpones:
-            round_.asked = np.zeros_like(round_.asked)
+            round_.asked, round_.drafting = np.zeros_like(round_.asked), np.zeros_like(round_.drafting)
             round_.explored = np.full_like(round_.explored, FREE)
-        self._quiet = 0 if wants else self._quiet + 1
+        self._quiet = 0 if coming else self._quiet + 1
         self._held = round_.hold_features = self._quiet >= QUIET
-        return np.zeros_like(drafting) if postpones else drafting

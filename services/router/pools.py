@@ -16,7 +16,7 @@ from dspark.costs import CostProfile
 from dspark.errors import DSparkError
 from dspark.store import Reading, Role
 from services.router.links import Link
-from services.router.tasks import Tasks
+from services.router.tasks import Tasks, guarded
 
 __all__ = ["Pool", "Workers"]
 
@@ -91,7 +91,7 @@ class Pool(Generic[L]):
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            self._look()
+            guarded(self._look)
 
     def _look(self) -> None:
         self._readings = {r.record.worker_id: r for r in self._workers.readings() if r.record.role == self._role}

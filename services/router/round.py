@@ -28,7 +28,8 @@ class Round:
         policies: whom each running sequence's verify length goes by.
         context: mean committed length of the running sequences.
         most: (R,) draft tokens that may be verified.
-        asked: (R,) who is drafted for.
+        asked: (R,) who is to be drafted for; drafting: who of them has a drafter that can be asked.
+        scheduled: (R,) whose policy looks at costs.
         explored: (R,) whole blocks that are verified whatever they promise, `FREE` elsewhere.
         seconds: T over the step's rows, up to all that it may have.
         unhidden: seconds that the drafting of this round is expected to take.
@@ -51,12 +52,14 @@ class Round:
     settings: Ints
     most: Ints
     asked: Bools
+    scheduled: Bools
     explored: Ints
     before: Floats
     seconds: Floats
     unhidden: float
     decision: Decision | None
     hold_features: bool = False
+    drafting: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     proposed: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     confidences: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     corrected: Floats = field(default_factory=lambda: np.zeros((0, 0)))

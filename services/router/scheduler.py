@@ -100,6 +100,7 @@ class Scheduler:
             settings=settings,
             most=most,
             asked=most > 0,
+            scheduled=scheduled,
             explored=np.full(len(running), FREE),
             before=self._memory.histories.before(slots)[:, :block],
             seconds=self.costs.verify(max(len(running) + price, rows - sum(pieces) + price), context),
@@ -107,9 +108,10 @@ class Scheduler:
             decision=decision,
         )
         if scheduled.any() and block:
-            self._choose(round_, scheduled, block)
-        drafting = self._holding.settle(round_, round_.asked & self._ables(round_))
-        round_.unhidden = float(self._draft_seconds(len(running), context)[np.count_nonzero(drafting)])
+            self._choose(round_, block)
+        round_.drafting = round_.asked & self._ables(round_)
+        self._holding.settle(round_, coming=_coming(round_))
+        round_.unhidden = float(self._draft_seconds(len(running), context)[np.count_nonzero(round_.drafting)])
         return round_
 
     def _block(self) -> int:
@@ -126,9 +128,9 @@ class Scheduler:
     def _draft_seconds(self, requests: int, context: float) -> Floats:
         return self.costs.draft(requests, context, [link for link in self._drafters.values() if link.alive])
 
-    def _choose(self, round_: Round, scheduled: Bools, block: int) -> None:
+    def _choose(self, round_: Round, block: int) -> None:
         """Among those whose policy looks at costs; the others are drafted for as they wish."""
-        able = self._ables(round_)
+        able, scheduled = self._ables(round_), round_.scheduled
         if self._holding.postponed:
             self._holding.resume(round_, scheduled & able)
             return
@@ -175,7 +177,7 @@ class Scheduler:
             base_rows=round_.base_rows,
             unhidden=round_.unhidden if round_.proposed.any() else 0.0,
             rejection=any(_by_rejection(s) for s, own in zip(round_.running, round_.proposed, strict=True) if own),
-            before=round_.before if round_.before.shape[1] == width else None,
+            before=np.where(round_.asked[:, None], round_.before, 0.0) if round_.before.shape[1] == width else None,
             explored=round_.explored,
             base_tokens=self._base_tokens(round_),
         )
@@ -208,10 +210,12 @@ class Scheduler:
         assert round_.outcome is not None
         rows = judged + int(round_.outcome.verify.sum())
         self._yield += (took.tokens / rows - self._yield) / 16
-        if round_.decision is not None and self.costs.known:
+        drafted = bool((round_.drafting & round_.scheduled).any())
+        others = bool((round_.drafting & ~round_.scheduled).any())  # then it is no measure of plain decoding either
+        if round_.decision is not None and self.costs.known and (drafted or not others):
             self._payoff.observe(
                 round_.decision,
-                drafted=bool(round_.asked.any()),
+                drafted=drafted,
                 tokens=took.tokens,
                 seconds=took.seconds,
                 plain_tokens=judged,
@@ -234,6 +238,12 @@ def _most(
         caps=np.where(scheduled, np.minimum(caps, pays), caps).astype(np.int64),
         speculation=np.array([s.request.speculation for s in running], np.bool_),
     )
+
+
+def _coming(round_: Round) -> bool:
+    """Whether somebody who is to be drafted for has a drafter, or soon will."""
+    pairs = zip(round_.asked, round_.running, strict=True)
+    return any(asked and (s.drafter is not None or s.attaching) for asked, s in pairs)
 
 
 def _most_promising(predicted: Floats, able: Bools, count: int) -> Bools:

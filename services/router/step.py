@@ -99,8 +99,8 @@ class Rounds:
                 if entry.row is not None:
                     matched[entry.row] = verdict.matched
                     counts.append((len(entry.item.draft_tokens), verdict.accepted))
+        self._publish_later(news)  # before anything that may fail: what is committed must reach its client
         self._count(cohort, result, news, counts)
-        self._publish_later(news)
         gained = sum(accepted + 1 for _, accepted in counts)
         return Took(matched, gained, seconds)
 

@@ -1,9 +1,9 @@
-"""Background tasks that end with their owner, and whose failures are logged."""
+"""Background tasks that end with their owner, and faults that are logged and end nothing."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -11,10 +11,18 @@ import structlog
 
 from dspark.ending import end
 
-__all__ = ["Tasks"]
+__all__ = ["Tasks", "guarded"]
 
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")
+
+
+def guarded(function: Callable[[], object]) -> None:
+    """One turn of a loop that must not end: a fault of ours is logged, and the next turn may do better."""
+    try:
+        function()
+    except Exception:  # noqa: BLE001 - whatever it is
+        _log.exception("a turn failed", function=getattr(function, "__qualname__", repr(function)))
 
 
 class Tasks:

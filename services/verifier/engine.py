@@ -190,8 +190,10 @@ class VerifyEngine:
             stream.flush()
 
     def unsubscribe(self, stream: FeatureStream, key: SequenceKey) -> None:
-        """Stop sending a sequence's features to the stream."""
-        self._feed.unsubscribe(stream, key)
+        """Stop sending a sequence's features to the stream. Of another epoch nothing is sent."""
+        state = self._sequences.get(key.sequence_id)
+        if state is None or state.key == key:
+            self._feed.unsubscribe(stream, key)
 
     def resume(self, stream: FeatureStream) -> None:
         """The stream has room again: go on where it was left behind."""

@@ -186,6 +186,7 @@ class EngineThread:
     def _execute(self, call: _Call) -> None:
         if not call.answer.set_running_or_notify_cancel():
             return
+        self._guard(self.engine.publish)  # held features: a fault in them is nothing to this call
         try:
             call.answer.set_result(call.function())
         except DSparkError as error:

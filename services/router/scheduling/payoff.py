@@ -137,7 +137,7 @@ class Payoff:
 
         Args:
             decision: what it was decided to be.
-            drafted: whether any request was drafted for or verified with drafts.
+            drafted: whether any request that goes by this was drafted for.
             tokens: that it emitted.
             seconds: that it took, with its drafting as far as nothing hid it.
             plain_tokens: that plain decoding would have emitted: one a running request.
@@ -153,7 +153,7 @@ class Payoff:
         if decision.probe:
             self._probed.add(saved)
             self._judge_probes()
-        elif decision.limit == self.limit:
+        elif decision.limit and decision.limit == self.limit:
             self._settled.add(saved)
             self._judge_settled()
 

@@ -92,6 +92,20 @@ async def test_features_flow_and_blocks_are_the_engines() -> None:
         assert worker.load().running == 0
 
 
+async def test_an_attachment_replaced_while_it_was_made_leaves_nothing_behind() -> None:
+    verifier, later = ScriptedVerifier(), SequenceKey(A.sequence_id, A.epoch + 1)
+    verifier.open(later, FEATURES, 20)
+    async with running(verifier) as address, worker_of() as worker:
+        old, new = await asyncio.gather(
+            worker.attach([asking(A, "127.0.0.1:1")]), worker.attach([asking(later, address)])
+        )
+        assert isinstance(old[0].error, StaleMessage)
+        assert new[0].error is None
+        assert await tokens(worker, item(later, 21)) == [drafted_alone(later, 20).tokens]
+        assert list(worker._intake._sources) == [later]
+        assert "127.0.0.1:1" not in worker._intake._links
+
+
 async def test_a_block_waits_for_its_features() -> None:
     verifier, key = ScriptedVerifier(), A
     verifier.open(key, FEATURES, 5)

@@ -173,6 +173,23 @@ async def test_requests_wait_for_pages_in_their_order() -> None:
     assert not verifier.open
 
 
+async def test_a_moved_stream_is_not_overtaken_by_requests_that_fit_sooner() -> None:
+    first, second = slow(ToyVerifier("v0", pages=8)), slow(ToyVerifier("v1", pages=8))
+    async with cluster(first) as toys:
+        moved = asyncio.create_task(toys.generate("hello", max_tokens=114, sampling={"seed": 0}))  # all of v0's pages
+        await until(lambda: len(first.steps) > 5)
+        await toys.add(second)
+        await until(lambda: "v1" in toys.engine.verifiers.links)
+        small = [asyncio.create_task(toys.generate("hello", max_tokens=40, sampling={"seed": s})) for s in (1, 2)]
+        await until(lambda: len(second.open) == 2)
+        await first.kill()
+        later = [asyncio.create_task(toys.generate("hello", max_tokens=40, sampling={"seed": s})) for s in (3, 4, 5)]
+        result = await moved
+        assert_right([result], 114)
+        assert not any(task.done() for task in later)
+        await asyncio.gather(*small, *later)
+
+
 async def test_out_of_pages_at_open_is_no_error() -> None:
     verifier = ToyVerifier()
     verifier.refuse_next_open = OutOfPages("another router was faster")

@@ -232,6 +232,48 @@ async def test_without_costs_adaptive_workers_are_refused_and_others_serve() -> 
     assert not blind.steps
 
 
+async def test_a_worker_without_costs_ends_no_router_that_has_others() -> None:
+    """Neither where it is heard of first, nor where the others are away for a moment."""
+    blind, priced = BlindVerifier("a-blind"), PricedVerifier("b-priced")
+    blind.listed = priced.listed = False
+    async with cluster(drafter(), options=by_fives(policy=Adaptive())) as toys:
+        ending = asyncio.create_task(toys.engine.until_blind())
+        await toys.add(blind)
+        await toys.add(priced)
+        blind.listed = priced.listed = True
+        await until(lambda: toys.engine.verifiers.links)
+        assert_right(await crowd(toys, 4, 20), 20)
+        seen = blind.described
+        await priced.kill()
+        await until(lambda: not toys.engine.verifiers.links and blind.described > seen)
+        await asyncio.sleep(0.1)
+        assert not ending.done()
+        ending.cancel()
+
+
+async def test_where_no_worker_ever_had_costs_the_router_says_so() -> None:
+    async with cluster(drafter(), options=by_fives(policy=Adaptive())) as toys:
+        await toys.add(BlindVerifier("blind"))
+        async with asyncio.timeout(10):
+            assert "no cost profile" in str(await toys.engine.until_blind())
+
+
+async def test_static_policies_beside_a_router_that_stepped_back_keep_it_serving() -> None:
+    """Their losing rounds say nothing about the scheduler's level, which has none below plain decoding."""
+    useless, verifier = drafter(), PricedVerifier()
+    useless.spoil = lambda _: True
+    async with cluster(verifier, useless, options=by_fives(policy=Adaptive())) as toys:
+        results = await asyncio.gather(
+            *(
+                toys.generate("hello", sampling={"seed": s}, max_tokens=150, policy="fixed:7" if s % 2 else "")
+                for s in range(6)
+            )
+        )
+    assert_right(results, 150)
+    assert verifier.sessions == 0
+    assert len({key for step in verifier.steps for key in (item.key for item in step)}) == 6  # none was opened anew
+
+
 async def test_a_store_that_is_gone_changes_nothing_but_the_age_of_what_is_known() -> None:
     async with cluster(PricedVerifier(), drafter(), options=by_fives(policy=Adaptive())) as toys:
         await crowd(toys, 2, 30)

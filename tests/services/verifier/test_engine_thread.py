@@ -123,6 +123,10 @@ class Background:
         if self.left == 5:
             raise RuntimeError("a fault in the background")
 
+    def publish(self) -> None:
+        if self.left < 0:
+            raise RuntimeError("a fault in held features")
+
     def publish_due(self) -> None:
         pass
 
@@ -157,6 +161,11 @@ def test_a_failed_step_fails_its_calls_and_nothing_else() -> None:
         assert thread.submit(lambda: 7).result(5) == 7
         with pytest.raises(InternalError, match="ZeroDivisionError"):
             thread.submit(lambda: 1 // 0).result(5)
+
+
+def test_a_fault_in_held_features_is_nothing_to_the_call_that_finds_them() -> None:
+    with EngineThread(Background(-1)) as thread:  # type: ignore[arg-type]
+        assert thread.submit(lambda: 7).result(5) == 7
 
 
 def test_what_waits_at_the_end_is_refused(engine: VerifyEngine) -> None:

@@ -49,6 +49,16 @@ def test_it_backs_off_to_none_and_probes_rarely() -> None:
     assert last < first  # exponentially rarer
 
 
+def test_drafts_of_others_beside_plain_decoding_are_not_judged() -> None:
+    payoff = Payoff(7)
+    run(payoff, 300, lambda _: 0.7)
+    assert payoff.limit == 0
+    for _ in range(40):
+        decision = payoff.decide(32)
+        payoff.observe(decision, drafted=True, tokens=20, seconds=0.2, plain_tokens=32, plain_seconds=0.1)
+    assert payoff.limit == 0
+
+
 def test_shorter_blocks_are_enough_where_only_long_ones_lose() -> None:
     payoff = Payoff(7)
     run(payoff, 3000, lambda limit: 0.8 if limit > 4 else 1.3)
