@@ -99,16 +99,23 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             calm = time.time()
             await asyncio.sleep(args.seconds)
             frozen = time.time()
-            step = statistics.median(one["step_seconds"] for one in read(trace, calm, frozen))
+            step = statistics.median(one["step_seconds"] for one in enough(read(trace, calm, frozen), 2 * JUDGED))
             await freeze(cluster.pid("verify-1"), OUTLIER * step)
             await asyncio.sleep(max(args.seconds, 1.5 * AFTER * step))
             ended = time.time()
         return {
             "streams": args.streams,
-            "load": followed(read(trace, loaded, calm), loaded),
+            "load": followed(enough(read(trace, loaded, calm), 2 * JUDGED), loaded),
             "calm": followed(read(trace, calm, frozen), calm),
-            "outlier": outlier(read(trace, calm, frozen), read(trace, frozen, ended)),
+            "outlier": outlier(read(trace, calm, frozen), enough(read(trace, frozen, ended), 2 * JUDGED)),
         }
+
+
+def enough(rounds: Trace, count: int) -> Trace:
+    """The rounds, where there are so many."""
+    if len(rounds) < count:
+        sys.exit(f"{len(rounds)} rounds in a phase are too few, {count} are needed: raise --seconds")
+    return rounds
 
 
 def read(trace: Path, start: float, end: float) -> Trace:
@@ -126,13 +133,13 @@ def error(one: dict[str, Any]) -> float:
 def followed(rounds: Trace, changed: float) -> dict[str, Any]:
     """When the router's picture was right again, and how far off it was at first and at the end."""
     errors = [error(one) for one in rounds]
-    medians = [abs(statistics.median(errors[at : at + JUDGED])) for at in range(max(0, len(errors) - JUDGED))]
+    medians = [abs(statistics.median(errors[at : at + JUDGED])) for at in range(len(errors) - JUDGED + 1)]
     right = next((at for at, value in enumerate(medians) if value <= math.log(1 + FOLLOWED)), None)
     half = rounds[len(rounds) // 2 :]
     return {
         "rounds": len(rounds),
         "step_ms": 1000 * statistics.median(one["step_seconds"] for one in half),
-        "first_error": medians[0] if medians else None,
+        "first_error": medians[0],
         "seconds": None if right is None else rounds[right]["at"] - changed,
         "settled_error": abs(statistics.median(error(one) for one in half)),
         "verified": statistics.mean(one["verified"] / one["running"] for one in half),
@@ -145,7 +152,7 @@ def outlier(before: Trace, after: Trace) -> dict[str, Any]:
     usual = statistics.median(map(error, before))
     later = after[stopped + 1 :]
     off = [abs(error(one) - usual) for one in later]
-    windows = [statistics.median(off[at : at + JUDGED]) for at in range(max(0, len(off) - JUDGED))]
+    windows = [statistics.median(off[at : at + JUDGED]) for at in range(max(0, len(off) - JUDGED + 1))]
     return {
         "times": after[stopped]["step_seconds"] / statistics.median(one["step_seconds"] for one in before),
         "worst_error": max(windows[:AFTER], default=None),

@@ -80,13 +80,17 @@ def drafter_config(target: TargetConfig, shape: Shape, *, name: str) -> DrafterC
     """The config of a drafter whose layers look like the target's last ones."""
     if shape.layers > target.num_layers:
         raise ConfigError(f"{shape.layers} draft layers are more than the target's {target.num_layers}")
+    layer_ids = shape.target_layer_ids or spread_layers(target.num_layers)
+    last = target.num_layers - 2
+    if len(set(layer_ids)) < len(layer_ids) or not all(-1 <= layer <= last for layer in layer_ids):
+        raise ConfigError(f"feature layers {list(layer_ids)}: each once, from -1 (the embedding) to {last}")
     kinds = target.layer_types[-shape.layers :]
     vocabulary = min(shape.draft_vocab_size or target.vocab_size, target.vocab_size)
     heads = shape.architecture == "dspark"
     gemma = target.architecture == "gemma3"
     return DrafterConfig(
         block_size=shape.block_size,
-        target_layer_ids=shape.target_layer_ids or spread_layers(target.num_layers),
+        target_layer_ids=layer_ids,
         vocab_size=target.vocab_size,
         draft_vocab_size=vocabulary,
         hidden_size=target.hidden_size,
@@ -184,7 +188,9 @@ def _start_heads(drafter: DSparkDrafter) -> None:
 
 def _start_mask(drafter: Drafter, mask: Tensor) -> None:
     """A mask like the mean embedding of the draft vocabulary, as long as one of them."""
-    ids = torch.arange(len(drafter.head_weight)) + (0 if drafter.d2t is None else drafter.d2t)
+    ids = torch.arange(len(drafter.head_weight), device=drafter.head_weight.device) + (
+        0 if drafter.d2t is None else drafter.d2t
+    )
     embeddings = drafter.embed(ids).float()
     mean = embeddings.mean(0)
     mask.copy_(mean * embeddings.square().mean().sqrt() / mean.square().mean().sqrt())
@@ -238,7 +244,8 @@ def absorb_post_norms(drafter: Drafter, source: TensorSource, target: TargetConf
         ):
             with _output_rms(linear) as seen:
                 run()
-            linear.weight.mul_((copy.norm(f"layers.{first + index}.{norm}") / seen[-1])[:, None])
+            scale = copy.norm(f"layers.{first + index}.{norm}") / seen[-1]
+            linear.weight.mul_(scale.to(linear.weight.device)[:, None])
 
 
 @contextmanager

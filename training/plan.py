@@ -61,6 +61,6 @@ def claim(plan: RunPlan, manifests: Sequence[Manifest]) -> None:
         write_json(path, facts)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
-    differing = [key for key in facts if found.get(key) != facts[key]]
+    differing = sorted(key for key in facts.keys() | found.keys() if found.get(key) != facts.get(key))
     if differing:
         raise ConfigError(f"{plan.run} was begun with other {', '.join(differing)}; choose an empty run directory")

@@ -86,20 +86,26 @@ def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[
                 f"not by this {target.info.name} ({target.info.model_fingerprint[:12]})"
             )
     layers = drafter_config(target.config, plan.shape, name=plan.name).target_layer_ids
-    caches = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size)))
+    numerics = f"{dtype} {target.kernels.name} {device.type}"
+    caches = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size, numerics)))
     joined = functools.reduce(operator.add, texts)
     return TargetStates(joined, target, layers, caches, normalise=not plan.shape.plain_tap)
 
 
 def _caches(
-    plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[Texts], layers: Sequence[int], width: int
+    plan: RunPlan,
+    manifests: Sequence[Manifest],
+    texts: Sequence[Texts],
+    layers: Sequence[int],
+    width: int,
+    numerics: str,
 ) -> Iterator[StateCache]:
     """One a data set; a later one gets the room that those before leave."""
     left = plan.cache_gb
     for number, (manifest, some) in enumerate(zip(manifests, texts, strict=True)):
         cache = StateCache(
             plan.cache_of(number),
-            {"data": manifest.identity, "layers": list(layers)},
+            {"data": manifest.identity, "texts": some.digest(), "layers": list(layers), "numerics": numerics},
             [len(ids) for ids in some.token_ids],
             layers=len(layers),
             width=width,

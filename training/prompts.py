@@ -137,6 +137,8 @@ def mixed(tokenizer: Tokenizer, texts: Sequence[str], mix: Mix) -> list[Prompt]:
         _take(tokenizer, list(standard_library()), code_wanted, mix.max_tokens, choose, cut=True) if code_wanted else []
     )
     bare = tuple(tokenizer.encode(""))
+    if bare_wanted and not bare:
+        raise ConfigError("this model begins texts with no token of its own: choose --bare-share 0")
     every = [*asked, *code, *([bare] * bare_wanted)]
     choose.shuffle(every)
     return [
@@ -144,6 +146,14 @@ def mixed(tokenizer: Tokenizer, texts: Sequence[str], mix: Mix) -> list[Prompt]:
         Prompt(ids, 1.0 if ids == bare else choose.choice(mix.temperatures), mix.seed * 1_000_003 + number)
         for number, ids in enumerate(every)
     ]
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """What tells one list of prompts from another: a sha256 over ids, temperatures and seeds."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(repr((prompt.token_ids, prompt.temperature, prompt.seed)).encode())
+    return found.hexdigest()
 
 
 def _take(

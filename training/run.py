@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
+from dspark.errors import ConfigError
 from training.beginning import check_beginning
 from training.dataset import read_manifest, read_texts
 from training.plan import RunPlan, claim
@@ -70,6 +71,8 @@ def train(plan: RunPlan, exchange: Exchange, report: Callable[[StepReport], None
     training, held_out = split(sum(map(len, texts)))
     states = target_states(plan, manifests, texts)
     training, held_out = with_blocks(training, states.texts), with_blocks(held_out, states.texts)
+    if not training or not held_out:
+        raise ConfigError("too few responses have a block to predict: more and longer ones are needed to train on")
     if exchange.rank == 0:  # nothing is written before all that can be checked has been
         claim(plan, manifests)
     exchange.meet()

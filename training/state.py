@@ -70,9 +70,10 @@ def load_state(run: Path, drafter: Drafter, optimizer: torch.optim.AdamW) -> Pro
     with torch.no_grad():
         for name, parameter in drafter.named_parameters():
             parameter.copy_(tensors[f"parameter.{name}"])
+            device = parameter.device
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(progress.step)),
-                "exp_avg": tensors[f"first.{name}"],
-                "exp_avg_sq": tensors[f"second.{name}"],
+                "step": torch.tensor(float(progress.step), device=device),
+                "exp_avg": tensors[f"first.{name}"].to(device),
+                "exp_avg_sq": tensors[f"second.{name}"].to(device),
             }
     return progress

@@ -100,8 +100,12 @@ class StateCache:
             raise ConfigError(f"state cache {directory}: {error}") from error
 
     def _reserve(self, directory: Path) -> None:
-        """Empty files of full size: no room is an error now and not a crash in the middle."""
-        (directory / "states.json").unlink(missing_ok=True)
+        """Empty files of full size: no room is an error now and not a crash in the middle.
+
+        They are new ones: who still uses the cache that was here keeps what it has mapped, alone.
+        """
+        for name in ("states.json", "states.sum", "states.bin"):
+            (directory / name).unlink(missing_ok=True)
         for name, size in (("states.sum", 4 * self.kept), ("states.bin", self.bytes)):
             with (directory / name).open("wb") as file:
                 _allocate(file.fileno(), size)

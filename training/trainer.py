@@ -1,7 +1,8 @@
 """Trains a drafter of any architecture (DSpark §3.3), in one process or several that average gradients.
 
 A step's texts and anchors follow from the seed and the step alone, and are shared out over the processes: however many
-there are, they take the same steps. Leaves states to `training.states` and the start to `training.initialise`.
+there are, they take the same steps, but that blocks cut by a text's end weigh within their own process. Leaves states
+to `training.states` and the start to `training.initialise`.
 """
 
 from __future__ import annotations
@@ -214,7 +215,9 @@ class Trainer:
         )
         (parts.total / self.settings.accumulate).backward()  # type: ignore[no-untyped-call]
         figures = torch.stack([parts.total.detach(), parts.cross_entropy, parts.distance, parts.confidence])
-        return torch.cat([figures, parts.acceptance.view(-1, n).mean(0)])
+        valid = rows.valid.view(-1, n).float()
+        acceptance = (parts.acceptance.view(-1, n) * valid).sum(0) / valid.sum(0).clamp_min(1)
+        return torch.cat([figures, acceptance])
 
     def _update(self, rate: float) -> float:
         """Average the gradients over processes, clip, step; the norm before clipping."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -65,10 +67,21 @@ async def _converse(settings: common.ClusterSettings, system: str | None, params
 
 
 async def _ask() -> str | None:
-    """What the user types next; None when they are done. Read in a thread: the answers' stream must not stop."""
+    """What the user types next; None when they are done.
+
+    Read in a thread, as the answers' stream must not stop, and in one that nobody waits for: Ctrl-C ends at once.
+    """
     common.notes.print("> ", style="bold green", end="")
-    line = await asyncio.to_thread(sys.stdin.readline)
-    return line.strip() or None
+    loop = asyncio.get_running_loop()
+    line: asyncio.Future[str] = loop.create_future()
+
+    def read() -> None:
+        text = sys.stdin.readline()
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(lambda: line.done() or line.set_result(text))
+
+    threading.Thread(target=read, daemon=True).start()
+    return (await line).strip() or None
 
 
 async def _answer(client: Client, messages: list[dict[str, str]], params: GenerateParams) -> str:

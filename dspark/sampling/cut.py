@@ -29,7 +29,7 @@ class Limit:
     tokens: int | None = None
     """So many tokens."""
     mass: float | None = None
-    """Tokens until their weights sum to this, the last one included."""
+    """Tokens until their weights sum to this, more than 0, the last one included."""
     least: float | None = None
     """Tokens of at least this weight."""
 

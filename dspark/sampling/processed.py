@@ -157,7 +157,8 @@ def _filter(law: Law, logits: LogitRows, rows: SamplingRows) -> None:
     missing = rows.top_p * law.total - law.head  # of what top_p asks for, once the head is used up
     law.log_weights.masked_fill_(~stays, -torch.inf)
     filtered = (rows.top_k > 0) | (rows.top_p < 1.0) | (rows.min_p > 0.0)
-    inside = filtered & (~stays[:, -1:] | (rows.top_k == size))
+    full = (rows.top_p < 1.0) & (missing <= 0.0)  # the head is the whole nucleus, its last token included
+    inside = filtered & (~stays[:, -1:] | (rows.top_k == size) | full)
     for row in _where(inside):
         law.rest_weights[row].zero_()
     law.rest_sums.masked_fill_(inside, 0.0)

@@ -12,7 +12,7 @@ from dspark.sampling import DraftChooser
 from services.draft.context import ContextKV
 from services.draft.drafting import Block, Drafted
 from services.draft.forward import ParallelBlocks
-from services.draft.kernels.sequential import ConfidenceRow, SequentialHead
+from services.draft.kernels.sequential import ConfidenceRow, SequentialHead, draft_tokens
 
 __all__ = ["DSparkBlocks"]
 
@@ -30,9 +30,13 @@ class DSparkBlocks(ParallelBlocks):
             chooser=chooser,
         )
 
+        # A fused kernel chooses by itself; whoever brings a chooser of another kind wants it asked.
+        own = type(chooser) is DraftChooser
+        self._draft_tokens = self.stack.own_kernels.draft_tokens if own else draft_tokens
+
     def choose(self, hidden: Tensor, blocks: Sequence[Block[ContextKV]]) -> Drafted:
         """Token after token; the k-th (from 0) is for position N + k of a sequence with N committed tokens."""
-        return self.stack.own_kernels.draft_tokens(
+        return self._draft_tokens(
             self._head,
             self.stack.base_logits(hidden),
             hidden,

@@ -115,12 +115,12 @@ async def _until_told(stop: asyncio.Event, engine: Engine) -> None:
 async def _drain(server: Server, service: RouterService, engine: Engine, seconds: float) -> None:
     service.accepting = False
     await server.set_serving(serving=False)
-    _log.info("draining", requests=engine.active, seconds=seconds)
+    _log.info("draining", requests=len(engine.active), seconds=seconds)
     try:
         async with asyncio.timeout(seconds):
-            await engine.until_idle()
+            await engine.active.until_none()
     except TimeoutError:
-        _log.warning("requests cut off", requests=engine.active)
+        _log.warning("requests cut off", requests=len(engine.active))
 
 
 def _address(settings: Settings, server: Server) -> str:

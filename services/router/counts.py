@@ -12,7 +12,8 @@ class Counts:
     """Counters of `dspark.v1.SpeculationCounts`; τ is (accepted + rounds) / rounds.
 
     `verified_at[k-1]` counts k-th draft tokens whose predecessors were all accepted, `accepted_at[k-1]` those of them
-    that were accepted too: their ratio is the conditional acceptance at k.
+    that were accepted too: their ratio is the conditional acceptance at k. A draft past what a round might keep counts
+    in neither, whatever it was.
     """
 
     rounds: int = 0
@@ -23,16 +24,20 @@ class Counts:
     verified_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
 
-    def add_round(self, *, drafted: int, verified: int, accepted: int, missed: bool) -> None:
-        """One verify step that yielded a token."""
+    def add_round(
+        self, *, drafted: int, verified: int, accepted: int, missed: bool, matched: int | None = None
+    ) -> None:
+        """One verify step that yielded a token. `matched`: drafts that stood, where fewer might be kept."""
         self.rounds += 1
         self.drafted += drafted
         self.verified += verified
         self.accepted += accepted
         self.missed_rounds += missed
-        grow = min(verified, accepted + 1) - len(self.verified_at)
+        cut = matched is not None and matched > accepted
+        judged = accepted if cut else min(verified, accepted + 1)  # the first rejected one was, later ones were not
+        grow = judged - len(self.verified_at)
         self.verified_at += [0] * grow
         self.accepted_at += [0] * grow
-        for k in range(min(verified, accepted + 1)):  # the first rejected one was verified, later ones were not
+        for k in range(judged):
             self.verified_at[k] += 1
             self.accepted_at[k] += k < accepted

@@ -18,12 +18,13 @@ from dspark.errors import (
     DeadlineExceeded,
     DSparkError,
     InternalError,
-    InvalidRequest,
     OutOfPages,
     Unavailable,
 )
 from services.router import placement
+from services.router.active import Active
 from services.router.catalog import Catalog
+from services.router.chronicle import Chronicle
 from services.router.cohort import Cohort
 from services.router.costs import RoundCosts
 from services.router.dispatch import Dispatcher
@@ -82,14 +83,13 @@ class Engine:
         self._trace = Trace(options.trace)
         self._rounds = Rounds(self.drafting, self, metrics, self._trace, step_seconds=options.step_seconds)
         self._memory = Memory(options.verify_length)
-        self._active: dict[str, Sequence] = {}
+        self.active = Active()
+        self._chronicle = Chronicle(metrics)
         self._cohorts: dict[VerifierLink, Cohort] = {}
         self._schedulers: dict[VerifierLink, Scheduler] = {}
         self._serving: dict[VerifierLink, asyncio.Task[None]] = {}
         self._served = False  # whether a verify worker ever joined
         self._blind: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._tasks = Tasks()
         self._stack = AsyncExitStack()
 
@@ -107,7 +107,7 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for sequence in list(self._active.values()):
+        for sequence in self.active:
             self.cancel(sequence, Unavailable("the router is shutting down"))
         await asyncio.sleep(0.05)  # let the workers hear of it
         await self._stack.__aexit__(kind, error, trace)
@@ -115,45 +115,19 @@ class Engine:
     # ------------------------------------------------------------ for the front
 
     @property
-    def active(self) -> int:
-        """Requests that have not ended."""
-        return len(self._active)
-
-    @property
     def running(self) -> int:
         """Sequences open at a verify worker."""
         return sum(len(link.sequences) for link in self.verifiers.links.values())
 
-    async def until_idle(self) -> None:
-        """Returns when no request is active."""
-        await self._idle.wait()
-
-    def is_active(self, request_id: str) -> bool:
-        """Whether a request of that id has not ended."""
-        return request_id in self._active
-
     def submit(self, sequence: Sequence) -> None:
         """Queues it; events come through its outlet. `InvalidRequest` for the id of an active request."""
-        request = sequence.request
-        if request.request_id in self._active:
-            raise InvalidRequest(f"request_id {request.request_id!r} is that of a request still running")
-        self._active[request.request_id] = sequence
-        self._idle.clear()
-        self.metrics.prompt_tokens.inc(len(request.prompt))
-        _log.info(
-            "accepted",
-            request_id=request.request_id,
-            sequence_id=sequence.sequence_id,
-            prompt_tokens=len(request.prompt),
-            max_tokens=request.max_tokens,
-            mode=request.sampling.mode.value,
-            temperature=request.sampling.temperature,
-        )
+        self.active.add(sequence)
+        self._chronicle.accepted(sequence)
         self.dispatcher.put(sequence)
 
     def abort(self, request_id: str, error: DSparkError) -> bool:
         """Ends a request by its id; whether there was one."""
-        sequence = self._active.get(request_id)
+        sequence = self.active.get(request_id)
         if sequence is not None:
             self.cancel(sequence, error)
         return sequence is not None
@@ -162,9 +136,8 @@ class Engine:
         """Ends a request before it is complete: frees it everywhere and tells its client why."""
         if not sequence.ended:
             self.retire(sequence)
-        if self._forget(sequence):
-            self.metrics.ended.labels(type(error).__name__).inc()
-            _log.info("ended early", request_id=sequence.request.request_id, reason=str(error), **sequence.story())
+        if self.active.forget(sequence):
+            self._chronicle.ended_early(sequence, error)
         sequence.outlet.end(error)
 
     def capacity(self, model: ServedModel) -> int | None:
@@ -253,7 +226,7 @@ class Engine:
 
     def _show(self) -> None:
         self.metrics.running.set(self.running)
-        self.metrics.waiting.set(self.active - self.running)
+        self.metrics.waiting.set(len(self.active) - self.running)
         self.metrics.connected(draft=len(self.drafters.links), verify=len(self.verifiers.links))
         self.metrics.store_age.set(self._workers.age)
         for (mode, drafter), number in self._memory.tracker.settings.items():
@@ -261,7 +234,7 @@ class Engine:
 
     def _look_after(self) -> None:
         """Clients that stopped reading, and workers about to leave whose rounds rest."""
-        for sequence in list(self._active.values()):
+        for sequence in self.active:
             if sequence.outlet.full_seconds > self.options.stall_seconds:
                 reason = f"the client has read nothing for {self.options.stall_seconds:g} s"
                 self.cancel(sequence, DeadlineExceeded(reason))
@@ -295,30 +268,17 @@ class Engine:
         first = sequence.first_token_seconds == 0.0
         reason = sequence.publish(published.tokens, published.logprobs, published.reason)
         if first:
-            self._note_first_token(sequence)
+            self._chronicle.first_token(sequence)
         if reason is not None:
             self._finish(sequence, reason)
-
-    def _note_first_token(self, sequence: Sequence) -> None:
-        self.metrics.first_token.observe(sequence.first_token_seconds)
-        self.metrics.queue_time.observe(sequence.queue_seconds)
-        _log.info(
-            "first token",
-            request_id=sequence.request.request_id,
-            seconds=round(sequence.first_token_seconds, 4),
-            queue_seconds=round(sequence.queue_seconds, 4),
-            cached_tokens=sequence.cached_tokens,
-        )
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if not sequence.ended:  # ended by a stop string, which only its text shows
             self.retire(sequence)
-        if self._forget(sequence):
+        if self.active.forget(sequence):
             end = sequence.finished(reason)
             self.metrics.finished(end)
-            _log.info(
-                "finished", request_id=sequence.request.request_id, finish_reason=reason.value, **sequence.story()
-            )
+            self._chronicle.finished(sequence, reason)
             sequence.outlet.end(end)
 
     def retire(self, sequence: Sequence) -> None:
@@ -331,7 +291,7 @@ class Engine:
         """Its worker does not go on with it: somewhere else, or there again, with everything committed so far."""
         if not isinstance(error, OutOfPages):
             sequence.failures += 1
-        _log.warning("reopening", request_id=sequence.request.request_id, epoch=sequence.epoch, reason=str(error))
+        self._chronicle.reopening(sequence, error)
         if sequence.hopeless:
             reason = f"the sequence failed {sequence.failures} times without a new token, the last time: {error}"
             self.cancel(sequence, InternalError(reason))
@@ -351,15 +311,6 @@ class Engine:
             sequence.cohort.link.release(sequence.key)
             sequence.cohort.leave(sequence)
             self.dispatcher.wake()
-
-    def _forget(self, sequence: Sequence) -> bool:
-        """Off the list of active requests; whether it was there."""
-        if self._active.get(sequence.request.request_id) is not sequence:
-            return False
-        del self._active[sequence.request.request_id]
-        if not self._active:
-            self._idle.set()
-        return True
 
 
 async def _ready(_link: DraftLink) -> None:

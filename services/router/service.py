@@ -82,7 +82,7 @@ class RouterService(generation_pb2_grpc.RouterServicer):
                 self._engine.cancel(sequence, gone)  # no effect once it has ended
 
     async def _prepare(self, proto: pb.GenerateRequest, request_id: str, ticket: Ticket) -> Sequence:
-        if self._engine.is_active(request_id):
+        if request_id in self._engine.active:
             raise InvalidRequest(f"request_id {request_id!r} is that of a request still running")
         await ticket.pace()
         model = await self._engine.catalog.resolve(proto.model, wait=self._engine.options.worker_wait)

@@ -114,7 +114,11 @@ class Rounds:
         sequence, verified = entry.sequence, len(entry.item.draft_tokens)
         if entry.row is not None:
             sequence.counts.add_round(
-                drafted=entry.drafted, verified=verified, accepted=verdict.accepted, missed=entry.missed
+                drafted=entry.drafted,
+                verified=verified,
+                accepted=verdict.accepted,
+                missed=entry.missed,
+                matched=verdict.matched,
             )
         tokens = [*entry.item.draft_tokens[: verdict.accepted], token]
         kept, reason = cut(tokens, sequence.left, sequence.request)

@@ -89,6 +89,12 @@ def test_cache_of_other_states_is_thrown_away(data_set: Path, tmp_path: Path) ->
     assert cache_of(tmp_path, texts, 0.1).get(0) is not None
     assert cache_of(tmp_path, texts, 0.1, name="b").get(0) is None
     assert cache_of(tmp_path, texts, 0.1).get(0) is None  # the other one took its place
+    assert cache.get(0) is not None  # who was using it keeps what is there, and for themselves alone
+    again = cache_of(tmp_path, texts, 0.1)
+    again.put(0, TextStates(torch.zeros(n, 3, 64).bfloat16(), torch.zeros(n, 64).bfloat16(), torch.zeros(n)))
+    kept = cache.get(0)
+    assert kept is not None
+    assert torch.equal(kept.logz, torch.ones(n))
 
 
 def test_unusable_place_is_one_clear_error(data_set: Path, tmp_path: Path) -> None:

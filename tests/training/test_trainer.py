@@ -100,6 +100,17 @@ def test_run_begins_with_the_drafter_of_another(plan: RunPlan, tmp_path: Path) -
     wider = replace(more, run=tmp_path / "wide", shape=replace(SHAPE, markov_rank=16))
     with pytest.raises(ConfigError, match="another shape"):
         train(wider, Alone(), lambda _: None)
+    with pytest.raises(ConfigError, match="other begin_with"):
+        train(replace(more, begin_with=None), Alone(), lambda _: None)
+
+
+@pytest.mark.parametrize("layers", [(0, 99), (1, 1), (0, -2)])
+def test_layers_that_no_tap_may_read_are_refused_before_anything_is_written(
+    plan: RunPlan, layers: tuple[int, ...]
+) -> None:
+    with pytest.raises(ConfigError, match="feature layers"):
+        train(replace(plan, shape=replace(SHAPE, target_layer_ids=layers)), Alone(), lambda _: None)
+    assert not plan.run.exists()
 
 
 def test_run_begins_with_a_finished_checkpoint(plan: RunPlan, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def _make(
     first: int | None,
 ) -> dict[str, Any]:
     from training.answering import Plan, make_data_set
-    from training.prompts import mixed, read_hashes, read_turns, refuse_evaluation, templated
+    from training.prompts import digest, mixed, read_hashes, read_turns, refuse_evaluation, templated
 
     texts, hashes = [], read_hashes()
     for path in files:
@@ -97,7 +97,8 @@ def _make(
         texts += [templated(f"{turn}\n{suffix}" if suffix else turn, template.value) for turn in turns]
     target, where = open_target(model, device=device)
     chosen = mixed(open_tokenizer(where, target), texts, mix)
-    plan = Plan(out, chosen, max_new, mix.max_tokens, {**settings, "max_new_tokens": max_new}, batch=batch, first=first)
+    settings = {**settings, "max_new_tokens": max_new, "prompts_sha256": digest(chosen)}
+    plan = Plan(out, chosen, max_new, mix.max_tokens, settings, batch=batch, first=first)
     with _Bar() as bar:
         return asdict(make_data_set(plan, target, bar.show))
 

@@ -56,6 +56,21 @@ def test_probabilities_equal_the_definition(name: str, vocab: int, size: int) ->
     assert expected[differing].sum() < 1e-6  # at most tokens on a rounding edge
 
 
+@pytest.mark.parametrize("extra", [{}, {"top_k": 9000}, {"min_p": 1e-9}])
+@pytest.mark.parametrize("size", [1, 64, 256])
+def test_a_nucleus_of_exactly_the_head_has_nothing_of_the_rest(size: int, extra: dict[str, float]) -> None:
+    """`size` equal tokens with all the mass but a tenth of one of them: only together have they top_p of it."""
+    logits = torch.full((1, 9001), float(np.log(0.1 / 9001)))
+    logits[0, torch.randperm(9001, generator=torch.Generator().manual_seed(1))[:size]] = 0.0
+    sampling = Sampling(top_p=(size - 0.5) / (size + 0.1), **extra)  # type: ignore[arg-type]
+    law = process(LogitRows.of(logits, [0]), SamplingRows.of([sampling], logits.device), size)
+    expected = processed(logits.double().numpy(), sampling)
+    assert np.count_nonzero(expected) == size
+    assert np.abs(dense(law, 9001) - expected).max() < 1e-6
+    assert np.count_nonzero(dense(law, 9001)) == size
+    assert float(law.rest[0, 0]) == 0.0
+
+
 def test_mixed_rows_are_as_alone() -> None:
     logits = peaked(len(FILTERS), 20_000, seed=3).bfloat16()
     samplings = [Sampling(**settings) for settings in FILTERS.values()]  # type: ignore[arg-type]

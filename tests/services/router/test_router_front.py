@@ -44,7 +44,7 @@ async def refused(toys: Cluster, request: Any, **options: Any) -> grpc.aio.AioRp
 async def assert_healthy(toys: Cluster) -> None:
     result = await toys.generate("hello", max_tokens=10)
     assert result.ids == expected(letters, PROMPT, 5, 10)
-    assert toys.engine.active == 0
+    assert len(toys.engine.active) == 0
 
 
 def slow_verifier(**options: Any) -> ToyVerifier:
@@ -92,7 +92,7 @@ async def test_a_client_that_leaves_before_its_sequence_is_open_leaves_nothing_b
         await until(lambda: toys.engine.verifiers.links["verify-0"].opening)
         call.cancel()
         await reading
-        await until(lambda: toys.engine.active == 0)
+        await until(lambda: len(toys.engine.active) == 0)
         verifier.hang = False
         await until(lambda: verifier.opened and not verifier.open)
         await assert_healthy(toys)
@@ -105,7 +105,7 @@ async def test_deadlines_hold_in_the_queue() -> None:
         await until(lambda: verifier.open)
         error = await refused(toys, request_of("hello", max_tokens=50), timeout=0.1)
         assert error.code() is CODE.DEADLINE_EXCEEDED
-        await until(lambda: toys.engine.active == 1)
+        await until(lambda: len(toys.engine.active) == 1)
         assert len(toys.engine.dispatcher) == 0
         assert (await running).ids == expected(letters, PROMPT, 1, 50)
         assert len(verifier.opened) == 1

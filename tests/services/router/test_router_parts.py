@@ -39,6 +39,15 @@ def test_counts_are_conditional(rounds: list[tuple[int, int]]) -> None:
         assert (counts.accepted_at[k] if k < len(counts.accepted_at) else 0) == kept
 
 
+def test_a_window_s_edge_refuses_nothing() -> None:
+    """Seven drafts verified, five stood, two might be kept: the third was not refused, it was not looked at."""
+    counts = Counts()
+    counts.add_round(drafted=7, verified=7, accepted=2, missed=False, matched=5)
+    counts.add_round(drafted=7, verified=7, accepted=2, missed=False, matched=2)
+    assert counts.verified_at == [2, 2, 1]
+    assert counts.accepted_at == [2, 2, 0]
+
+
 # ---------------------------------------------------------------- text and its end
 
 
