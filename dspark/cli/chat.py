@@ -75,10 +75,14 @@ async def _ask() -> str | None:
     loop = asyncio.get_running_loop()
     line: asyncio.Future[str] = loop.create_future()
 
+    def settle(text: str) -> None:
+        if not line.done():
+            line.set_result(text)
+
     def read() -> None:
         text = sys.stdin.readline()
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(lambda: line.done() or line.set_result(text))
+            loop.call_soon_threadsafe(settle, text)
 
     threading.Thread(target=read, daemon=True).start()
     return (await line).strip() or None
