@@ -236,7 +236,8 @@ async def test_a_client_that_goes_without_reading_leaves_nothing_behind(how: str
         stub = generation_pb2_grpc.RouterStub(channel)
         lazy = stub.Generate(request, timeout=1.5 if how == "deadline" else None)
         await lazy.read()
-        sequence = toys.engine.active["lazy"]
+        sequence = toys.engine.active.get("lazy")
+        assert sequence is not None
         await until(lambda: sequence.outlet.full)
         assert not sequence.ended
         if how == "cancel":
