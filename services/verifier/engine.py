@@ -143,7 +143,8 @@ class VerifyEngine:
         Apart from `step` so that verdicts can leave first; every other call does it before anything else.
         """
         computed, self._unpublished, self._holding = self._unpublished, [], False
-        self._stepper.keep_features(computed)
+        if computed:
+            self._stepper.keep_features(computed)
         for state in dict.fromkeys(work.state for part in computed for work in part.work):
             self._feed.push(state)
         self._feed.flush()

@@ -60,7 +60,7 @@ def test_without_matplotlib_it_says_so_before_it_measures(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(tiny_gemma, "--plots", str(tmp_path)) == 1
-    assert "the `train` extra" in capsys.readouterr().err
+    assert "pip install '.[train]'" in capsys.readouterr().err
     assert not profiles_dir().exists()
 
 

@@ -36,7 +36,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def cluster_of(pair: tuple[Path, Path], dtype: str) -> Cluster:
     alone = ["--dtype", dtype, "--threads", "1"]
-    return Cluster(*pair, draft_args=[*alone, "--no-lookup"], verify_args=alone, verify_length=4)
+    # A policy that drafts in every round: what the scheduler leaves undrafted has nothing to be compared with.
+    drafts = [*alone, "--no-lookup"]
+    return Cluster(*pair, policy="fixed:4", draft_args=drafts, verify_args=alone, verify_length=4)
 
 
 async def test_accepted_lengths_agree_near_and_far_and_behind_a_cached_prefix(

@@ -110,7 +110,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_loaded(
     assert "2 prompts of --check are among --prompts" in refused("--prompts", prompts, "--check", prompts)
     assert "there is no directory" in refused("--prompts", prompts, "--json", tmp_path / "gone" / "x.json")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'dspark-serving[train]'" in refused("--prompts", prompts, "--plots", tmp_path)
+    assert "pip install '.[train]'" in refused("--prompts", prompts, "--plots", tmp_path)
     hashes = frozenset({training.prompts.content_hash("two")})
     monkeypatch.setattr(training.prompts, "read_hashes", lambda: hashes)
     assert "prompt 2 is one that drafters are evaluated on" in refused("--prompts", prompts)

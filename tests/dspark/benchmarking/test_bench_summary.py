@@ -121,5 +121,5 @@ def test_pictures_are_svg_and_need_every_policys_name(tmp_path: Path) -> None:
 def test_pictures_without_matplotlib_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(plots, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"dspark-serving\[train\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[train\]'"):
         plots.check_plots(tmp_path)

@@ -124,8 +124,7 @@ async def test_a_draining_verify_worker_hands_its_streams_over() -> None:
         await asyncio.sleep(0.1)
         assert first.open  # nowhere to go: it serves on
         await toys.add(second)
-        await until(lambda: not first.open)
-        assert second.open
+        await until(lambda: not first.open and second.open)
         assert not running.done()
         assert_right(await running, 250)
 
