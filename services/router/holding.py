@@ -59,5 +59,6 @@ class Holding:
         if postpones:
             round_.asked, round_.drafting = np.zeros_like(round_.asked), np.zeros_like(round_.drafting)
             round_.explored = np.full_like(round_.explored, FREE)
-        self._quiet = 0 if coming else self._quiet + 1
+        quiet = round_.running and not coming  # a round of prompts alone says nothing of the rounds after it
+        self._quiet = self._quiet + 1 if quiet else 0
         self._held = round_.hold_features = self._quiet >= QUIET
