@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import socket
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
@@ -23,8 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import parser_of, write_json
 from dspark.client import Client
-from dspark.cluster import DEFAULT_MODEL, Cluster
+from dspark.cluster import Cluster
 from dspark.evaluation import Settings, evaluate, read_prompts
 
 PROMPTS = [
@@ -137,17 +136,12 @@ def show(report: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parse, run, show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--drafter", default="default")
+    parser = parser_of(__doc__)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompts", type=Path, help='JSON lines {"turns": ["…"]}; default: made up here')
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = asyncio.run(run(args))
     show(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(report, args.json)
 
 
 if __name__ == "__main__":

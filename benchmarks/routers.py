@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.command import parser_of, write_json
 from benchmarks.overhead import PROMPTS
 from dspark.benchmarking.load import Run, Task, closed_loop
 from dspark.client import Client
-from dspark.cluster import DEFAULT_MODEL, Cluster
+from dspark.cluster import Cluster
 from dspark.errors import StartupError
 from dspark.evaluation import read_prompts
 from dspark.processes import Child, spawn
@@ -123,15 +122,11 @@ def summary(rounds: Sequence[dict[int, dict[str, Any]]]) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, run, show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--drafter", default="default")
+    parser = parser_of(__doc__)
     parser.add_argument("--streams", type=int, default=8, help="an even number of users in all")
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--policy", default="adaptive")
-    parser.add_argument("--prompts", type=Path, help='JSON lines {"turns": ["…"]}; default: made up here')
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = asyncio.run(run(args))
     print(
@@ -140,8 +135,7 @@ def main() -> None:
         f"{', '.join(f'{ratio:.3f}' for ratio in report['ratios'])}); "
         f"{report['different']} of {report['answers']} answers differ"
     )
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(report, args.json)
 
 
 if __name__ == "__main__":

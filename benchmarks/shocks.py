@@ -28,9 +28,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import parser_of, write_json
 from benchmarks.overhead import PROMPTS
 from dspark.client import Client
-from dspark.cluster import DEFAULT_MODEL, Cluster
+from dspark.cluster import Cluster
 from dspark.evaluation import read_prompts
 
 FOLLOWED = 0.15
@@ -181,19 +182,14 @@ def show(report: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parse, run, show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--drafter", default="default")
+    parser = parser_of(__doc__)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each phase")
     parser.add_argument("--burners", type=int, default=1, help="busy processes of the outside load")
-    parser.add_argument("--prompts", type=Path, help='JSON lines {"turns": ["…"]}; default: made up here')
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = asyncio.run(run(args))
     show(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(report, args.json)
 
 
 if __name__ == "__main__":
