@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from dspark.errors import ConfigError
-from dspark.kernels import attention, fused, linear, reference
+from dspark.kernels import attention, fused, linear, reference, team
 from dspark.kernels.linear import Activation, Linear
 
 __all__ = ["TORCH", "Kernels", "Plan", "select_kernels"]
@@ -57,27 +57,51 @@ TORCH = Kernels(
 
 
 def select_kernels(choice: str, device: torch.device) -> Kernels:
-    """The kernels for a device: "torch", "triton", or "auto", which is triton on a GPU that has it and torch elsewhere.
+    """The kernels for a device: "torch", "llvm", "triton", or "auto".
 
-    `ConfigError` where "triton" is asked for and cannot run.
+    "auto" is triton on a GPU that has it, llvm (torch with linears compiled for the processor) on a CPU that can have
+    it, and torch elsewhere. `ConfigError` where one is asked for that cannot run.
     """
-    if choice not in ("auto", "torch", "triton"):
-        raise ConfigError(f"kernels: {choice!r} is not one of auto, torch, triton")
-    missing = _why_not_triton(device)
-    if choice == "torch" or (choice == "auto" and (missing or device.type != "cuda")):
+    if choice not in ("auto", "torch", *_WHY_NOT):
+        raise ConfigError(f"kernels: {choice!r} is not one of auto, torch, {', '.join(_WHY_NOT)}")
+    if choice == "auto":
+        choice = "triton" if device.type == "cuda" else "llvm"
+        if _WHY_NOT[choice](device):
+            return TORCH
+    if choice == "torch":
         return TORCH
-    if missing:
-        raise ConfigError(f"kernels: triton: {missing}")
-    from dspark.kernels.triton_kernels import TRITON  # noqa: PLC0415 - an extra, imported where it is chosen
+    if missing := _WHY_NOT[choice](device):
+        raise ConfigError(f"kernels: {choice}: {missing}")
+    return _load(choice)
 
-    return TRITON
+
+def _load(choice: str) -> Kernels:
+    """Kernels that need an extra, imported where they are chosen."""
+    if choice == "triton":
+        from dspark.kernels.triton_kernels import TRITON  # noqa: PLC0415
+
+        return TRITON
+    from dspark.kernels import linear_llvm  # noqa: PLC0415
+
+    return replace(TORCH, name="llvm", linear=linear_llvm.linear, gated=linear_llvm.gated)
+
+
+def _why_not_llvm(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"its code is a processor's, not a {device.type} device's"
+    if importlib.util.find_spec("llvmlite") is None:
+        return "the package llvmlite is not installed (it comes with the extra worker)"
+    return None if team.available() else "this torch's threads cannot be reached (no OpenMP with GOMP_parallel)"
 
 
 def _why_not_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (it comes with the extra gpu)"
+        return "the package triton is not installed (a CUDA build of torch brings it)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "").lower() not in {"1", "true", "on", "yes", "y"}:
         return (
             f"device {device.type} has none; they need a CUDA device, or TRITON_INTERPRET=1 to be interpreted, slowly"
         )
     return None
+
+
+_WHY_NOT: dict[str, Callable[[torch.device], str | None]] = {"llvm": _why_not_llvm, "triton": _why_not_triton}

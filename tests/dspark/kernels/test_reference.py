@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dspark.errors import ConfigError
-from dspark.kernels import TORCH, select_kernels
+from dspark.kernels import TORCH, linear_llvm, select_kernels
 from dspark.kernels.reference import norm_rotary, rms_norm, rotary
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -62,19 +62,25 @@ def test_rows_keep_their_bits(width: int, dtype: torch.dtype) -> None:
 def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu = torch.device("cpu")
-    assert select_kernels("auto", cpu) is select_kernels("torch", cpu) is TORCH
+    assert select_kernels("torch", cpu) is TORCH
+    assert select_kernels("auto", cpu) == select_kernels("llvm", cpu)
+    assert select_kernels("llvm", cpu).linear is linear_llvm.linear
     with pytest.raises(
         ConfigError, match="triton: device cpu has none; they need a CUDA device, or TRITON_INTERPRET=1"
     ):
         select_kernels("triton", cpu)
-    with pytest.raises(ConfigError, match="'cuda' is not one of auto, torch, triton"):
+    with pytest.raises(ConfigError, match="'cuda' is not one of auto, torch, llvm, triton"):
         select_kernels("cuda", cpu)
 
 
-def test_triton_is_asked_for_by_name_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_runs_only_where_it_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    card = torch.device("cuda")
-    assert select_kernels("auto", card) is TORCH
+    card, cpu = torch.device("cuda"), torch.device("cpu")
+    assert select_kernels("auto", card) is select_kernels("auto", cpu) is TORCH
+    with pytest.raises(ConfigError, match="llvm: the package llvmlite is not installed"):
+        select_kernels("llvm", cpu)
+    with pytest.raises(ConfigError, match="llvm: its code is a processor's, not a cuda device's"):
+        select_kernels("llvm", card)
     with pytest.raises(ConfigError, match="the package triton is not installed"):
         select_kernels("triton", card)
 
