@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -59,8 +59,8 @@ TORCH = Kernels(
 def select_kernels(choice: str, device: torch.device) -> Kernels:
     """The kernels for a device: "torch", "llvm", "triton", or "auto".
 
-    "auto" is triton on a GPU that has it, llvm (torch with linears compiled for the processor) on a CPU that can have
-    it, and torch elsewhere. `ConfigError` where one is asked for that cannot run.
+    "auto" is triton on a GPU that has it, llvm on a CPU that can have it, and torch elsewhere. `ConfigError` where one
+    is asked for that cannot run.
     """
     if choice not in ("auto", "torch", *_WHY_NOT):
         raise ConfigError(f"kernels: {choice!r} is not one of auto, torch, {', '.join(_WHY_NOT)}")
@@ -81,9 +81,9 @@ def _load(choice: str) -> Kernels:
         from dspark.kernels.triton_kernels import TRITON  # noqa: PLC0415
 
         return TRITON
-    from dspark.kernels import linear_llvm  # noqa: PLC0415
+    from dspark.kernels.llvm_kernels import LLVM  # noqa: PLC0415
 
-    return replace(TORCH, name="llvm", linear=linear_llvm.linear, gated=linear_llvm.gated)
+    return LLVM
 
 
 def _why_not_llvm(device: torch.device) -> str | None:

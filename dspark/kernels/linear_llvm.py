@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 
 from dspark.kernels import team
-from dspark.kernels.linear import PLAIN_ACTIVATIONS, Activation, Linear
+from dspark.kernels.linear import Activation, Linear
 from dspark.kernels.linear import gated as plain_gated
 from dspark.kernels.linear import linear as plain_linear
-from dspark.kernels.tiles_llvm import GROUP, ProductArguments, Program, compiled
+from dspark.kernels.rowwise_llvm import activated
+from dspark.kernels.tiles_llvm import GROUP, Product, ProductArguments, compiled
 
 __all__ = ["StreamedGated", "StreamedLinear", "gated", "linear"]
 
@@ -38,11 +39,11 @@ def _streamable(weight: torch.Tensor) -> bool:
 class StreamedLinear:
     """x (rows, in) ↦ (rows, out), both float32; a weight that bfloat16 holds exactly is kept in it."""
 
-    def __init__(self, weight: torch.Tensor, program: Program | None = None) -> None:
-        program = program or compiled()
+    def __init__(self, weight: torch.Tensor, product: Product | None = None) -> None:
+        product = product or compiled()
         narrow = _bfloat16(weight)
-        self._function = program.float32 if narrow is None else program.bfloat16
-        lanes = program.lanes
+        self._function = product.float32 if narrow is None else product.bfloat16
+        lanes = product.tiling.lanes
         self._weight = _float32_panels(weight, lanes) if narrow is None else _bfloat16_panels(narrow, lanes)
         self._outputs, self._inputs = weight.shape
         self._groups = len(self._weight) // GROUP
@@ -71,19 +72,19 @@ class StreamedGated:
 
     def __init__(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> None:
         self._both = StreamedLinear(torch.cat((gate, up)))
-        self._activation = PLAIN_ACTIVATIONS[activation]
+        self._size, self._activation = len(gate), activation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, in) ↦ (rows, out)."""
-        gate, up = self._both(x).chunk(2, -1)
-        return self._activation(gate).mul_(up)
+        return activated(self._both(x), self._size, self._activation)
 
 
 def _bfloat16(weight: torch.Tensor) -> torch.Tensor | None:
     """The weight in bfloat16, or None where that would round it."""
     narrow = torch.empty(weight.shape, dtype=torch.bfloat16)
-    for part, wide in zip(narrow.split(_PART), weight.split(_PART), strict=True):
-        if not torch.equal(part.copy_(wide).float(), wide):
+    for start in range(0, len(weight), _PART):
+        part = slice(start, start + _PART)
+        if not torch.equal(narrow[part].copy_(weight[part]).float(), weight[part]):
             return None
     return narrow
 

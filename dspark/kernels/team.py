@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["available", "run"]
+__all__ = ["alone", "available", "run"]
 
 
 def available() -> bool:
@@ -25,6 +25,14 @@ def run(function: int, arguments: ctypes.Structure) -> None:
     parallel = _parallel()
     assert parallel is not None  # `available` was asked
     parallel(function, ctypes.addressof(arguments), torch.get_num_threads(), 0)
+
+
+def alone(function: int, arguments: ctypes.Structure) -> None:
+    """Call it in this thread: for work that is done sooner than a team is told of it."""
+    _FUNCTION(function)(ctypes.addressof(arguments))
+
+
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @lru_cache(maxsize=1)

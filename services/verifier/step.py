@@ -24,7 +24,7 @@ from services.verifier.verification import Candidate, Outcome
 
 __all__ = ["Computed", "Stepper", "split", "warm_up"]
 
-SAMPLED_ROWS = 32  # rows of logits at a time: 16 MiB in bfloat16 over 262k tokens, which memory is kept for
+SAMPLED_BYTES = 24 << 20  # of logits at a time: 24 rows in float32 over 262k tokens; memory is kept for up to 32 MiB
 
 T = TypeVar("T")
 
@@ -85,7 +85,8 @@ class Stepper:
         """What the items that reach their anchor came to."""
         anchored = [(own, first + own.count - 1) for own, first in _first_rows(work) if own.reaches_anchor]
         outcomes: dict[Work, Outcome] = {}
-        for part in split(anchored, SAMPLED_ROWS, lambda entry: 1 + len(entry[0].draft_tokens)):
+        most = max(1, SAMPLED_BYTES // (self._model.config.vocab_size * hidden.element_size()))
+        for part in split(anchored, most, lambda entry: 1 + len(entry[0].draft_tokens)):
             rows = [row for own, first in part for row in range(first, first + 1 + len(own.draft_tokens))]
             logits = self._model.logits(hidden[torch.tensor(rows, device=hidden.device)])
             chosen = self._verify(logits, _candidates(part), noise_candidates=self._noise_candidates)

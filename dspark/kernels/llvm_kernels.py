@@ -1,0 +1,24 @@
+"""The kernels that are compiled for a CPU; what they leave out, and rows in bfloat16, are torch's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dspark.kernels import TORCH
+from dspark.kernels.attention_llvm import paged_attention, plan_attention
+from dspark.kernels.linear_llvm import gated, linear
+from dspark.kernels.rowwise_llvm import add_norm, norm_rotary_write, rms_norm
+
+__all__ = ["LLVM"]
+
+LLVM = replace(
+    TORCH,
+    name="llvm",
+    rms_norm=rms_norm,
+    add_norm=add_norm,
+    norm_rotary_write=norm_rotary_write,
+    plan_attention=plan_attention,
+    paged_attention=paged_attention,
+    linear=linear,
+    gated=gated,
+)

@@ -1,0 +1,89 @@
+"""Norms, rotary embedding and gated activations of float32 rows, by code compiled for the processor.
+
+Rows that are not float32, weights that differ by head, and heads of odd halves are torch's: `reference` and `fused`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import torch
+
+from dspark.kernels import fused, reference, rows_llvm, team
+from dspark.kernels.parts_llvm import host_lanes
+from dspark.kernels.rows_llvm import ActivationArguments, NormArguments, RotaryArguments
+
+__all__ = ["activated", "add_norm", "norm_rotary_write", "rms_norm"]
+
+_ALONE = 1 << 14  # numbers that one thread has done before a team would begin
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `reference.rms_norm`."""
+    if not _plain(x, weight):
+        return reference.rms_norm(x, weight, eps)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    addresses = x.data_ptr(), 0, 0, out.data_ptr(), weight.data_ptr(), 0
+    _run("rms_norm", x.shape[-1], NormArguments, *addresses, x.shape[-1], eps, rows=x.numel() // x.shape[-1])
+    return out
+
+
+def add_norm(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float, y_weight: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `fused.add_norm`."""
+    if not _plain(x, weight):
+        return fused.add_norm(x, y, weight, eps, y_weight)
+    x, y = x.contiguous(), y.contiguous()
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    name, own = ("add_norm", 0) if y_weight is None else ("add_normed_norm", y_weight.data_ptr())
+    addresses = x.data_ptr(), y.data_ptr(), total.data_ptr(), out.data_ptr(), weight.data_ptr(), own
+    _run(name, x.shape[-1], NormArguments, *addresses, x.shape[-1], eps, rows=x.numel() // x.shape[-1])
+    return total, out
+
+
+def norm_rotary_write(
+    qkv: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    storage: torch.Tensor,
+    plan: Any,
+) -> torch.Tensor:
+    """As `fused.norm_rotary_write`."""
+    if qkv.dtype != torch.float32:
+        return fused.norm_rotary_write(qkv, weight, eps, cos, sin, storage, plan)
+    rows, _, size = qkv.shape
+    kv_heads = storage.shape[0] // 2
+    heads = len(weight) - kv_heads
+    qkv, q = qkv.contiguous(), qkv.new_empty(rows, heads, size)
+    addresses = (t.data_ptr() for t in (qkv, weight, cos, sin, q, storage, plan.slots))
+    sizes = heads, kv_heads, size, storage.stride(0)
+    _run("norm_rotary_write", size // 2, RotaryArguments, *addresses, *sizes, eps, rows=rows, width=qkv[0].numel())
+    return q
+
+
+def activated(both: torch.Tensor, size: int, activation: str) -> torch.Tensor:
+    """activation(gate) * up (rows, size), where a row of `both`, contiguous, has gate and up one behind the other."""
+    out = both.new_empty(len(both), size)
+    sizes = size, both.shape[1]
+    _run(activation, size, ActivationArguments, both.data_ptr(), out.data_ptr(), *sizes, rows=len(both))
+    return out
+
+
+def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and weight.dim() == 1 and weight.is_contiguous()
+
+
+def _run(
+    name: str, whole: int, kind: type[ctypes.Structure], *values: float, rows: int, width: int | None = None
+) -> None:
+    """Run a function of `rows_llvm` whose vectors divide `whole`, over rows of `width` numbers."""
+    code = rows_llvm.compiled(math.gcd(whole, host_lanes()))
+    threads = torch.get_num_threads() if rows * (width or whole) > _ALONE else 1
+    arguments = kind(*values, rows, max(1, rows // (4 * threads)) if threads > 1 else max(1, rows), 0)
+    (team.run if threads > 1 else team.alone)(code.functions[name], arguments)
