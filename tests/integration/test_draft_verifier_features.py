@@ -13,7 +13,7 @@ from support.drafting import GREEDY, attach, item, key_of, make_any, make_drafte
 from support.drafting import make_engine as make_draft_engine
 from support.verifying import make_engine as make_verify_engine
 
-from dspark.kernels import TORCH
+from dspark.kernels import select_kernels
 from dspark.messages import (
     AttachSequence,
     OpenSequence,
@@ -127,7 +127,7 @@ def expected(target: TargetModel, drafter: Drafter, ids: Sequence[int]) -> Propo
 
 @pytest.fixture(scope="module")
 def target(tiny_gemma: Path) -> TargetModel:
-    return load_target(tiny_gemma, dtype=torch.float32, device=CPU, kernels=TORCH)
+    return load_target(tiny_gemma, dtype=torch.float32, device=CPU, kernels=select_kernels("auto", CPU))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """What both services' models run on, in Triton: equal to the references, and bit-equal in any company."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from support.paged import CPU, Pages, randn, wild
 
 pytest.importorskip("triton")
 
@@ -17,17 +17,6 @@ TOLERANCES: dict[torch.dtype, Any] = {
     torch.float32: {"atol": 3e-5, "rtol": 1e-4},
     torch.bfloat16: {"atol": 1e-2, "rtol": 2e-2},
 }
-CPU = torch.device("cpu")
-PAGE = 16
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def wild(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Numbers of very different sizes: sums in another order round differently."""
-    return (randn(*shape, seed=seed) * randn(*shape, seed=seed + 100).abs() ** 3).to(dtype)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -104,39 +93,6 @@ def test_noise_is_the_same_bits(device: torch.device) -> None:
 # ---- attention
 
 
-class Pages:
-    """Keys and values of some sequences in shuffled pages, and queries for their last positions."""
-
-    def __init__(
-        self, lengths: Sequence[tuple[int, int]], heads: int, kv_heads: int, dim: int, dtype: torch.dtype
-    ) -> None:
-        """`lengths`: (start, count) of each span."""
-        self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, dtype
-        needed = [-(-(start + count) // PAGE) for start, count in lengths]
-        order = (torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)) + 1).tolist()
-        self.spans, row = [], 0
-        for (start, count), pages in zip(lengths, needed, strict=True):
-            self.spans.append(Span(row, start, count, [order.pop() for _ in range(pages)]))
-            row += count
-        self.storage = randn(2 * kv_heads, sum(needed) + 1, PAGE * dim, dtype=dtype)
-        self.storage[:, 0] = 7.0  # nobody's page
-        self.q = randn(row, heads, dim, seed=3, dtype=dtype)
-
-    def plan(self, window: int | None, device: torch.device, spans: Sequence[Span] | None = None) -> Any:
-        group = self.heads // self.kv_heads
-        own: dict[str, Any] = {"page_size": PAGE, "window": window, "group": group, "dtype": self.dtype}
-        kernels = TORCH if device is CPU else TRITON
-        return kernels.plan_attention(spans or self.spans, **own, device=device)
-
-    def attend(
-        self, window: int | None, device: torch.device, spans: Sequence[Span] | None = None, rows: slice = slice(None)
-    ) -> torch.Tensor:
-        """By Triton, or by torch on the very device `CPU`, which the fixture's is not, even where it is a CPU too."""
-        kernels, scale = TORCH if device is CPU else TRITON, float(self.dim**-0.5)
-        storage = self.storage.to(device)
-        return kernels.paged_attention(self.q[rows].to(device), storage, self.plan(window, device, spans), scale)
-
-
 LENGTHS = ((0, 1), (0, 63), (15, 1), (16, 2), (511, 3), (700, 6), (1030, 1))
 SHAPES = [(4, 1, 32, None), (4, 2, 60, 40), (3, 1, 16, 1), (2, 2, 64, 513)]
 
@@ -147,13 +103,13 @@ def test_paged_attention(
     device: torch.device, heads: int, kv_heads: int, dim: int, window: int | None, dtype: torch.dtype
 ) -> None:
     pages = Pages(LENGTHS, heads, kv_heads, dim, dtype)
-    assert_close(pages.attend(window, device), pages.attend(window, CPU), dtype)
+    assert_close(pages.attend(TRITON, window, device), pages.attend(TORCH, window), dtype)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 256), (40, 1, 16), (2, 2, 128)])
 def test_heads_of_all_sizes(device: torch.device, heads: int, kv_heads: int, dim: int) -> None:
     pages = Pages(((5, 2), (70, 1)), heads, kv_heads, dim, torch.float32)
-    assert_close(pages.attend(None, device), pages.attend(None, CPU), torch.float32)
+    assert_close(pages.attend(TRITON, None, device), pages.attend(TORCH, None), torch.float32)
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -161,12 +117,12 @@ def test_heads_of_all_sizes(device: torch.device, heads: int, kv_heads: int, dim
 def test_attention_keeps_bits(device: torch.device, window: int | None, dtype: torch.dtype) -> None:
     """A row alone, in its piece, in another piece, and among others: also across the edge of a split."""
     pages = Pages(((505, 12), (600, 4), (0, 20), (3, 1)), 4, 2, 24, dtype)
-    whole = pages.attend(window, device)
+    whole = pages.attend(TRITON, window, device)
     for span in pages.spans:
         for first, count in {(0, span.count), (0, 1), (span.count - 1, 1), (span.count // 3, -(-span.count // 2))}:
             part = Span(0, span.start + first, count, span.pages)
             rows = slice(span.first_row + first, span.first_row + first + count)
-            alone = pages.attend(window, device, [part], rows)
+            alone = pages.attend(TRITON, window, device, [part], rows)
             assert torch.equal(alone, whole[rows])
 
 
@@ -178,7 +134,7 @@ def test_keys_and_values_go_to_their_pages(device: torch.device, dtype: torch.dt
     qkv, w = randn(rows, heads + 1 + 2 * kv_heads, dim, dtype=dtype), randn(heads + 1 + kv_heads, dim)
     angle = randn(rows, 1, dim // 2)
     expected, found = pages.storage.clone(), pages.storage.to(device, copy=True)
-    plan, own = pages.plan(None, CPU), pages.plan(None, device)
+    plan, own = pages.plan(TORCH, None, CPU), pages.plan(TRITON, None, device)
     q = TORCH.norm_rotary_write(qkv, w, 1e-6, angle.cos(), angle.sin(), expected, plan)
     on = [t.to(device) for t in (angle.cos(), angle.sin())]
     assert_close(TRITON.norm_rotary_write(qkv.to(device), w.to(device), 1e-6, *on, found, own), q, dtype)

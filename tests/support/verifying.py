@@ -24,7 +24,7 @@ def make_engine(
     path: Path, *, pages: int = 64, dtype: torch.dtype = torch.float32, prefix_cache: bool = True, **settings: Any
 ) -> VerifyEngine:
     """An engine on a saved target, pages of 16 positions."""
-    model = load_target(path, dtype=dtype, device=CPU, kernels=select_kernels("torch", CPU))
+    model = load_target(path, dtype=dtype, device=CPU, kernels=select_kernels("auto", CPU))
     own = EngineSettings(**settings)
     cache = KVCache(
         model.config,

@@ -13,7 +13,7 @@ from training.plan import RunPlan
 
 @pytest.fixture(scope="session")
 def target(tiny_gemma: Path) -> TargetModel:
-    kernels = select_kernels("torch", data_sets.CPU)
+    kernels = select_kernels("auto", data_sets.CPU)
     return load_target(tiny_gemma, dtype=torch.bfloat16, device=data_sets.CPU, kernels=kernels)
 
 

@@ -31,7 +31,7 @@ def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(target_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few steps of a drafter that fits: plain tap, whole vocabulary, a Qwen3 target."""
     directory = tmp_path_factory.mktemp("qwen")
-    target = load_target(target_path, dtype=torch.bfloat16, device=CPU, kernels=select_kernels("torch", CPU))
+    target = load_target(target_path, dtype=torch.bfloat16, device=CPU, kernels=select_kernels("auto", CPU))
     data = data_sets.make(target, directory / "set")
     plan = data_sets.run_plan(target_path, data, directory)
     layers = tuple(range(target.config.num_layers - 1))[:2]

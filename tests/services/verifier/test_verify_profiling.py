@@ -14,7 +14,7 @@ from torch import device, float32
 
 from dspark.costs import CostModel, CostProfile, Point, Refined
 from dspark.costs.files import profiles_dir
-from dspark.kernels import TORCH
+from dspark.kernels import select_kernels
 from dspark.messages import OpenSequence, Sampling, SequenceKey, StepItem, StepResult
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel, load_target
@@ -32,7 +32,7 @@ class Rig:
     """A worker's engine on a model and cache, and a rehearsal beside it."""
 
     def __init__(self, path: Path, *, pages: int = 200, most: int = 64) -> None:
-        self.model: TargetModel = load_target(path, dtype=float32, device=CPU, kernels=TORCH)
+        self.model: TargetModel = load_target(path, dtype=float32, device=CPU, kernels=select_kernels("auto", CPU))
         self.cache = KVCache(self.model.config, pages=pages, dtype=float32, device=CPU, max_step_rows=most)
         self.settings = EngineSettings(max_step_tokens=most)
         self.engine = VerifyEngine(self.model, self.cache, self.settings)

@@ -1,0 +1,94 @@
+"""Compiled attention: equal to torch's on awkward shapes, and the same bits in any company."""
+
+import pytest
+import torch
+from support.paged import CPU, PAGE, Pages
+
+from dspark.kernels import TORCH, attend_llvm, attention_llvm, team
+from dspark.kernels.attend_llvm import Heads
+from dspark.kernels.attention import AttentionPlan, Span
+from dspark.kernels.attention_llvm import RowPlan
+
+if not team.available():
+    pytest.skip("this torch has no OpenMP that can be called", allow_module_level=True)
+
+from dspark.kernels.llvm_kernels import LLVM
+
+LENGTHS = ((0, 1), (0, 63), (15, 1), (16, 2), (511, 3), (700, 6), (1030, 1))
+SHAPES = [
+    (4, 1, 256, None),
+    (4, 1, 256, 512),
+    (1, 1, 32, 1),  # sees itself alone
+    (4, 2, 60, 40),
+    (3, 1, 16, 7),
+    (2, 2, 64, 513),
+    (7, 1, 40, None),
+    (16, 2, 24, 100),
+    (5, 5, 7, 17),  # no vector of two divides a head
+]
+
+
+def filled(pages: Pages, window: int | None, lanes: int | None = None) -> torch.Tensor:
+    """Attention into memory that reads as NaN, over pages whose unwritten places do too."""
+    plan = pages.plan(LLVM, window, CPU)
+    assert isinstance(plan, RowPlan)
+    plan.rooms.fill_(torch.nan)
+    out = torch.full((len(pages.q), pages.heads * pages.dim), torch.nan)
+    code = attend_llvm.compiled(Heads(pages.heads // pages.kv_heads, pages.dim, PAGE), lanes)
+    attention_llvm.attend(code.function, pages.q, unwritten(pages), plan, float(pages.dim**-0.5), out)
+    return out
+
+
+def unwritten(pages: Pages) -> torch.Tensor:
+    """The pages with NaN wherever no position lies, and on nobody's page."""
+    kept = torch.zeros(pages.storage.shape[1] * PAGE, dtype=torch.bool)
+    for span in pages.spans:
+        for position in range(span.start + span.count):
+            kept[span.pages[position // PAGE] * PAGE + position % PAGE] = True
+    rows = pages.storage.view(len(pages.storage), -1, pages.dim)
+    return rows.masked_fill(~kept[:, None], torch.nan).view_as(pages.storage)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), SHAPES)
+def test_equal_to_torch(heads: int, kv_heads: int, dim: int, window: int | None) -> None:
+    pages = Pages(LENGTHS, heads, kv_heads, dim, torch.float32)
+    expected = pages.attend(TORCH, window)
+    for lanes in (None, 16, 4):
+        torch.testing.assert_close(filled(pages, window, lanes), expected, atol=2e-6, rtol=1e-5)
+    assert torch.equal(filled(pages, window), pages.attend(LLVM, window))
+    assert torch.equal(pages.plan(LLVM, window, CPU).slots, pages.plan(TORCH, window, CPU).slots)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_keep_their_bits(window: int | None, threads: int) -> None:
+    """A row alone, in its piece, in another piece, and among others, whoever computes it."""
+    pages = Pages(((505, 12), (600, 4), (0, 20), (3, 1)), 4, 2, 24, torch.float32)
+    whole = pages.attend(LLVM, window)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for span in pages.spans:
+            for first, count in {(0, span.count), (0, 1), (span.count - 1, 1), (span.count // 3, -(-span.count // 2))}:
+                part = Span(0, span.start + first, count, span.pages)
+                rows = slice(span.first_row + first, span.first_row + first + count)
+                assert torch.equal(pages.attend(LLVM, window, spans=[part], rows=rows), whole[rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_scores_of_any_size() -> None:
+    """The softmax neither overflows nor loses the only key that counts."""
+    pages = Pages(((40, 2),), 4, 1, 32, torch.float32)
+    for scale in (1e-20, 1.0, 1e4):
+        found, expected = (
+            kernels.paged_attention(pages.q, pages.storage, pages.plan(kernels, None, CPU), scale)
+            for kernels in (LLVM, TORCH)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_stays_with_torch() -> None:
+    pages = Pages(((5, 2),), 2, 1, 32, torch.bfloat16)
+    assert isinstance(pages.plan(LLVM, None, CPU), AttentionPlan)
+    assert torch.equal(pages.attend(LLVM, None), pages.attend(TORCH, None))
