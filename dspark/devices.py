@@ -32,8 +32,8 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """bfloat16 or float32 by name; "auto" is the faster one.
 
-    That is bfloat16 but on processors that multiply it one number at a time (no AVX-512, AMX or Arm BF16): there
-    float32 takes twice the memory and, from two rows on, a half to a sixth of the time. `ConfigError` for other names.
+    That is bfloat16 but on processors that multiply it one number at a time (no AVX-512, AMX or Arm BF16), which
+    compute in float32 over the same weights. `ConfigError` for other names.
     """
     if name == "auto":
         return torch.bfloat16 if device.type != "cpu" or fast_bf16(device) else torch.float32

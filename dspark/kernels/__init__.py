@@ -29,7 +29,7 @@ class Kernels:
     """
 
     name: str
-    implementation: Literal["torch", "triton"]
+    implementation: Literal["torch", "llvm", "triton"]
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     add_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

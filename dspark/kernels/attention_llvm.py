@@ -16,26 +16,44 @@ from dspark.kernels import attention as plain
 from dspark.kernels.attend_llvm import AttendArguments, Heads
 from dspark.kernels.attention import AttentionPlan, Span
 
-__all__ = ["RowPlan", "paged_attention", "plan_attention"]
+__all__ = ["RowPlan", "Rows", "attend", "paged_attention", "plan_attention"]
 
 _ROOM_MULTIPLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What rows see: the keys `first` … `last`, both (rows,), on the pages that `tables` (rows,) points to.
+
+    `pages` are what is pointed to; `rooms` (threads, group, room) float32 is where a row's scores are kept.
+    """
+
+    first: torch.Tensor
+    last: torch.Tensor
+    tables: torch.Tensor
+    pages: torch.Tensor
+    rooms: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, first: torch.Tensor, last: torch.Tensor, before: torch.Tensor | int, pages: torch.Tensor, group: int
+    ) -> Rows:
+        """Rows whose page tables begin `before` entries into `pages`."""
+        keys = int((last - first).max()) + 1
+        room = (keys // _ROOM_MULTIPLE + 2) * _ROOM_MULTIPLE
+        tables = torch.zeros_like(last) + before * pages.element_size() + pages.data_ptr()
+        return cls(first, last, tables, pages, torch.empty(torch.get_num_threads(), group, room))
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """What all layers of one group share in one step.
 
-    `slots` (rows,) are page · page_size + offset of each row's own key and value; a row sees the keys `first` … `last`,
-    both (rows,), on the pages that `tables` (rows,) points to, which are in `pages`. `rooms` (threads, group, room)
-    float32 is where a row's scores are kept.
+    `slots` (rows,) are page · page_size + offset of each row's own key and value.
     """
 
     slots: torch.Tensor
-    first: torch.Tensor
-    last: torch.Tensor
-    tables: torch.Tensor
-    pages: torch.Tensor
-    rooms: torch.Tensor
+    rows: Rows
     page_size: int
 
 
@@ -54,10 +72,7 @@ def plan_attention(
     behind = sizes.cumsum(0)[owners]  # pages of the sequences before
     first = torch.zeros_like(last) if window is None else (last - (window - 1)).clamp_(min=0)
     slots = pages[behind + last // page_size] * page_size + last % page_size
-    tables = behind * pages.element_size() + pages.data_ptr()
-    keys = int((last - first).max()) + 1
-    room = (keys // _ROOM_MULTIPLE + 2) * _ROOM_MULTIPLE
-    return RowPlan(slots, first, last, tables, pages, torch.empty(torch.get_num_threads(), group, room), page_size)
+    return RowPlan(slots, Rows.of(first, last, behind, pages, group), page_size)
 
 
 def paged_attention(
@@ -66,20 +81,16 @@ def paged_attention(
     """As `attention.paged_attention`."""
     if isinstance(plan, AttentionPlan):
         return plain.paged_attention(q, storage, plan, scale)
-    rows, heads, dim = q.shape
-    out = q.new_empty(rows, heads * dim)
-    kv_heads = storage.shape[0] // 2
-    code = attend_llvm.compiled(Heads(heads // kv_heads, dim, plan.page_size))
-    attend(code.function, q.contiguous(), storage, plan, scale, out)
+    count, heads, dim = q.shape
+    out = q.new_empty(count, heads * dim)
+    code = attend_llvm.compiled(Heads(heads // (len(storage) // 2), dim, plan.page_size))
+    attend(code.function, q.contiguous(), storage, plan.rows, scale, out)
     return out
 
 
-def attend(
-    function: int, q: torch.Tensor, storage: torch.Tensor, plan: RowPlan, scale: float, out: torch.Tensor
-) -> None:
+def attend(function: int, q: torch.Tensor, storage: torch.Tensor, rows: Rows, scale: float, out: torch.Tensor) -> None:
     """Fill `out` (rows, heads · D) by a compiled attention."""
-    tensors = q, storage, out, plan.first, plan.last, plan.tables
-    sizes = len(q), storage.shape[0] // 2, storage.stride(0)
-    addresses = (tensor.data_ptr() for tensor in tensors)
-    rooms = plan.rooms.data_ptr(), plan.rooms.shape[2]
+    addresses = (tensor.data_ptr() for tensor in (q, storage, out, rows.first, rows.last, rows.tables))
+    sizes = len(q), len(storage) // 2, storage.stride(0)
+    rooms = rows.rooms.data_ptr(), rows.rooms.shape[2]
     team.run(function, AttendArguments(*addresses, *sizes, scale, *rooms, 0, 0))

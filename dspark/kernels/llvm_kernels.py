@@ -14,6 +14,7 @@ __all__ = ["LLVM"]
 LLVM = replace(
     TORCH,
     name="llvm",
+    implementation="llvm",
     rms_norm=rms_norm,
     add_norm=add_norm,
     norm_rotary_write=norm_rotary_write,

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
         Literal["auto", "bfloat16", "float32"],
         Field(description="Weights and context K/V; auto: bfloat16 where the device multiplies it fast"),
     ] = "auto"
-    kernels: Annotated[Literal["auto", "torch", "triton"], Field(description="Kernel implementations")] = "auto"
+    kernels: Annotated[Literal["auto", "torch", "llvm", "triton"], Field(description="Kernel implementations")] = "auto"
     context_positions: Annotated[int, Field(ge=16, description="Room for context K/V, all sequences")] = 131_072
     draft_top_k: Annotated[int, Field(ge=1, le=1024, description="Most likely tokens that a draft is drawn from")] = 64
     lookup: Annotated[

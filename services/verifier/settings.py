@@ -36,7 +36,7 @@ class Settings(BaseSettings):
         Literal["plain", "int8"],
         Field(description="int8: on a CPU, round matrices to half their bytes; outputs are then that model's own"),
     ] = "plain"
-    kernels: Annotated[Literal["auto", "torch", "triton"], Field(description="Kernel implementations")] = "auto"
+    kernels: Annotated[Literal["auto", "torch", "llvm", "triton"], Field(description="Kernel implementations")] = "auto"
     pages: Annotated[int, Field(ge=2, description="K/V cache pages")] = 2048
     page_size: Annotated[int, Field(ge=1, le=1024, description="Positions of one page")] = 16
     prefix_cache: Annotated[bool, Field(description="Reuse K/V of equal beginnings")] = True

@@ -1,9 +1,9 @@
-"""The draft service's own kernels, chosen with the shared ones; each Triton kernel beside its torch reference."""
+"""The draft service's own kernels, chosen with the shared ones; each kernel beside its torch reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +34,10 @@ def draft_kernels(shared: Kernels) -> DraftKernels:
     """Those that go with the shared kernels."""
     if shared.implementation == "torch":
         return _TORCH
+    if shared.implementation == "llvm":
+        from services.draft.kernels import attention_llvm  # noqa: PLC0415 - llvmlite is an extra
+
+        return replace(_TORCH, plan_block=attention_llvm.plan_block, block_attention=attention_llvm.block_attention)
     from services.draft.kernels import attention_triton, sequential_triton  # noqa: PLC0415 - triton is an extra
 
     return DraftKernels(attention_triton.plan_block, attention_triton.block_attention, sequential_triton.draft_tokens)

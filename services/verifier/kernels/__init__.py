@@ -31,7 +31,7 @@ _TORCH = VerifierKernels(verify, features.tap_inputs, features.tap_outputs)
 
 def verifier_kernels(shared: Kernels) -> VerifierKernels:
     """Those that go with the shared kernels."""
-    if shared.implementation == "torch":
+    if shared.implementation != "triton":
         return _TORCH
     from services.verifier.kernels import features_triton, verify_triton  # noqa: PLC0415 - triton is an extra
 

@@ -32,10 +32,10 @@ def filled(pages: Pages, window: int | None, lanes: int | None = None) -> torch.
     """Attention into memory that reads as NaN, over pages whose unwritten places do too."""
     plan = pages.plan(LLVM, window, CPU)
     assert isinstance(plan, RowPlan)
-    plan.rooms.fill_(torch.nan)
+    plan.rows.rooms.fill_(torch.nan)
     out = torch.full((len(pages.q), pages.heads * pages.dim), torch.nan)
     code = attend_llvm.compiled(Heads(pages.heads // pages.kv_heads, pages.dim, PAGE), lanes)
-    attention_llvm.attend(code.function, pages.q, unwritten(pages), plan, float(pages.dim**-0.5), out)
+    attention_llvm.attend(code.function, pages.q, unwritten(pages), plan.rows, float(pages.dim**-0.5), out)
     return out
 
 

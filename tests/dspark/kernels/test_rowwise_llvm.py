@@ -1,6 +1,7 @@
 """Compiled norms, rotary embedding and activations: equal to torch's, and the same bits in any company."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ if not team.available():
 from dspark.kernels.llvm_kernels import LLVM
 
 EPS = 1e-6
-CLOSE = {"atol": 1e-6, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-5}
 
 
 @pytest.fixture(autouse=True)
