@@ -3,8 +3,9 @@
     python -m benchmarks.steps [--weights int8] [--tokens 1 8 64] [--contexts 64 512] [--json FILE]
 
 Steps run in the engines, whole: plan, forward, head, sampling at temperature 1, commit. Each sample is followed by one
-of reading as many bytes as the target's plain weights have, the least that a step could take; a neighbour on the
-machine slows both. Matrix throughput is that of one large product. A point's tokens are spread over sequences of four.
+of reading as many bytes as the target's weights have in bfloat16, the least that a step could take; a neighbour on the
+machine slows both. Matrix throughput is that of one large product, by torch or by the kernels at hand, whichever is
+faster. A point's tokens are spread over sequences of four.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ program.wait_briefly()  # as the workers do, before torch loads
 import torch  # noqa: E402
 
 from dspark.devices import pick_dtype  # noqa: E402
-from dspark.kernels import select_kernels  # noqa: E402
-from dspark.kernels.linear import linear  # noqa: E402
+from dspark.kernels import Kernels, select_kernels  # noqa: E402
+from dspark.kernels.linear import linear as plain_linear  # noqa: E402
 from dspark.kernels.linear_int8 import with_int8_weights  # noqa: E402
 from dspark.models.config import TargetConfig  # noqa: E402
 from dspark.models.kv_cache import KVCache  # noqa: E402
@@ -71,10 +72,11 @@ class Machine:
         return _seconds(self._stream.sum)
 
     @staticmethod
-    def flops(dtype: torch.dtype, repeats: int = 10) -> float:
+    def flops(dtype: torch.dtype, kernels: Kernels, repeats: int = 10) -> float:
         """Floating-point operations a second of one product of 1024 x 4096 x 4096."""
-        layer, rows = linear(torch.randn(4096, 4096).to(dtype)), torch.randn(1024, 4096).to(dtype)
-        return 2.0 * 1024 * 4096 * 4096 / min(_seconds(lambda: layer(rows)) for _ in range(repeats))
+        weight, rows = torch.randn(4096, 4096).bfloat16().to(dtype), torch.randn(1024, 4096).to(dtype)
+        layers = [made(weight) for made in (plain_linear, kernels.linear)]
+        return 2.0 * 1024 * 4096 * 4096 / min(_seconds(partial(own, rows)) for own in layers for _ in range(repeats))
 
 
 def sample(machine: Machine, step: Callable[[], float], repeats: int) -> dict[str, float]:
@@ -103,13 +105,15 @@ def verify_steps(args: argparse.Namespace, model: TargetModel, machine: Machine,
     return entries
 
 
-def draft_steps(args: argparse.Namespace, target: Path, machine: Machine, dtype: torch.dtype) -> list[dict[str, Any]]:
+def draft_steps(
+    args: argparse.Namespace, target: Path, machine: Machine, dtype: torch.dtype, kernels: Kernels
+) -> list[dict[str, Any]]:
     """One entry for each number of blocks and context."""
     path = find_drafter(args.drafter, args.model)
     if path is None:
         return []
     drafter = load_drafter(path, target, dtype=dtype, device=_CPU)
-    engine = DraftEngine(drafter, DraftChooser(), select_kernels("auto", _CPU), context_positions=1 << 15)
+    engine = DraftEngine(drafter, DraftChooser(), kernels, context_positions=1 << 15)
     size = TapOffer.of(drafter, path).row_bytes // 2
     with ExitStack() as stack:
         steps = stack.enter_context(rehearsal(engine, size))
@@ -129,24 +133,25 @@ def _seconds(work: Callable[[], object]) -> float:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured."""
     path = resolve_model(args.model)
-    kernels = select_kernels("auto", _CPU)
+    kernels = select_kernels(args.kernels, _CPU)
     if args.weights == "int8":
         kernels = with_int8_weights(kernels, _CPU)
     dtype = pick_dtype(args.dtype, _CPU)
     model = load_target(path, dtype=dtype, device=_CPU, kernels=kernels)
-    weight_bytes = dtype.itemsize * (layer_weights(model.config) + head_weights(model.config))
+    weight_bytes = torch.bfloat16.itemsize * (layer_weights(model.config) + head_weights(model.config))
     machine = Machine(weight_bytes)
-    flops = machine.flops(dtype)
+    flops = machine.flops(dtype, kernels)
     return {
         "model": model.info.name,
         "weights": args.weights,
+        "kernels": kernels.name,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "weight_bytes": weight_bytes,
         "gflops": flops / 1e9,
         "stream_ms": min(machine.stream() for _ in range(10)) * 1e3,
         "verify": verify_steps(args, model, machine, flops),
-        "draft": draft_steps(args, path, machine, dtype),
+        "draft": draft_steps(args, path, machine, dtype, kernels),
     }
 
 
@@ -158,7 +163,8 @@ def show(report: dict[str, Any]) -> None:
         figures = f"{e['ms']:.1f}", f"{e['least_ms']:.1f}", f"{e['ratio']:.2f}", f"{e['throughput_share']:.0%}"
         verify.add_row(str(e["tokens"]), str(e["context"]), *figures)
     verify.caption = (
-        f"{report['model']} in {report['dtype']}, {report['weights']} weights, {report['threads']} threads. "
+        f"{report['model']} in {report['dtype']}, {report['weights']} weights, kernels {report['kernels']}, "
+        f"{report['threads']} threads. "
         f"Reading {gigabytes:.2f} GB takes {report['stream_ms']:.1f} ms at best "
         f"({gigabytes / report['stream_ms'] * 1e3:.0f} GB/s); matrices {report['gflops']:.0f} GFLOP/s."
     )
@@ -178,6 +184,7 @@ def main() -> None:
     parser.add_argument("--drafter", default="default")
     parser.add_argument("--weights", choices=("plain", "int8"), default="plain")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--kernels", choices=("auto", "torch", "llvm"), default="auto")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512, 2048])
     parser.add_argument("--repeats", type=int, default=15)

@@ -129,8 +129,8 @@ class _Writing:
     def _row(self, task: _Task, rows: ir.Value, position: ir.Value) -> ir.Value:
         """Where a position's key or value lies."""
         size = number(self._heads.page_size)
-        page = self._build.load(self._write.at(task.table, self._build.sdiv(position, size)))
-        slot = self._build.add(self._build.mul(page, size), self._build.srem(position, size))
+        page = self._build.load(self._write.at(task.table, self._build.udiv(position, size)))
+        slot = self._build.add(self._build.mul(page, size), self._build.urem(position, size))
         return self._write.at(rows, self._write.times(slot, self._heads.dim))
 
     def _scores(self, task: _Task, rooms: Sequence[ir.Value], scale: ir.Value) -> ir.Value:
