@@ -1,11 +1,11 @@
-"""Attention of single rows over paged keys and values, as code for the processor at hand.
+"""Attention of rows over paged keys and values, as code for the processor at hand.
 
-A task is a row and a key/value head: scores of all keys the row sees, their softmax, the mean of the values. Keys are
-taken in units that begin at multiples of their size, sums run through the keys in order: a row's bits are a function of
-its position, its keys and its query. Nothing is gathered, padded or masked; a row reads its pages where they lie, and
-the query heads of a group share each vector read.
+A task is a tile, some rows of one sequence in order, and a key/value head: scores of all keys that the rows see, each
+row's softmax, the means of the values. Keys and values are read where they lie, once for all rows of a tile and all
+query heads of a group. Units of keys begin at multiples of their size, a row's sums run through its keys in order and
+through lanes by position: its bits are a function of its position, its keys and its query, whatever tile it is in.
 
-Knows registers and loops. Pages and spans are `attention_llvm`'s.
+Knows registers and loops. Pages, spans and tiles are `attention_llvm`'s.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = ["Attend", "AttendArguments", "Heads", "compiled"]
 
 _SUMS = 8  # in registers: enough to hide a multiply-add's latency, few enough for AVX2's sixteen registers
 _MOST_HEADS = 4  # that share a vector read
+_KEYS = 16  # that lie beside each other in turn; scores begin at multiples of it, so that lanes are those of positions
 _LEAST_SCORE = float("-inf")
 
 
@@ -31,18 +32,17 @@ class AttendArguments(ctypes.Structure):
     """What the compiled attention reads.
 
     `q` and `out` (rows, kv_heads · group, D) and `storage` (2 · kv_heads, pages · page_size, D) are float32, a head of
-    storage `head_stride` numbers. Row r sees keys `first[r]` … `last[r]`, and `tables[r]` points to its sequence's page
-    numbers; all of these are 64-bit integers. `rooms` has a piece of group · `room` numbers for each thread, `room` a
-    multiple of 16 and at least the keys of a row and 32 more. `next_room` and `next` are 0 at the start.
+    storage `head_stride` numbers. Row r sees keys `first[r]` … `last[r]`; tile t has rows `begin[t]` … `end[t]` - 1, in
+    order of their positions, and `tables[t]` points to its sequence's page numbers; all of these are 64-bit integers.
+    `rooms` has a piece for each thread, for each row of a tile and head of a group `room` numbers: at least the keys
+    that a tile sees and 32 more. `next_room` and `next` are 0 at the start.
     """
 
     _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("q", "storage", "out", "first", "last", "tables", "rows", "kv_heads", "head_stride")
-        ),
+        *((name, ctypes.c_int64) for name in ("q", "storage", "out", "first", "last", "begin", "end", "tables")),
+        *((name, ctypes.c_int64) for name in ("tiles", "kv_heads", "head_stride")),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("rooms", "room", "next_room", "next")),
+        *((name, ctypes.c_int64) for name in ("rooms", "room", "piece", "next_room", "next")),
     ]
 
 
@@ -76,105 +76,142 @@ def compiled(heads: Heads, lanes: int | None = None) -> Attend:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One row and key/value head: pointers, the keys it sees, and the first key that has a score."""
+    """One tile and key/value head: its rows, where they see keys, and the page numbers."""
 
-    q: ir.Value
+    begin: ir.Value
+    end: ir.Value
+    head: ir.Value
     keys: ir.Value
     values: ir.Value
-    out: ir.Value
     table: ir.Value
-    first: ir.Value
-    last: ir.Value
     start: ir.Value
+    """The first key that has a score."""
+    behind: ir.Value
+    """Of the tile's last key."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a task: its query heads, what becomes of them, their scores, and the keys it sees."""
+
+    q: ir.Value
+    out: ir.Value
+    scores: Sequence[ir.Value]
+    first: ir.Value
+    behind: ir.Value
 
 
 class _Writing:
     def __init__(self, write: Writer, heads: Heads) -> None:
         self._write, self._build, self._heads = write, write.build, heads
         self._parts = [range(at, min(at + _MOST_HEADS, heads.group)) for at in range(0, heads.group, _MOST_HEADS)]
+        self._beside = math.gcd(_KEYS, heads.page_size)
+        self._fields = write.fields(AttendArguments)
+        given = {name: self._build.load(at) for name, at in self._fields.items()}
+        for name in ("q", "storage", "out", "rooms"):
+            given[name] = self._build.inttoptr(given[name], FLOAT.as_pointer())
+        for name in ("first", "last", "begin", "end", "tables"):
+            given[name] = self._build.inttoptr(given[name], INT.as_pointer())
+        given["scale"] = self._build.fptrunc(self._build.bitcast(given["scale"], ir.DoubleType()), FLOAT)
+        self._given: Mapping[str, ir.Value] = given
 
     def write(self) -> None:
         """The whole function: rooms for scores, tasks one by one."""
-        write, build = self._write, self._build
-        fields = write.fields(AttendArguments)
-        given = {name: build.load(at) for name, at in fields.items()}
-        scale = build.fptrunc(build.bitcast(given["scale"], ir.DoubleType()), FLOAT)
-        room = build.inttoptr(given["rooms"], FLOAT.as_pointer())
-        mine = write.take(fields["next_room"], number(1))
-        room = write.at(room, build.mul(mine, write.times(given["room"], self._heads.group)))
-        rooms = [write.at(room, write.times(given["room"], head)) for head in range(self._heads.group)]
-        tasks = build.mul(given["rows"], given["kv_heads"])
-        with write.taking(fields["next"], number(1), tasks) as (index, _):
-            task = self._task(given, index)
-            end = self._scores(task, rooms, scale)
-            shares = [self._softmax(scores, end) for scores in rooms]
-            self._mean(task, rooms, shares)
-        build.ret_void()
+        write, given = self._write, self._given
+        mine = write.take(self._fields["next_room"], number(1))
+        room = write.at(given["rooms"], self._build.mul(mine, given["piece"]))
+        tasks = self._build.mul(given["tiles"], given["kv_heads"])
+        with write.taking(self._fields["next"], number(1), tasks) as (index, _):
+            task = self._task(index)
+            self._scores(task, room)
+            self._means(task, room)
+        self._build.ret_void()
 
-    def _task(self, given: Mapping[str, ir.Value], index: ir.Value) -> _Task:
-        write, build, dim = self._write, self._build, self._heads.dim
-        row, head = build.sdiv(index, given["kv_heads"]), build.srem(index, given["kv_heads"])
-        q, storage, out = (build.inttoptr(given[name], FLOAT.as_pointer()) for name in ("q", "storage", "out"))
-        first, last, table = (
-            build.load(write.at(build.inttoptr(given[name], INT.as_pointer()), row))
-            for name in ("first", "last", "tables")
-        )
-        heads = write.times(index, self._heads.group * dim)
-        keys = write.at(storage, build.mul(head, given["head_stride"]))
+    def _task(self, index: ir.Value) -> _Task:
+        write, build, given = self._write, self._build, self._given
+        tile, head = build.udiv(index, given["kv_heads"]), build.urem(index, given["kv_heads"])
+        begin, end, table = (build.load(write.at(given[name], tile)) for name in ("begin", "end", "tables"))
+        keys = write.at(given["storage"], build.mul(head, given["head_stride"]))
         values = write.at(keys, build.mul(given["kv_heads"], given["head_stride"]))
-        start = build.sub(first, build.srem(first, number(_SUMS)))
+        first = build.load(write.at(given["first"], begin))
+        last = build.load(write.at(given["last"], build.sub(end, number(1))))
+        start = build.sub(first, build.urem(first, number(_KEYS)))
         table = build.inttoptr(table, INT.as_pointer())
-        return _Task(write.at(q, heads), keys, values, write.at(out, heads), table, first, last, start)
+        return _Task(begin, end, head, keys, values, table, start, build.add(last, number(1)))
 
-    def _row(self, task: _Task, rows: ir.Value, position: ir.Value) -> ir.Value:
+    def _row(self, task: _Task, room: ir.Value, row: ir.Value) -> _Row:
+        write, build, given = self._write, self._build, self._given
+        group, dim = self._heads.group, self._heads.dim
+        heads = write.times(build.add(build.mul(row, given["kv_heads"]), task.head), group * dim)
+        own = build.mul(write.times(build.sub(row, task.begin), group), given["room"])
+        scores = [write.at(room, own, write.times(given["room"], head)) for head in range(group)]
+        first, last = (build.load(write.at(given[name], row)) for name in ("first", "last"))
+        at = write.at(given["q"], heads), write.at(given["out"], heads)
+        return _Row(*at, scores, first, build.add(last, number(1)))
+
+    def _lying(self, task: _Task, rows: ir.Value, position: ir.Value) -> ir.Value:
         """Where a position's key or value lies."""
         size = number(self._heads.page_size)
         page = self._build.load(self._write.at(task.table, self._build.udiv(position, size)))
         slot = self._build.add(self._build.mul(page, size), self._build.urem(position, size))
         return self._write.at(rows, self._write.times(slot, self._heads.dim))
 
-    def _scores(self, task: _Task, rooms: Sequence[ir.Value], scale: ir.Value) -> ir.Value:
-        """Scaled scores of the keys start … last into each head's room, -inf where not seen; their count, filled up."""
-        write, build = self._write, self._build
-        behind = build.add(task.last, number(1))
-        for part in self._parts:
-            unit = math.gcd(_beside(part), self._heads.page_size)
-            with write.counting(task.start, behind, unit) as key:
-                self._unit(task, rooms, scale, part, key, unit)
-        lanes = number(write.lanes)
-        count = build.sub(behind, task.start)
-        end = build.mul(build.sdiv(build.add(count, number(write.lanes - 1)), lanes), lanes)
-        hidden = ir.Constant(FLOAT, _LEAST_SCORE)
-        for scores in rooms:
-            with write.counting(number(0), build.sub(task.first, task.start)) as index:
-                build.store(hidden, write.at(scores, index))
-            with write.counting(count, end) as index:
-                build.store(hidden, write.at(scores, index))
-        return end
+    # ---- scores
 
-    def _unit(
-        self, task: _Task, rooms: Sequence[ir.Value], scale: ir.Value, part: range, key: ir.Value, unit: int
-    ) -> None:
-        """Scores of `unit` keys from `key` on, which share a page, for the heads of a part."""
+    def _scores(self, task: _Task, room: ir.Value) -> None:
+        """Of every row of a task, scaled, for the keys start … behind - 1."""
         write, build = self._write, self._build
-        at = self._row(task, task.keys, key)
+        for part in self._parts:
+            unit = math.gcd(_beside(part), self._beside)
+            with write.counting(task.start, task.behind, unit) as key:
+                at, index = self._lying(task, task.keys, key), build.sub(key, task.start)
+                with write.counting(task.begin, task.end) as number_:
+                    self._unit(self._row(task, room, number_), part, at, index, unit)
+
+    def _unit(self, row: _Row, part: range, at: ir.Value, index: ir.Value, unit: int) -> None:
+        """Scores of `unit` keys from `at` on, which share a page, for the heads of a part."""
+        write, build = self._write, self._build
 
         def add(place: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             keys = [write.load(write.at(at, number(n * self._heads.dim), place)) for n in range(unit)]
-            queries = [write.load(write.at(task.q, number(head * self._heads.dim), place)) for head in part]
+            queries = [write.load(write.at(row.q, number(head * self._heads.dim), place)) for head in part]
             pairs = ((query, one) for query in queries for one in keys)
             return [write.fma(*pair, total) for pair, total in zip(pairs, sums, strict=True)]
 
         zeros = [write.zero] * (unit * len(part))
         sums = write.summing(number(0), number(self._heads.dim), zeros, add, step=write.lanes)
-        index = build.sub(key, task.start)
         for place, total in enumerate(sums):
-            score = build.fmul(write.folded(total, build.fadd), scale)
-            build.store(score, write.at(rooms[part[place // unit]], index, number(place % unit)))
+            score = build.fmul(write.folded(total, build.fadd), self._given["scale"])
+            build.store(score, write.at(row.scores[part[place // unit]], index, number(place % unit)))
 
-    def _softmax(self, scores: ir.Value, end: ir.Value) -> ir.Value:
-        """Scores become powers of e; one over their sum."""
+    # ---- means
+
+    def _means(self, task: _Task, room: ir.Value) -> None:
+        """Softmax of every row, then the values' means, some values at a time for all rows."""
         write, build = self._write, self._build
+        size = number(self._heads.group * self._heads.dim)
+        with write.counting(task.begin, task.end) as number_:
+            row = self._row(task, room, number_)
+            for scores in row.scores:
+                self._softmax(task, row, scores)
+            with write.counting(number(0), size, write.lanes) as place:
+                write.store(write.zero, write.at(row.out, place))
+        first = build.sub(task.start, build.urem(task.start, number(self._beside)))
+        with write.counting(first, task.behind, self._beside) as key:
+            at = self._lying(task, task.values, key)
+            with write.counting(task.begin, task.end) as number_:
+                self._add_values(task, self._row(task, room, number_), key, at)
+
+    def _softmax(self, task: _Task, row: _Row, scores: ir.Value) -> None:
+        """Scores become weights that add up to one; those of keys that the row does not see are as if -inf."""
+        write, build = self._write, self._build
+        first, behind = (build.sub(key, task.start) for key in (row.first, row.behind))
+        begin = build.sub(first, build.urem(first, number(_KEYS)))
+        end = build.add(behind, number(write.lanes - 1))
+        end = build.sub(end, build.urem(end, number(write.lanes)))
+        for hidden in ((begin, first), (behind, end)):
+            with write.counting(*hidden) as index:
+                build.store(ir.Constant(FLOAT, _LEAST_SCORE), write.at(scores, index))
 
         def larger(index: ir.Value, most: list[ir.Value]) -> list[ir.Value]:
             return [write.larger(write.load(write.at(scores, index)), most[0])]
@@ -185,50 +222,55 @@ class _Writing:
             write.store(value, at)
             return [build.fadd(total[0], value)]
 
-        found = write.summing(number(0), end, [write.constant(_LEAST_SCORE)], larger, step=write.lanes)
+        found = write.summing(begin, end, [write.constant(_LEAST_SCORE)], larger, step=write.lanes)
         most = write.broadcast(write.folded(found[0], write.larger))
-        total = write.summing(number(0), end, [write.zero], power, step=write.lanes)
-        return build.fdiv(ir.Constant(FLOAT, 1.0), write.folded(total[0], build.fadd))
+        total = write.summing(begin, end, [write.zero], power, step=write.lanes)
+        share = write.broadcast(build.fdiv(ir.Constant(FLOAT, 1.0), write.folded(total[0], build.fadd)))
+        with write.counting(begin, end, write.lanes) as index:
+            at = write.at(scores, index)
+            write.store(build.fmul(write.load(at), share), at)
 
-    def _mean(self, task: _Task, rooms: Sequence[ir.Value], shares: Sequence[ir.Value]) -> None:
-        """The values' mean under the softmax, some vectors of a head at a time."""
-        vectors = self._heads.dim // self._write.lanes
+    def _add_values(self, task: _Task, row: _Row, key: ir.Value, at: ir.Value) -> None:
+        """To a row's means those of `beside` values from `key` on, which lie at `at`, that it sees."""
+        write, build, lanes = self._write, self._build, self._write.lanes
+        begin = build.sub(write.most(key, row.first), key)
+        end = build.sub(write.least(build.add(key, number(self._beside)), row.behind), key)
+        index = build.sub(key, task.start)
+        vectors = self._heads.dim // lanes
         for part in self._parts:
             wide = _beside(part)
             whole = vectors - vectors % wide
-            lanes = self._write.lanes
-            with self._write.counting(number(0), number(whole * lanes), wide * lanes) as place:
-                self._piece(task, rooms, shares, part, place, wide)
+            scores = [write.at(row.scores[head], index) for head in part]
+            outs = [write.at(row.out, number(head * self._heads.dim)) for head in part]
+            with write.counting(number(0), number(whole * lanes), wide * lanes) as place:
+                self._piece(scores, outs, write.at(at, place), place, (begin, end), wide)
             for vector in range(whole, vectors):
-                self._piece(task, rooms, shares, part, number(vector * lanes), 1)
+                place = number(vector * lanes)
+                self._piece(scores, outs, write.at(at, place), place, (begin, end), 1)
 
     def _piece(
         self,
-        task: _Task,
-        rooms: Sequence[ir.Value],
-        shares: Sequence[ir.Value],
-        part: range,
+        scores: Sequence[ir.Value],
+        outs: Sequence[ir.Value],
+        at: ir.Value,
         place: ir.Value,
+        keys: tuple[ir.Value, ir.Value],
         wide: int,
     ) -> None:
-        """`wide` vectors from `place` on of the heads of a part."""
+        """`wide` vectors from `place` on of some heads."""
         write, build = self._write, self._build
+        places = [write.at(out, number(n * write.lanes), place) for out in outs for n in range(wide)]
 
         def add(key: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            at = write.at(self._row(task, task.values, key), place)
-            values = [write.load(write.at(at, number(n * write.lanes))) for n in range(wide)]
-            index = build.sub(key, task.start)
-            weights = [write.broadcast(build.load(write.at(rooms[head], index))) for head in part]
+            row = write.at(at, write.times(key, self._heads.dim))
+            values = [write.load(write.at(row, number(n * write.lanes))) for n in range(wide)]
+            weights = [write.broadcast(build.load(write.at(own, key))) for own in scores]
             pairs = ((weight, value) for weight in weights for value in values)
             return [write.fma(*pair, total) for pair, total in zip(pairs, sums, strict=True)]
 
-        behind = build.add(task.last, number(1))
-        sums = write.summing(task.first, behind, [write.zero] * (wide * len(part)), add)
-        for index, total in enumerate(sums):
-            head, vector = part[index // wide], index % wide
-            result = build.fmul(total, write.broadcast(shares[head]))
-            to = write.at(task.out, number(head * self._heads.dim + vector * write.lanes), place)
-            write.store(result, to)
+        sums = write.summing(*keys, [write.load(one) for one in places], add)
+        for one, total in zip(places, sums, strict=True):
+            write.store(total, one)
 
 
 def _beside(part: range) -> int:

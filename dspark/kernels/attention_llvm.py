@@ -1,13 +1,14 @@
 """Attention of a flattened ragged batch over paged keys and values, by code compiled for the processor.
 
-Rows in float32 take it; for others the plan and the attention are torch's. Every row reads the pages of its sequence
-where they lie: see `attend_llvm`.
+Rows in float32 take it; for others the plan and the attention are torch's. Tiles of a sequence's rows
+read its pages where they lie: see `attend_llvm`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -19,30 +20,53 @@ from dspark.kernels.attention import AttentionPlan, Span
 __all__ = ["RowPlan", "Rows", "attend", "paged_attention", "plan_attention"]
 
 _ROOM_MULTIPLE = 64
+_TILE_ROWS = 8
+_TILES = 2  # that each thread should find, where there are rows enough
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What rows see: the keys `first` … `last`, both (rows,), on the pages that `tables` (rows,) points to.
+    """What rows see, and the tiles they are computed in.
 
-    `pages` are what is pointed to; `rooms` (threads, group, room) float32 is where a row's scores are kept.
+    Row r sees the keys `first` … `last`, both (rows,); tile t has the rows `begin` … `end` - 1 of one sequence, whose
+    page numbers `tables` points to, all three (tiles,). `pages` are what is pointed to; `rooms` (threads, tile rows,
+    group, room) float32 is where scores are kept.
     """
 
     first: torch.Tensor
     last: torch.Tensor
+    begin: torch.Tensor
+    end: torch.Tensor
     tables: torch.Tensor
     pages: torch.Tensor
     rooms: torch.Tensor
 
     @classmethod
     def of(
-        cls, first: torch.Tensor, last: torch.Tensor, before: torch.Tensor | int, pages: torch.Tensor, group: int
-    ) -> Rows:
-        """Rows whose page tables begin `before` entries into `pages`."""
-        keys = int((last - first).max()) + 1
+        cls, first: torch.Tensor, last: torch.Tensor, spans: Sequence[tuple[int, int, int]], pages: torch.Tensor,
+        *, group: int, kv_heads: int = 1,
+    ) -> Rows:  # fmt: skip
+        """Rows of spans (first row, count, entries of `pages` before its own).
+
+        Tiles are as large as leaves every thread some of them.
+        """
+        threads = torch.get_num_threads()
+        most = min(_TILE_ROWS, max(1, len(last) * kv_heads // (_TILES * threads)))
+        tiles = [
+            (row, min(row + most, at + count), before)
+            for at, count, before in spans
+            for row in range(at, at + count, most)
+        ]
+        begin, end, before = torch.tensor(tiles).T.contiguous()
+        keys = int((last[end - 1] - first[begin]).max()) + 1
         room = (keys // _ROOM_MULTIPLE + 2) * _ROOM_MULTIPLE
-        tables = torch.zeros_like(last) + before * pages.element_size() + pages.data_ptr()
-        return cls(first, last, tables, pages, torch.empty(torch.get_num_threads(), group, room))
+        tables = before * pages.element_size() + pages.data_ptr()
+        return cls(first, last, begin, end, tables, pages, torch.empty(threads, most, group, room))
+
+    def tiles(self, first: int, count: int) -> Rows:
+        """The same with some of the tiles only."""
+        part = slice(first, first + count)
+        return replace(self, begin=self.begin[part], end=self.end[part], tables=self.tables[part])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +87,14 @@ def plan_attention(
     """As `attention.plan_attention`."""
     if dtype != torch.float32:
         return plain.plan_attention(spans, page_size=page_size, window=window, group=group, dtype=dtype, device=device)
-    counts = torch.tensor([span.count for span in spans])
-    starts = torch.tensor([span.start - span.first_row for span in spans])
-    sizes = torch.tensor([0, *(len(span.pages) for span in spans)])
+    before = list(accumulate((len(span.pages) for span in spans), initial=0))[:-1]
     pages = torch.tensor([page for span in spans for page in span.pages])
-    owners = torch.repeat_interleave(torch.arange(len(spans)), counts)
-    last = torch.arange(len(owners)) + starts[owners]
-    behind = sizes.cumsum(0)[owners]  # pages of the sequences before
+    owners = torch.repeat_interleave(torch.tensor([span.count for span in spans]))
+    last = torch.arange(len(owners)) + torch.tensor([span.start - span.first_row for span in spans])[owners]
     first = torch.zeros_like(last) if window is None else (last - (window - 1)).clamp_(min=0)
-    slots = pages[behind + last // page_size] * page_size + last % page_size
-    return RowPlan(slots, Rows.of(first, last, behind, pages, group), page_size)
+    slots = pages[torch.tensor(before)[owners] + last // page_size] * page_size + last % page_size
+    tiled = [(span.first_row, span.count, own) for span, own in zip(spans, before, strict=True)]
+    return RowPlan(slots, Rows.of(first, last, tiled, pages, group=group), page_size)
 
 
 def paged_attention(
@@ -90,7 +112,7 @@ def paged_attention(
 
 def attend(function: int, q: torch.Tensor, storage: torch.Tensor, rows: Rows, scale: float, out: torch.Tensor) -> None:
     """Fill `out` (rows, heads · D) by a compiled attention."""
-    addresses = (tensor.data_ptr() for tensor in (q, storage, out, rows.first, rows.last, rows.tables))
-    sizes = len(q), len(storage) // 2, storage.stride(0)
-    rooms = rows.rooms.data_ptr(), rows.rooms.shape[2]
-    team.run(function, AttendArguments(*addresses, *sizes, scale, *rooms, 0, 0))
+    tensors = q, storage, out, rows.first, rows.last, rows.begin, rows.end, rows.tables
+    sizes = len(rows.begin), len(storage) // 2, storage.stride(0)
+    rooms = rows.rooms.data_ptr(), rows.rooms.shape[3], rows.rooms.stride(0)
+    team.run(function, AttendArguments(*(tensor.data_ptr() for tensor in tensors), *sizes, scale, *rooms, 0, 0))

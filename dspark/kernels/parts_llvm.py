@@ -104,6 +104,10 @@ class Writer:
         """The smaller integer."""
         return self.build.select(self.build.icmp_signed("<", a, b), a, b)
 
+    def most(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The larger integer."""
+        return self.build.select(self.build.icmp_signed(">", a, b), a, b)
+
     def constant(self, value: float) -> ir.Constant:
         """A vector of one number."""
         return ir.Constant(self.vector, [value] * self.lanes)

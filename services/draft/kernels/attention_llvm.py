@@ -7,7 +7,8 @@ one page of the shared `attend_llvm`, larger than any context.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ _ONE_PAGE = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class RowsPlan:
-    """The spans that cover a forward's rows, each with what its rows see."""
+    """The spans that cover a forward's rows, each with the tiles of its own rows."""
 
     spans: Sequence[tuple[Span, Rows]]
 
@@ -36,14 +37,13 @@ def plan_block(spans: Sequence[Span], *, causal: bool, group: int) -> RowsPlan |
         return plain.plan_block(spans, causal=causal, group=group)
     counts = [span.count for span in spans]
     starts = torch.tensor([span.context.length + span.at for span in spans])
-    ends = torch.tensor([span.count - 1 for span in spans])
-    within = torch.cat([torch.arange(count) for count in counts])
-    owners = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(counts))
-    last = starts[owners] + (within if causal else ends[owners])
-    rows = Rows.of(torch.zeros_like(last), last, 0, torch.zeros(1, dtype=torch.int64), group)
-    parts = zip(*(torch.split(part, counts) for part in (rows.first, rows.last, rows.tables)), strict=True)
-    own = (replace(rows, first=first, last=last, tables=tables) for first, last, tables in parts)
-    return RowsPlan(list(zip(spans, own, strict=True)))
+    within = torch.cat([torch.arange(count) if causal else torch.full((count,), count - 1) for count in counts])
+    last = starts.repeat_interleave(torch.tensor(counts)) + within
+    placed = [(at, count, 0) for at, count in zip(accumulate(counts, initial=0), counts, strict=False)]
+    rows = Rows.of(torch.zeros_like(last), last, placed, torch.zeros(1, dtype=torch.int64), group=group)
+    tiles = [-(-count // rows.rooms.shape[1]) for count in counts]
+    firsts = accumulate(tiles, initial=0)
+    return RowsPlan([(span, rows.tiles(*own)) for span, *own in zip(spans, firsts, tiles, strict=False)])
 
 
 def block_attention(query: Tensor, keys: Tensor, values: Tensor, plan: RowsPlan | BlockPlan, layer: int) -> Tensor:
@@ -58,6 +58,6 @@ def block_attention(query: Tensor, keys: Tensor, values: Tensor, plan: RowsPlan 
         part = slice(first, first + span.count)
         span.context.with_rows(layer, keys[part].transpose(0, 1), values[part].transpose(0, 1), span.at)
         storage = span.context.layer_rows(layer).flatten(0, 1)
-        attend(code.function, query[part], storage, rows, dim**-0.5, out[part])
+        attend(code.function, query, storage, rows, dim**-0.5, out)
         first += span.count
     return out
