@@ -113,7 +113,7 @@ def draft_steps(
     if path is None:
         return []
     drafter = load_drafter(path, target, dtype=dtype, device=_CPU)
-    engine = DraftEngine(drafter, DraftChooser(), kernels, context_positions=1 << 15)
+    engine = DraftEngine(drafter, DraftChooser(bits=kernels.keyed_bits), kernels, context_positions=1 << 15)
     size = TapOffer.of(drafter, path).row_bytes // 2
     with ExitStack() as stack:
         steps = stack.enter_context(rehearsal(engine, size))

@@ -48,11 +48,12 @@ class Proposer:
         self._tap_id = model.tap.tap_id if model else ""
         self._mode = Mode.REJECTION if setting == "rejection" else Mode.COUPLED
         self._reverse = ReverseChooser(draft_top_k=draft_top_k) if setting == "rejection" else None
+        kernels = select_kernels("auto", model.norm.weight.device if model else _CPU)
         longest = max((one.text.max_len for one in texts), default=1)
         self._engine = DraftEngine(
             drafter,
-            self._reverse or DraftChooser(draft_top_k=draft_top_k),
-            select_kernels("auto", model.norm.weight.device if model else _CPU),
+            self._reverse or DraftChooser(draft_top_k=draft_top_k, bits=kernels.keyed_bits),
+            kernels,
             context_positions=batch * (longest + _ROOM),
         )
         self._texts: dict[int, Observed] = {}

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 
 from dspark.errors import ConfigError
-from dspark.kernels import attention, fused, linear, reference, team
+from dspark.kernels import attention, fused, linear, noise, reference, team
 from dspark.kernels.linear import Activation, Linear
+from dspark.kernels.noise import KeyedBits
 
 __all__ = ["TORCH", "Kernels", "Plan", "select_kernels"]
 
@@ -24,8 +25,8 @@ Plan = Any
 class Kernels:
     """One implementation of everything that models compute with.
 
-    `dspark.kernels.reference`, `.fused`, `.attention` and `.linear` say what each of them means. `name` is part of the
-    numerics fingerprint; `implementation` is what services choose their own kernels by.
+    `dspark.kernels.reference`, `.fused`, `.attention`, `.linear` and `.noise` say what each of them means. `name` is
+    part of the numerics fingerprint; `implementation` is what services choose their own kernels by.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Kernels:
     paged_attention: Callable[[torch.Tensor, torch.Tensor, Plan, float], torch.Tensor]
     linear: Callable[[torch.Tensor], Linear]
     gated: Callable[[torch.Tensor, torch.Tensor, Activation], Linear]
+    keyed_bits: KeyedBits
 
 
 TORCH = Kernels(
@@ -53,6 +55,7 @@ TORCH = Kernels(
     paged_attention=attention.paged_attention,
     linear=linear.linear,
     gated=linear.gated,
+    keyed_bits=noise.keyed_bits,
 )
 
 

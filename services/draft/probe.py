@@ -54,7 +54,9 @@ def probe(target: TargetModel, drafter: Drafter, prompts: Sequence[Sequence[int]
         _check_prompt(f"prompt {index}", prompt, target)
     block = drafter.config.block_size
     longest = max(map(len, prompts), default=0) + block + 1
-    engine = DraftEngine(drafter, DraftChooser(), target.kernels, context_positions=longest + block)
+    engine = DraftEngine(
+        drafter, DraftChooser(bits=target.kernels.keyed_bits), target.kernels, context_positions=longest + block
+    )
     for prompt in prompts:
         anchor, features = _run_target(target, drafter, prompt)
         yield _draft(engine, [*prompt, anchor], features, block)

@@ -119,7 +119,7 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
     kernels = select_kernels(settings.kernels, device)
     engine = DraftEngine(
         drafter,
-        DraftChooser(draft_top_k=settings.draft_top_k),
+        DraftChooser(draft_top_k=settings.draft_top_k, bits=kernels.keyed_bits),
         kernels,
         context_positions=settings.context_positions,
         lookup=settings.lookup,

@@ -5,6 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
+from dspark.kernels import team
 from dspark.kernels.noise import Stream, gumbel, keyed_bits, philox4x32, signed_seed, streams, uniform
 
 # Known answers of the authors' library Random123 for philox4x32-10: counter, key, output.
@@ -70,3 +71,16 @@ def test_numbers_along_each_key_part_are_independent_and_uniform(moving: str) ->
     drawn = uniform(keyed_bits(parts["seed"], parts["item"], parts["position"], torch.zeros_like(at))).numpy()
     assert scipy.stats.kstest(drawn, "uniform").pvalue > 0.001
     assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 0.03
+
+
+@pytest.mark.skipif(not team.available(), reason="this torch has no OpenMP that can be called")
+@pytest.mark.parametrize("rows", [1, 5, 40])  # alone, and by a team
+def test_compiled_bits_are_the_same(rows: int) -> None:
+    compiled = pytest.importorskip("dspark.kernels.noise_llvm").keyed_bits
+    generator = torch.Generator().manual_seed(rows)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows, 1), generator=generator)
+    items = torch.randint(0, 2**32, (rows, 257), generator=generator)
+    items[0, :3] = torch.tensor([0, 1, 2**32 - 1])
+    positions = torch.randint(0, 2**31, (rows, 1), generator=generator)
+    for of in (torch.tensor(int(Stream.TOKEN)), torch.arange(257) % 6):
+        assert torch.equal(compiled(seeds, items, positions, of), keyed_bits(seeds, items, positions, of))
