@@ -13,6 +13,7 @@ import torch
 from dspark.errors import ConfigError
 from dspark.kernels import attention, fused, linear, noise, reference, team
 from dspark.kernels.linear import Activation, Linear
+from dspark.kernels.logits import TORCH_LOGITS, LogitKernels
 from dspark.kernels.noise import KeyedBits
 
 __all__ = ["TORCH", "Kernels", "Plan", "select_kernels"]
@@ -25,8 +26,8 @@ Plan = Any
 class Kernels:
     """One implementation of everything that models compute with.
 
-    `dspark.kernels.reference`, `.fused`, `.attention`, `.linear` and `.noise` say what each of them means. `name` is
-    part of the numerics fingerprint; `implementation` is what services choose their own kernels by.
+    `dspark.kernels.reference`, `.fused`, `.attention`, `.linear`, `.noise` and `.logits` say what each of them means.
+    `name` is part of the numerics fingerprint; `implementation` is what services choose their own kernels by.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Kernels:
     linear: Callable[[torch.Tensor], Linear]
     gated: Callable[[torch.Tensor, torch.Tensor, Activation], Linear]
     keyed_bits: KeyedBits
+    logits: LogitKernels
 
 
 TORCH = Kernels(
@@ -56,6 +58,7 @@ TORCH = Kernels(
     linear=linear.linear,
     gated=linear.gated,
     keyed_bits=noise.keyed_bits,
+    logits=TORCH_LOGITS,
 )
 
 

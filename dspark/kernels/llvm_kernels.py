@@ -7,6 +7,7 @@ from dataclasses import replace
 from dspark.kernels import TORCH
 from dspark.kernels.attention_llvm import paged_attention, plan_attention
 from dspark.kernels.linear_llvm import gated, linear
+from dspark.kernels.logits_llvm import LLVM_LOGITS
 from dspark.kernels.noise_llvm import keyed_bits
 from dspark.kernels.rowwise_llvm import add_norm, norm_rotary_write, rms_norm
 
@@ -24,4 +25,5 @@ LLVM = replace(
     linear=linear,
     gated=gated,
     keyed_bits=keyed_bits,
+    logits=LLVM_LOGITS,
 )

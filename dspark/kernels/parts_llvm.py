@@ -126,6 +126,12 @@ class Writer:
         """Lane by lane."""
         return self.build.select(self.build.fcmp_ordered(">", a, b), a, b)
 
+    def maximum(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Lane by lane, NaN where either is; for vectors of any length."""
+        build = self.build
+        larger = build.select(build.fcmp_ordered(">", a, b), a, b)  # b where it is NaN
+        return build.select(build.fcmp_unordered("uno", a, a), a, larger)
+
     def sqrt(self, x: ir.Value) -> ir.Value:
         """Lane by lane."""
         return self._call("sqrt", x)

@@ -7,6 +7,7 @@ import triton
 from dspark.kernels import Kernels
 from dspark.kernels.attention_triton import paged_attention, plan_attention
 from dspark.kernels.linear_triton import gated, linear
+from dspark.kernels.logits import TORCH_LOGITS
 from dspark.kernels.noise import keyed_bits
 from dspark.kernels.parts_triton import INTERPRETED
 from dspark.kernels.rowwise_triton import add_norm, norm_rotary, norm_rotary_write, rms_norm, rotary
@@ -26,5 +27,6 @@ TRITON = Kernels(
     paged_attention=paged_attention,
     linear=linear,
     gated=gated,
+    logits=TORCH_LOGITS,
     keyed_bits=keyed_bits,  # of choices made outside the fused kernels
 )

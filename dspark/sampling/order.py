@@ -7,20 +7,17 @@ integer key; keys are unique, so that any top-k gives the same answer on every d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from dspark.kernels.logits import BLOCK, TORCH_LOGITS, LogitKernels
 from dspark.sampling.scratch import scratch
 
 __all__ = ["BLOCK", "LogitRows", "best_first", "ordered_bits", "padded_width", "top"]
 
-BLOCK = 64
-"""Tokens a block: rows are searched, and summed, by blocks."""
-
 _LOW = 0xFFFFFFFF
 _MAGNITUDE = 0x7FFFFFFF
-_SHORT = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,19 +28,14 @@ class LogitRows:
     """float32 (rows, width); width is a multiple of `BLOCK`, -inf past the vocabulary."""
     maxima: torch.Tensor
     """float32 (rows, width / BLOCK)."""
+    passes: LogitKernels = TORCH_LOGITS
+    """What goes over them."""
 
     @staticmethod
-    def of(logits: torch.Tensor, rows: Sequence[int]) -> LogitRows:
+    def of(logits: torch.Tensor, rows: Sequence[int], passes: LogitKernels = TORCH_LOGITS) -> LogitRows:
         """A copy of some rows of bfloat16 or float32 logits (any, vocabulary)."""
-        vocab = logits.shape[1]
-        values = scratch.take("logits", len(rows), padded_width(vocab), logits.device)
-        if vocab < _SHORT or logits.is_cuda:
-            values[:, :vocab] = logits[torch.tensor(rows, device=logits.device)]
-        else:  # a gathered copy in between would cost more, in page faults, than all that follows
-            for into, row in zip(values, rows, strict=True):
-                into[:vocab] = logits[row]
-        values[:, vocab:] = -torch.inf
-        return LogitRows(values, values.view(len(rows), -1, BLOCK).amax(-1))
+        values = scratch.take("logits", len(rows), padded_width(logits.shape[1]), logits.device)
+        return LogitRows(values, passes.gather(logits, rows, values), passes)
 
     @property
     def sound(self) -> torch.Tensor:
@@ -57,7 +49,7 @@ class LogitRows:
 
     def at(self, row: int) -> LogitRows:
         """One row of these."""
-        return LogitRows(self.values[row : row + 1], self.maxima[row : row + 1])
+        return replace(self, values=self.values[row : row + 1], maxima=self.maxima[row : row + 1])
 
 
 def padded_width(vocab: int) -> int:

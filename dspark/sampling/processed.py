@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
+from dspark.kernels.logits import block_sums
 from dspark.sampling.cut import Limit, cut
-from dspark.sampling.order import BLOCK, LogitRows, top
+from dspark.sampling.order import LogitRows, top
 from dspark.sampling.rows import SamplingRows
 from dspark.sampling.scratch import scratch
 
-__all__ = ["Law", "block_sums", "kept", "process"]
+__all__ = ["Law", "kept", "process"]
 
-_MAX_SCALE = 1e30  # keeps 1 / temperature and its inverse finite in float32, where 0 * inf would be NaN
 _SORTED = 4096  # rows up to this width are filtered by sorting them whole
 
 
@@ -97,24 +97,15 @@ def process(logits: LogitRows, rows: SamplingRows, size: int) -> Law:
     log_weights = (values.double() - maximum) / rows.temperature
     rest_weights = scratch.take("weights", len(ids), width, ids.device)
     if width > _SORTED and bool(((rows.top_k > 0) & (rows.top_k <= size)).all()):
-        rest_weights.zero_()
+        unit, sums = torch.ones_like(maximum), block_sums(rest_weights.zero_())
     else:
-        scale = rows.temperature.reciprocal().clamp(1 / _MAX_SCALE, _MAX_SCALE).float()
-        scaled = logits.values if bool((scale == 1.0).all()) else torch.mul(logits.values, scale, out=rest_weights)
-        torch.softmax(scaled, -1, out=rest_weights)
-    unit = rest_weights.gather(1, ids[:, :1]).double().reciprocal()
-    rest_weights.scatter_(1, ids, 0.0)
-    law = Law(ids, log_weights, rest_weights, block_sums(rest_weights), unit, maximum, rows.temperature)
+        unit, sums = logits.passes.weigh(logits.values, ids, rows.temperature, rest_weights)
+    law = Law(ids, log_weights, rest_weights, sums, unit, maximum, rows.temperature)
     if rows.filtered and width <= _SORTED:
         _filter_sorted(law, logits, rows)
     elif rows.filtered:
         _filter(law, logits, rows)
     return law
-
-
-def block_sums(weights: torch.Tensor) -> torch.Tensor:
-    """float64 (rows, blocks): running sums of float32 weights (rows, width) over blocks; the last is the total."""
-    return weights.view(len(weights), -1, BLOCK).sum(-1).double().cumsum(-1)
 
 
 def kept(weights: torch.Tensor, rows: SamplingRows, outside: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from dspark.kernels.logits import block_sums
 from dspark.messages import SparseDistribution
 from dspark.sampling.choice import pick
 from dspark.sampling.drafted import padded
-from dspark.sampling.processed import Law, block_sums
+from dspark.sampling.processed import Law
 
 __all__ = ["residual"]
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dspark.errors import DSparkError, InternalError, InvalidRequest
+from dspark.kernels.logits import TORCH_LOGITS, LogitKernels
 from dspark.kernels.noise import KeyedBits, Stream, keyed_bits, streams, uniform
 from dspark.messages import Mode, PositionLogprobs, Sampling, SparseDistribution
 from dspark.sampling.choice import choose
@@ -135,6 +136,7 @@ class _Court:
     noise_candidates: int
     rules: AcceptanceRules
     bits: KeyedBits
+    passes: LogitKernels
 
 
 @torch.inference_mode()
@@ -145,6 +147,7 @@ def verify(
     noise_candidates: int = 256,
     rules: AcceptanceRules = EXACT,
     bits: KeyedBits = keyed_bits,
+    passes: LogitKernels = TORCH_LOGITS,
 ) -> list[Outcome]:
     """Judge the draft tokens of many requests against the target.
 
@@ -156,6 +159,7 @@ def verify(
             equally distributed, tokens.
         rules: when a draft token stands.
         bits: the noise generator.
+        passes: over whole rows of logits.
 
     Returns:
         One Outcome a request, in order, each the same whatever else is in the call.
@@ -163,7 +167,7 @@ def verify(
     Raises:
         InternalError: a request names rows that the logits do not have.
     """
-    court = _Court(logits, noise_candidates, rules, bits)
+    court = _Court(logits, noise_candidates, rules, bits, passes)
     outcomes: list[Outcome | None] = [refused(request, *logits.shape) for request in requests]
     walks = [_Walk(i, request) for i, request in enumerate(requests) if outcomes[i] is None]
     at_once = max(1, _CHUNK_ELEMENTS // logits.shape[1])
@@ -218,7 +222,7 @@ def _advance(walk: _Walk, ruling: _Ruling) -> Outcome | None:
 
 def _judge(court: _Court, walks: Sequence[_Walk], *, greedy: bool) -> list[_Ruling]:
     """Rule on the present row of each walk."""
-    logits = LogitRows.of(court.logits, [walk.row for walk in walks])
+    logits = LogitRows.of(court.logits, [walk.row for walk in walks], court.passes)
     sound = logits.sound
     if not bool(sound.all()):
         logits.mend(sound)
