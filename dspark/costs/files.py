@@ -14,7 +14,7 @@ import structlog
 
 from dspark.costs.profile import CostProfile
 
-__all__ = ["alone", "profiles_dir", "read_profile", "write_profile"]
+__all__ = ["alone", "loading", "profiles_dir", "read_profile", "write_profile"]
 
 _POLL_SECONDS = 0.1
 
@@ -61,18 +61,36 @@ def write_profile(profile: CostProfile) -> None:
 def alone(seconds: float) -> Iterator[None]:
     """Holds off other processes' measurements on this machine, as far as they ask; waits for them at most so long.
 
-    Workers of one machine start together, and each would measure the other's measuring.
+    Workers of one machine start together, and each would measure the other's measuring, or its loading.
     """
+    with _lock() as lock:
+        if lock is not None:
+            _wait_for(lock, time.monotonic() + seconds)
+        yield
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Around heavy work that others' measurements had better wait for. Waits for nothing itself."""
+    with _lock() as lock:
+        if lock is not None:
+            with contextlib.suppress(OSError):  # somebody measures at the moment
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+@contextlib.contextmanager
+def _lock() -> Iterator[int | None]:
+    """The file that measurements lock; None on a disk that takes nothing."""
     directory = profiles_dir()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".measuring").open("w")
+        file = (directory / ".measuring").open("w")
     except OSError:
-        yield
+        yield None
         return
-    with lock:
-        _wait_for(lock.fileno(), time.monotonic() + seconds)
-        yield
+    with file:
+        yield file.fileno()
 
 
 def _wait_for(lock: int, deadline: float) -> None:

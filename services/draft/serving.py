@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from dspark import program
 from dspark.costs import CostModel, CostProfile, Refined
+from dspark.costs.files import loading
 from dspark.devices import pick_device, pick_dtype, usage_of
 from dspark.kernels import Kernels, select_kernels
 from dspark.messages import AttachSequence, DrafterInfo, ProposeItem, Sampling, SequenceKey
@@ -113,10 +114,19 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
+    kernels = select_kernels(settings.kernels, device)
+    with loading():
+        engine, offer = _load(settings, kernels, device)
+    seconds = round(time.perf_counter() - began, 2)
+    _log.info("drafter loaded", drafter=offer.drafter.name, kernels=kernels.name, seconds=seconds)
+    engine.costs = _costs(settings, engine, offer, kernels, device)
+    return engine, offer
+
+
+def _load(settings: Settings, kernels: Kernels, device: torch.device) -> tuple[DraftEngine, TapOffer]:
     target = resolve_model(settings.target) if settings.target else None
     drafter = load(settings.drafter, target, dtype=pick_dtype(settings.dtype, device), device=device)
     offer = TapOffer.of(drafter, settings.drafter)
-    kernels = select_kernels(settings.kernels, device)
     engine = DraftEngine(
         drafter,
         DraftChooser(draft_top_k=settings.draft_top_k, bits=kernels.keyed_bits),
@@ -127,9 +137,6 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
     if isinstance(drafter, Drafter):
         _let_go(drafter)
     _warm_up(engine, offer.row_bytes // 2)
-    seconds = round(time.perf_counter() - began, 2)
-    _log.info("drafter loaded", drafter=offer.drafter.name, kernels=kernels.name, seconds=seconds)
-    engine.costs = _costs(settings, engine, offer, kernels, device)
     return engine, offer
 
 

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from dspark import program
 from dspark.costs import CostModel, CostProfile, Refined
+from dspark.costs.files import loading
 from dspark.devices import pick_device, pick_dtype, processor_name, usage_of
 from dspark.errors import ConfigError, InternalError
 from dspark.kernels import select_kernels
@@ -105,30 +106,20 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     kernels = select_kernels(settings.kernels, device)
     if settings.weights == "int8":
         kernels = with_int8_weights(kernels, device)
-    model = load_target(path, dtype=dtype, device=device, kernels=kernels)
-    info = replace(
-        model.info,
-        numerics_fingerprint=numerics_fingerprint(
-            dtype,
-            kernels,
-            device,
-            model=model.info.model_fingerprint,
-            noise_candidates=settings.noise_candidates,
-            processor=processor_name(),
-        ),
-        has_chat_template=chat_template(path) is not None,
-    )
-    cache = KVCache(
-        model.config,
-        pages=settings.pages,
-        page_size=settings.page_size,
-        dtype=dtype,
-        device=device,
-        max_step_rows=settings.max_step_tokens,
-        prefix_cache=settings.prefix_cache,
-    )
-    warm_up(model, cache, settings.noise_candidates)
     own = EngineSettings(max_step_tokens=settings.max_step_tokens, noise_candidates=settings.noise_candidates)
+    with loading():
+        model = load_target(path, dtype=dtype, device=device, kernels=kernels)
+        cache = KVCache(
+            model.config,
+            pages=settings.pages,
+            page_size=settings.page_size,
+            dtype=dtype,
+            device=device,
+            max_step_rows=settings.max_step_tokens,
+            prefix_cache=settings.prefix_cache,
+        )
+        warm_up(model, cache, settings.noise_candidates)
+    info = _info(settings, model, path)
     engine = VerifyEngine(model, cache, own, info=info, metrics=Metrics(CollectorRegistry()))
     _log.info(
         "model loaded",
@@ -139,6 +130,19 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     )
     engine.costs = _costs(settings, model, cache, own, info)
     return engine, tokenizer_files(path, info)
+
+
+def _info(settings: Settings, model: TargetModel, path: Path) -> ModelInfo:
+    """What is said of the model, with all that its numbers depend on here."""
+    numerics = numerics_fingerprint(
+        model.dtype,
+        model.kernels,
+        model.device,
+        model=model.info.model_fingerprint,
+        noise_candidates=settings.noise_candidates,
+        processor=processor_name(),
+    )
+    return replace(model.info, numerics_fingerprint=numerics, has_chat_template=chat_template(path) is not None)
 
 
 def _dtype(settings: Settings, device: torch.device) -> torch.dtype:

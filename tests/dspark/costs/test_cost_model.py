@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.costs import CostModel, CostProfile, Point
-from dspark.costs.files import alone, profiles_dir, read_profile, write_profile
+from dspark.costs.files import alone, loading, profiles_dir, read_profile, write_profile
 from dspark.costs.profile import fingerprint_of
 
 POINTS = st.lists(
@@ -105,6 +105,27 @@ def test_measurements_wait_for_each_other_but_not_for_ever(tmp_path: Path, monke
             assert 0.15 < time.monotonic() - began < 2
     thread.join()
     assert log == ["first", "other"]
+
+
+def test_measurements_wait_for_what_others_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    log = []
+
+    def measuring() -> None:
+        with alone(5):
+            log.append("measured")
+
+    thread = threading.Thread(target=measuring)
+    with loading(), loading():  # two load side by side
+        thread.start()
+        time.sleep(0.3)
+        log.append("loaded")
+    thread.join()
+    assert log == ["loaded", "measured"]
+    with alone(1):
+        began = time.monotonic()
+        with loading():  # loading waits for nobody
+            assert time.monotonic() - began < 0.5
 
 
 # ---------------------------------------------------------------- envelope
