@@ -59,33 +59,35 @@ def write_profile(profile: CostProfile) -> None:
 
 @contextlib.contextmanager
 def alone(seconds: float) -> Iterator[None]:
-    """Holds off other processes' measurements on this machine, as far as they ask; waits for them at most so long.
+    """Holds off other processes' measurements on this machine, and waits for what they load; at most so long.
 
     Workers of one machine start together, and each would measure the other's measuring, or its loading.
     """
-    with _lock() as lock:
-        if lock is not None:
-            _wait_for(lock, time.monotonic() + seconds)
+    deadline = time.monotonic() + seconds
+    with _open(".measuring") as measuring, _open(".loading") as loaded:
+        _wait_for(measuring, deadline)
+        _wait_for(loaded, deadline)
+        if loaded is not None:
+            fcntl.flock(loaded, fcntl.LOCK_UN)
         yield
 
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Around heavy work that others' measurements had better wait for. Waits for nothing itself."""
-    with _lock() as lock:
-        if lock is not None:
-            with contextlib.suppress(OSError):  # somebody measures at the moment
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    """Around heavy work that others' measurements had better wait for. Waits for none of them itself."""
+    with _open(".loading") as loaded:
+        if loaded is not None:
+            fcntl.flock(loaded, fcntl.LOCK_SH)
         yield
 
 
 @contextlib.contextmanager
-def _lock() -> Iterator[int | None]:
-    """The file that measurements lock; None on a disk that takes nothing."""
+def _open(name: str) -> Iterator[int | None]:
+    """A file to lock; None on a disk that takes nothing."""
     directory = profiles_dir()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".measuring").open("w")
+        file = (directory / name).open("w")
     except OSError:
         yield None
         return
@@ -93,8 +95,8 @@ def _lock() -> Iterator[int | None]:
         yield file.fileno()
 
 
-def _wait_for(lock: int, deadline: float) -> None:
-    while True:
+def _wait_for(lock: int | None, deadline: float) -> None:
+    while lock is not None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

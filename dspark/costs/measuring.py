@@ -51,10 +51,10 @@ def obtain(
     if choice == "off" or not shapes:
         return None
     kept = read_profile(fingerprint) if choice == "auto" else None
-    if kept is not None and check(kept, shapes, timer) * CHECK_TOLERANCE >= 1.0:
-        return kept
-    began = time.perf_counter()
     with alone(3.0 * budget_seconds):
+        if kept is not None and check(kept, shapes, timer) * CHECK_TOLERANCE >= 1.0:
+            return kept
+        began = time.perf_counter()
         points = measure(shapes, timer, budget_seconds=budget_seconds)
     profile = CostProfile(kind, fingerprint, points, time.time())
     write_profile(profile)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -97,7 +99,21 @@ def _why_not_llvm(device: torch.device) -> str | None:
         return f"its code is a processor's, not a {device.type} device's"
     if importlib.util.find_spec("llvmlite") is None:
         return "the package llvmlite is not installed (it comes with the extra worker)"
-    return None if team.available() else "this torch's threads cannot be reached (no OpenMP with GOMP_parallel)"
+    if not team.available():
+        return "this torch's threads cannot be reached (no OpenMP with GOMP_parallel)"
+    return _why_not_processor()
+
+
+@lru_cache(maxsize=1)
+def _why_not_processor() -> str | None:
+    try:
+        from llvmlite import binding  # noqa: PLC0415 - an extra
+    except (ImportError, OSError) as error:
+        return f"llvmlite does not load: {error}"
+    features = binding.get_host_cpu_features()
+    if platform.machine().lower() in ("x86_64", "amd64") and not features.get("fma"):
+        return "this processor has no fused multiply-add"  # each would be a call, and a step take seconds
+    return None
 
 
 def _why_not_triton(device: torch.device) -> str | None:

@@ -18,9 +18,9 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from dspark.kernels.parts_llvm import FLOAT, INT, Code, Writer, compile_module, host_lanes, number
+from dspark.kernels.parts_llvm import FLOAT, INT, Writer, compile_module, host_lanes, number
 
-__all__ = ["Attend", "AttendArguments", "Heads", "compiled"]
+__all__ = ["AttendArguments", "Heads", "compiled"]
 
 _SUMS = 8  # in registers: enough to hide a multiply-add's latency, few enough for AVX2's sixteen registers
 _MOST_HEADS = 4  # that share a vector read
@@ -55,23 +55,14 @@ class Heads:
     page_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Attend:
-    """The compiled attention: the address of what a team runs."""
-
-    function: int
-    code: Code
-
-
 @lru_cache(maxsize=8)
-def compiled(heads: Heads, lanes: int | None = None) -> Attend:
-    """The attention for this processor, or with vectors of another length; a tenth of a second, once."""
+def compiled(heads: Heads, lanes: int | None = None) -> int:
+    """The address of what a team runs, for this processor or with vectors of another length; a tenth of a second, once."""
     module = ir.Module("attend")
     kind = ir.FunctionType(ir.VoidType(), [INT.as_pointer()])
     whole = math.gcd(heads.dim, lanes or host_lanes())
     _Writing(Writer(ir.Function(module, kind, "attend"), whole), heads).write()
-    code = compile_module(module, ["attend"])
-    return Attend(code.functions["attend"], code)
+    return compile_module(module, ["attend"]).functions["attend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +209,9 @@ class _Writing:
 
         def power(index: ir.Value, total: list[ir.Value]) -> list[ir.Value]:
             at = write.at(scores, index)
-            value = write.exp(build.fsub(write.load(at), most))
+            below = build.fsub(write.load(at), most)
+            broken = build.fcmp_unordered("uno", below, below)  # a score that is no number, or not finite, has to show
+            value = build.select(broken, below, write.exp(below))
             write.store(value, at)
             return [build.fadd(total[0], value)]
 

@@ -44,14 +44,14 @@ class Rows:
     @classmethod
     def of(
         cls, first: torch.Tensor, last: torch.Tensor, spans: Sequence[tuple[int, int, int]], pages: torch.Tensor,
-        *, group: int, kv_heads: int = 1,
+        *, group: int,
     ) -> Rows:  # fmt: skip
         """Rows of spans (first row, count, entries of `pages` before its own).
 
         Tiles are as large as leaves every thread some of them.
         """
         threads = torch.get_num_threads()
-        most = min(_TILE_ROWS, max(1, len(last) * kv_heads // (_TILES * threads)))
+        most = min(_TILE_ROWS, max(1, len(last) // (_TILES * threads)))
         tiles = [
             (row, min(row + most, at + count), before)
             for at, count, before in spans
@@ -61,7 +61,7 @@ class Rows:
         keys = int((last[end - 1] - first[begin]).max()) + 1
         room = (keys // _ROOM_MULTIPLE + 2) * _ROOM_MULTIPLE
         tables = before * pages.element_size() + pages.data_ptr()
-        return cls(first, last, begin, end, tables, pages, torch.empty(threads, most, group, room))
+        return cls(first, last, begin, end, tables, pages, torch.empty(threads, most, group, room, dtype=torch.float32))
 
     def tiles(self, first: int, count: int) -> Rows:
         """The same with some of the tiles only."""
@@ -105,13 +105,14 @@ def paged_attention(
         return plain.paged_attention(q, storage, plan, scale)
     count, heads, dim = q.shape
     out = q.new_empty(count, heads * dim)
-    code = attend_llvm.compiled(Heads(heads // (len(storage) // 2), dim, plan.page_size))
-    attend(code.function, q.contiguous(), storage, plan.rows, scale, out)
+    function = attend_llvm.compiled(Heads(heads // (len(storage) // 2), dim, plan.page_size))
+    attend(function, q.contiguous(), storage, plan.rows, scale, out)
     return out
 
 
 def attend(function: int, q: torch.Tensor, storage: torch.Tensor, rows: Rows, scale: float, out: torch.Tensor) -> None:
-    """Fill `out` (rows, heads · D) by a compiled attention."""
+    """Fill `out` (rows, heads · D) by a compiled attention; q and out are contiguous, storage inside a head."""
+    assert q.dtype == storage.dtype == out.dtype == torch.float32
     tensors = q, storage, out, rows.first, rows.last, rows.begin, rows.end, rows.tables
     sizes = len(rows.begin), len(storage) // 2, storage.stride(0)
     rooms = rows.rooms.data_ptr(), rows.rooms.shape[3], rows.rooms.stride(0)

@@ -2,7 +2,7 @@
 
 Weights are rounded per output channel to s8, rows as they come to u8 around 128 with a scale each, products are summed
 in int32 by oneDNN (VNNI). Sums of integers are exact in any order, so a row's bits cannot depend on the others. About
-1.2 % relative error a layer on Gaussian numbers. Layers whose weights are not bfloat16 (taps) stay as they were.
+1.2 % relative error a layer on Gaussian numbers. Layers whose weights are not bfloat16 (taps) are torch's.
 """
 
 from __future__ import annotations

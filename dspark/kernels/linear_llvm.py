@@ -1,7 +1,8 @@
 """Linear layers over rows in float32 that read each weight once a step, in as few bytes as hold it.
 
-For processors that do not multiply bfloat16: a model's weights are bfloat16 all the same, and stay so in memory. What a
-step of a few rows takes is reading them, so half the bytes are half the time. Rows keep their bits by construction: see
+For models that compute in float32 because the processor does not multiply bfloat16: their weights mostly are bfloat16 all
+the same, and stay so in memory. What a step of a few rows takes is reading them, so half the bytes are half the time.
+Weights that bfloat16 would round (of quantised or float32 files) stay float32. Rows keep their bits by construction: see
 `tiles_llvm`.
 """
 
@@ -61,6 +62,8 @@ class StreamedLinear:
 
     def product(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """`out` (rows, outputs of whole groups of panels), filled; both are contiguous."""
+        assert x.dtype == out.dtype == torch.float32
+        assert x.shape[1:] == (self._inputs,)
         share = max(1, self._groups // (_SHARES * torch.get_num_threads()))
         at = x.data_ptr(), self._weight.data_ptr(), out.data_ptr()
         team.run(self._function, ProductArguments(*at, len(x), self._inputs, out.shape[1], self._groups, share, 0))

@@ -1,4 +1,7 @@
-"""The kernels that are compiled for a CPU; what they leave out, and rows in bfloat16, are torch's."""
+"""The kernels that are compiled for a CPU.
+
+Layers of models in bfloat16, and what these kernels leave out, are torch's; noise and sampling are compiled for those too.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def weigh(
         values: float32 (rows, width) of sound logits.
         ids: int64 (rows, n), the greatest first, whose weights become 0.
         temperature: float64 (rows, 1).
-        weights: float32 (rows, width), overwritten.
+        weights: float32 (rows, width), overwritten; no row sums to more than 1.
 
     Returns:
         The unit, float64 (rows, 1): what a weight is multiplied by to make that of `ids[:, 0]` one; and the running

@@ -20,7 +20,7 @@ from dspark.kernels.parts_llvm import FLOAT, INT, Code, Writer, compile_module, 
 __all__ = ["LLVM_LOGITS", "gather", "weigh"]
 
 _BLOCKS = 64  # that a thread takes together: 16 KiB
-_LEAST = -87.3  # below, a power of e is not a normal number, and a weight is 0
+_LEAST = -73.0  # a smaller power of e, in units of a row's width, is hardly a normal number: its weight is 0
 
 
 class _GatherArguments(ctypes.Structure):
@@ -33,10 +33,14 @@ class _GatherArguments(ctypes.Structure):
 
 
 class _WeighArguments(ctypes.Structure):
-    """`values`, `weights` (rows, width); `scale`, `greatest` (rows,); `ids` (rows, listed); `sums` (rows, blocks)."""
+    """`values`, `weights` (rows, width); `scale`, `greatest` (rows,); `ids` (rows, listed); `sums` (rows, blocks).
+
+    The greatest value's weight would be `share`.
+    """
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("values", "weights", "scale", "greatest", "ids", "sums")),
+        ("share", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("listed", "width", "blocks", "parts", "tasks", "next")),
     ]
 
@@ -62,9 +66,10 @@ def weigh(
     greatest = values.gather(1, ids[:, :1])
     sums = values.new_empty(count, width // BLOCK)
     addresses = (t.data_ptr() for t in (values, weights, scale, greatest, ids, sums))
+    share = 2.0 ** -(width - 1).bit_length()  # a power of two loses no bits, and no row's sum is above 1
     sizes = ids.shape[1], width, *_sizes(count, width)
-    team.run(_compiled().functions["weigh"], _WeighArguments(*addresses, *sizes))
-    return torch.ones_like(temperature), sums.double().cumsum(-1)
+    team.run(_compiled().functions["weigh"], _WeighArguments(*addresses, share, *sizes))
+    return torch.full_like(temperature, 1 / share), sums.double().cumsum(-1)
 
 
 LLVM_LOGITS = LogitKernels(gather, weigh)
@@ -146,12 +151,15 @@ class _Weigh(_Passes):
         at, block_at = self.of_row(row)
         values, weights, sums = self.floats("values", at), self.floats("weights", at), self.floats("sums", block_at)
         scale, greatest = (write.broadcast(build.load(self.floats(name, row))) for name in ("scale", "greatest"))
+        share = build.fptrunc(build.bitcast(self._given["share"], ir.DoubleType()), FLOAT)
+        share = write.broadcast(share)
         begin, behind = write.times(first, BLOCK), write.times(end, BLOCK)
         with write.counting(begin, behind, write.lanes) as place:
             value = write.load(write.at(values, place))
             exponent = build.fmul(build.fsub(value, greatest), scale)
             counts = build.fcmp_ordered(">=", exponent, write.constant(_LEAST))
-            write.store(build.select(counts, write.exp(exponent), write.zero), write.at(weights, place))
+            weight = build.fmul(write.exp(exponent), share)
+            write.store(build.select(counts, weight, write.zero), write.at(weights, place))
         self._leave_out(row, weights, begin, behind)
         with write.counting(first, end) as block:
             start, total = write.times(block, BLOCK), write.zero

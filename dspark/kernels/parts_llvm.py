@@ -22,12 +22,15 @@ _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.66
 _EXPONENTS = -87.3, 88.0  # of e; beyond, the result would not be a normal number
 
 
+_KEPT: list[binding.ExecutionEngine] = []
+"""Engines own the code that addresses lead to; none is ever let go."""
+
+
 @dataclass(frozen=True, slots=True)
 class Code:
-    """A compiled module: addresses of its functions by name, as long as this lives."""
+    """A compiled module: addresses of its functions by name."""
 
     functions: Mapping[str, int]
-    engine: binding.ExecutionEngine
 
 
 @lru_cache(maxsize=1)
@@ -51,7 +54,8 @@ def compile_module(module: ir.Module, names: Sequence[str]) -> Code:
     parsed.verify()
     engine = binding.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
-    return Code({name: engine.get_function_address(name) for name in names}, engine)
+    _KEPT.append(engine)
+    return Code({name: engine.get_function_address(name) for name in names})
 
 
 def number(value: int) -> ir.Constant:

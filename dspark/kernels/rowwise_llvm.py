@@ -1,6 +1,6 @@
 """Norms, rotary embedding and gated activations of float32 rows, by code compiled for the processor.
 
-Rows that are not float32, weights that differ by head, and heads of odd halves are torch's: `reference` and `fused`.
+Rows that are not float32, and weights that differ by head, are torch's: `reference` and `fused`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def add_norm(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float, y_weight: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `fused.add_norm`."""
-    if not _plain(x, weight):
+    if not all(_plain(*pair) for pair in ((x, weight), (y, weight if y_weight is None else y_weight))):
         return fused.add_norm(x, y, weight, eps, y_weight)
+    assert x.shape == y.shape
     x, y = x.contiguous(), y.contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
     name, own = ("add_norm", 0) if y_weight is None else ("add_normed_norm", y_weight.data_ptr())
@@ -57,6 +58,7 @@ def norm_rotary_write(
     """As `fused.norm_rotary_write`."""
     if qkv.dtype != torch.float32:
         return fused.norm_rotary_write(qkv, weight, eps, cos, sin, storage, plan)
+    assert storage.dtype == weight.dtype == cos.dtype == sin.dtype == torch.float32
     rows, _, size = qkv.shape
     kv_heads = storage.shape[0] // 2
     heads = len(weight) - kv_heads
@@ -76,7 +78,8 @@ def activated(both: torch.Tensor, size: int, activation: str) -> torch.Tensor:
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and weight.dim() == 1 and weight.is_contiguous()
+    flat = weight.shape == x.shape[-1:] and weight.is_contiguous()
+    return flat and x.dtype == weight.dtype == torch.float32
 
 
 def _run(

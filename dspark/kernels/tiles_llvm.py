@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from dspark.kernels.parts_llvm import FLOAT, INT, INT32, Code, Writer, compile_module, host_lanes, number
+from dspark.kernels.parts_llvm import FLOAT, INT, INT32, Writer, compile_module, host_lanes, number
 
 __all__ = ["GROUP", "NARROW", "WIDE", "Product", "ProductArguments", "Tiling", "compiled"]
 
@@ -62,17 +62,16 @@ class Product:
     tiling: Tiling
     bfloat16: int
     float32: int
-    code: Code
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def compiled(tiling: Tiling | None = None) -> Product:
     """The products for this processor, or of another tiling; an eighth of a second, once."""
     tiling = tiling or (WIDE if host_lanes() == WIDE.lanes else NARROW)
     module = ir.Module("product")
     narrow, wide = (_write_product(module, tiling, weights(tiling.lanes)) for weights in (_Bfloat16, _Float32))
     code = compile_module(module, [narrow, wide])
-    return Product(tiling, code.functions[narrow], code.functions[wide], code)
+    return Product(tiling, code.functions[narrow], code.functions[wide])
 
 
 class _Bfloat16:

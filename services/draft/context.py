@@ -19,6 +19,7 @@ __all__ = ["PAGE_SIZE", "ContextKV", "ContextRoom", "KVShape"]
 PAGE_SIZE = 16  # positions; only the unit in which room is reported
 
 _FIRST_ROOM = 256  # positions; doubled whenever it is full
+_UNIT = 8  # positions that a kernel may read at a time, whether they are there or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class ContextKV:
         return self._rows[layer]
 
     def _allocate(self, room: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        shape = self._shape
+        shape, room = self._shape, max(room, _UNIT)
         return torch.empty(shape.layers, 2, shape.kv_heads, room, shape.head_dim, dtype=dtype, device=device)
 
 

@@ -52,12 +52,12 @@ def block_attention(query: Tensor, keys: Tensor, values: Tensor, plan: RowsPlan 
         return plain.block_attention(query, keys, values, plan, layer)
     count, heads, dim = query.shape
     kv_heads = keys.shape[1]
-    code = attend_llvm.compiled(Heads(heads // kv_heads, dim, _ONE_PAGE))
+    function = attend_llvm.compiled(Heads(heads // kv_heads, dim, _ONE_PAGE))
     query, out, first = query.contiguous(), query.new_empty(count, heads * dim), 0
     for span, rows in plan.spans:
         part = slice(first, first + span.count)
         span.context.with_rows(layer, keys[part].transpose(0, 1), values[part].transpose(0, 1), span.at)
         storage = span.context.layer_rows(layer).flatten(0, 1)
-        attend(code.function, query, storage, rows, dim**-0.5, out)
+        attend(function, query, storage, rows, dim**-0.5, out)
         first += span.count
     return out

@@ -1,5 +1,7 @@
 """Compiled attention: equal to torch's on awkward shapes, and the same bits in any company."""
 
+import math
+
 import pytest
 import torch
 from support.paged import CPU, PAGE, Pages
@@ -34,8 +36,8 @@ def filled(pages: Pages, window: int | None, lanes: int | None = None) -> torch.
     assert isinstance(plan, RowPlan)
     plan.rows.rooms.fill_(torch.nan)
     out = torch.full((len(pages.q), pages.heads * pages.dim), torch.nan)
-    code = attend_llvm.compiled(Heads(pages.heads // pages.kv_heads, pages.dim, PAGE), lanes)
-    attention_llvm.attend(code.function, pages.q, unwritten(pages), plan.rows, float(pages.dim**-0.5), out)
+    function = attend_llvm.compiled(Heads(pages.heads // pages.kv_heads, pages.dim, PAGE), lanes)
+    attention_llvm.attend(function, pages.q, unwritten(pages), plan.rows, float(pages.dim**-0.5), out)
     return out
 
 
@@ -86,6 +88,21 @@ def test_scores_of_any_size() -> None:
             for kernels in (LLVM, TORCH)
         )
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_not_finite_shows_where_it_is_seen() -> None:
+    """And nowhere else: a broken key, also where the value behind it is sound."""
+    for broken in (torch.nan, torch.inf):
+        pages = Pages(((30, 3), (20, 2)), 4, 2, 32, torch.float32)
+        span = pages.spans[0]
+        pages.storage.view(4, -1, 32)[1, span.pages[1] * PAGE + 31 - PAGE, 5] = broken  # position 31, second key head
+        found = pages.attend(LLVM, None)
+        seen = torch.zeros(5, 4, dtype=torch.bool)
+        seen[1:3, 2:] = True  # rows at 31 and 32, the heads of that key
+        # An infinite score of either sign: +inf is not finite, -inf is a key that is not seen.
+        sign = torch.ones(5, 4) if math.isnan(broken) else pages.q[..., 5].sign()
+        shown = ~found.view(5, 4, 32).isfinite().all(-1)
+        assert torch.equal(shown, seen & (sign > 0))
 
 
 def test_bfloat16_stays_with_torch() -> None:

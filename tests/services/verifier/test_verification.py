@@ -1,19 +1,28 @@
 """What verify() answers: modes, walks, refusals, log-probabilities, and that company changes nothing."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from support import kernels as choices
 from support.markov import World, generate, processed
 
 from dspark.errors import InternalError, InvalidRequest
 from dspark.messages import Mode, Sampling, SparseDistribution
 from dspark.sampling import DraftChooser
-from services.verifier.verification import Candidate, Outcome, verify
+from services.verifier.kernels import verifier_kernels
+from services.verifier.verification import Candidate, Outcome
 
 GREEDY = Sampling(temperature=0.0)
 MODES = pytest.mark.parametrize("mode", list(Mode))
+Verify = Callable[..., list[Outcome]]
+
+
+@pytest.fixture(params=["torch", "llvm"])
+def verify(request: pytest.FixtureRequest) -> Verify:
+    return verifier_kernels(choices.named(request.param)).verify
 
 
 def rows(*best: int, vocab: int = 40) -> torch.Tensor:
@@ -25,21 +34,21 @@ def rows(*best: int, vocab: int = 40) -> torch.Tensor:
 
 
 @MODES
-def test_greedy_accepts_up_to_the_first_difference(mode: Mode) -> None:
+def test_greedy_accepts_up_to_the_first_difference(mode: Mode, verify: Verify) -> None:
     logits, greedy = rows(3, 5, 7, 9), replace(GREEDY, mode=mode)
     walks = [(), (3,), (3, 5, 7), (3, 6, 7), (4, 5, 7)]
     outcomes = verify(logits, [Candidate(greedy, 0, 12, drafts) for drafts in walks])
     assert [(o.accepted, o.token) for o in outcomes] == [(0, 3), (1, 5), (3, 9), (1, 5), (0, 3)]
 
 
-def test_greedy_ties_take_the_lower_id() -> None:
+def test_greedy_ties_take_the_lower_id(verify: Verify) -> None:
     logits = torch.zeros(1, 20_000).bfloat16()
     logits[0, [19_000, 700, 12_345]] = 2.5
     assert verify(logits, [Candidate(GREEDY, 0, 1)]) == [Outcome(0, 700)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_modes_lengths_and_samplings_mix(dtype: torch.dtype) -> None:
+def test_modes_lengths_and_samplings_mix(dtype: torch.dtype, verify: Verify) -> None:
     logits = rows(3, 5, 7, 9, 11, 13).to(dtype)
     q = SparseDistribution((5, 6), (0.5, 0.5))
     requests = [
@@ -54,7 +63,7 @@ def test_modes_lengths_and_samplings_mix(dtype: torch.dtype) -> None:
     assert outcomes == [verify(logits, [request])[0] for request in requests]
 
 
-def test_no_requests() -> None:
+def test_no_requests(verify: Verify) -> None:
     assert verify(rows(1), []) == []
 
 
@@ -78,7 +87,7 @@ def test_no_requests() -> None:
     ],
 )
 def test_bad_drafts_fail_alone(
-    drafts: tuple[int, ...], distributions: tuple[SparseDistribution, ...], message: str
+    drafts: tuple[int, ...], distributions: tuple[SparseDistribution, ...], message: str, verify: Verify
 ) -> None:
     bad = Candidate(Sampling(mode=Mode.REJECTION), 0, 5, drafts, distributions)
     good = Candidate(GREEDY, 1, 5)
@@ -88,7 +97,7 @@ def test_bad_drafts_fail_alone(
     assert first == last == Outcome(0, 5)
 
 
-def test_broken_logits_fail_alone() -> None:
+def test_broken_logits_fail_alone(verify: Verify) -> None:
     logits = rows(3, 5, 7)
     logits[1, 9] = torch.nan
     for sampling in (GREEDY, Sampling(top_k=1), Sampling(mode=Mode.REJECTION, top_k=1)):
@@ -98,7 +107,7 @@ def test_broken_logits_fail_alone() -> None:
         assert first.error is last.error is None
 
 
-def test_rows_that_are_not_there_are_a_bug_of_the_caller() -> None:
+def test_rows_that_are_not_there_are_a_bug_of_the_caller(verify: Verify) -> None:
     with pytest.raises(InternalError, match="rows 1 to 3 of 3"):
         verify(rows(3, 5, 7), [Candidate(GREEDY, 1, 5, (5, 7))])
 
@@ -106,7 +115,7 @@ def test_rows_that_are_not_there_are_a_bug_of_the_caller() -> None:
 # ---- rejection
 
 
-def test_a_draft_without_distribution_counts_as_certain() -> None:
+def test_a_draft_without_distribution_counts_as_certain(verify: Verify) -> None:
     """It stands with probability p, and what replaces it is the target without it."""
     count, torch_rows = 20_000, torch.tensor([[0.5, 0.3, 0.2], [0.0, 0.0, 0.0]])
     logits = torch.cat((torch_rows[:1].log(), torch_rows[1:]))
@@ -119,7 +128,7 @@ def test_a_draft_without_distribution_counts_as_certain() -> None:
         assert np.abs(instead - [0.5, 0.0, 0.2]).max() < 0.015
 
 
-def test_a_draft_outside_the_support_never_stands() -> None:
+def test_a_draft_outside_the_support_never_stands(verify: Verify) -> None:
     sampling = Sampling(mode=Mode.REJECTION, top_k=2)
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(2, 1)
     q = SparseDistribution((2, 3), (0.5, 0.5))
@@ -128,7 +137,7 @@ def test_a_draft_outside_the_support_never_stands() -> None:
     assert {o.token for o in outcomes} == {0, 1}
 
 
-def test_a_perfect_drafter_is_never_rejected() -> None:
+def test_a_perfect_drafter_is_never_rejected(verify: Verify) -> None:
     torch.manual_seed(1)
     logits = torch.randn(1, 30).repeat(2, 1)
     samplings = [Sampling(mode=Mode.REJECTION, seed=i, temperature=0.7, top_p=0.9) for i in range(2000)]
@@ -163,7 +172,7 @@ def test_coupled_tokens_do_not_depend_on_speculation() -> None:
     assert np.array_equal(alone.tokens[0], plain.tokens[17])
 
 
-def test_positions_and_seeds_have_noise_of_their_own() -> None:
+def test_positions_and_seeds_have_noise_of_their_own(verify: Verify) -> None:
     logits = torch.zeros(1, 1000)
     at = [verify(logits, [Candidate(Sampling(seed=s), 0, n)])[0].token for s in range(8) for n in range(8)]
     assert len(set(at)) > 50
@@ -175,7 +184,9 @@ def test_positions_and_seeds_have_noise_of_their_own() -> None:
 
 @pytest.mark.parametrize("noise_candidates", [4, 256])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 6}, {"top_p": 0.6}, {"top_p": 0.9}])
-def test_logprobs_are_of_the_processed_distribution(settings: dict[str, float], noise_candidates: int) -> None:
+def test_logprobs_are_of_the_processed_distribution(
+    settings: dict[str, float], noise_candidates: int, verify: Verify
+) -> None:
     torch.manual_seed(2)
     logits = torch.randn(3, 30) * 2
     sampling = Sampling(logprobs=8, seed=4, **settings)  # type: ignore[arg-type]
@@ -193,7 +204,7 @@ def test_logprobs_are_of_the_processed_distribution(settings: dict[str, float], 
         assert np.allclose([t.logprob for t in entry.top], row[order], atol=1e-5)
 
 
-def test_logprobs_at_temperature_0_are_the_models_own() -> None:
+def test_logprobs_at_temperature_0_are_the_models_own(verify: Verify) -> None:
     logits = rows(3, 5)
     greedy = Sampling(temperature=0.0, top_k=1, logprobs=2)
     (outcome,) = verify(logits, [Candidate(greedy, 0, 3, (3,))])
@@ -238,7 +249,7 @@ def wide_requests(count: int, logit_rows: int) -> list[Candidate]:
 
 
 @pytest.mark.parametrize("others", [16, 300])
-def test_a_request_is_judged_alike_alone_and_in_company(others: int) -> None:
+def test_a_request_is_judged_alike_alone_and_in_company(others: int, verify: Verify) -> None:
     logits, threads = wide_logits(10), torch.get_num_threads()
     requests = wide_requests(others + 1, len(logits))
     together = verify(logits, requests)
