@@ -57,7 +57,7 @@ class Heads:
 
 @lru_cache(maxsize=8)
 def compiled(heads: Heads, lanes: int | None = None) -> int:
-    """The address of what a team runs, for this processor or with vectors of another length; a tenth of a second, once."""
+    """Where the code for a team lies, for this processor or vectors of another length; a tenth of a second, once."""
     module = ir.Module("attend")
     kind = ir.FunctionType(ir.VoidType(), [INT.as_pointer()])
     whole = math.gcd(heads.dim, lanes or host_lanes())

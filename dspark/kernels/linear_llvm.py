@@ -1,9 +1,9 @@
 """Linear layers over rows in float32 that read each weight once a step, in as few bytes as hold it.
 
-For models that compute in float32 because the processor does not multiply bfloat16: their weights mostly are bfloat16 all
-the same, and stay so in memory. What a step of a few rows takes is reading them, so half the bytes are half the time.
-Weights that bfloat16 would round (of quantised or float32 files) stay float32. Rows keep their bits by construction: see
-`tiles_llvm`.
+For models that compute in float32 because the processor does not multiply bfloat16: their weights mostly are bfloat16
+all the same, and stay so in memory. What a step of a few rows takes is reading them, so half the bytes are half the
+time. Weights that bfloat16 would round (of quantised or float32 files) stay float32. Rows keep their bits by
+construction: see `tiles_llvm`.
 """
 
 from __future__ import annotations

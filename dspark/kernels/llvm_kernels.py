@@ -1,6 +1,7 @@
 """The kernels that are compiled for a CPU.
 
-Layers of models in bfloat16, and what these kernels leave out, are torch's; noise and sampling are compiled for those too.
+Layers of models in bfloat16, and what these kernels leave out, are torch's. Noise and sampling are compiled for those,
+too.
 """
 
 from __future__ import annotations
