@@ -72,6 +72,17 @@ class Round:
         return len(self.running) + self.prompt_price
 
     @property
+    def decode_seconds(self) -> Floats:
+        """`seconds` from `base_rows` on without what the prompts take.
+
+        They take it in any case. Left in, it would hide what drafts cost: τ / T of a round that is long already hardly
+        falls with rows that, without the prompts, would not be worth their time.
+        """
+        last = len(self.seconds) - 1
+        prompts = self.seconds[min(self.base_rows, last)] - self.seconds[min(len(self.running), last)]
+        return np.asarray(self.seconds - max(0.0, float(prompts)))
+
+    @property
     def decodes(self) -> bool:
         """Whether it is a measure of decoding: not mostly prompts."""
         return sum(self.pieces) <= len(self.running) // 2

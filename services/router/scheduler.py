@@ -138,7 +138,7 @@ class Scheduler:
         predicted = np.where(open_, self._memory.histories.predicted(round_.slots)[:, :block], 0.0)
         chosen = whom_to_draft(
             predicted,
-            round_.seconds,
+            round_.decode_seconds,
             self._draft_seconds(len(round_.running), round_.context),
             round_.base_rows,
             base_tokens=self._base_tokens(round_),
@@ -173,7 +173,7 @@ class Scheduler:
         facts = Facts(
             confidences=round_.corrected,
             most=round_.most,
-            seconds=round_.seconds,
+            seconds=round_.decode_seconds,
             base_rows=round_.base_rows,
             unhidden=round_.unhidden if round_.proposed.any() else 0.0,
             rejection=any(_by_rejection(s) for s, own in zip(round_.running, round_.proposed, strict=True) if own),

@@ -198,6 +198,35 @@ async def test_drafting_that_does_not_seem_to_pay_is_looked_at_for_a_few_streams
     assert later.count(LOOKED) <= 3 * SERIES
 
 
+class LinearVerifier(PricedVerifier):
+    """Every row costs as much as any other, so that no draft is worth its row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        points = tuple(Point(rows, 64, self.linear(rows)) for rows in (1, 4, 16, 64, 256))
+        self.costs = CostProfile("verify", "toy-linear-costs", points, 0.0)
+        self.step_cost = self.linear
+
+    @staticmethod
+    def linear(rows: int) -> float:
+        return 0.0005 + 0.0008 * rows
+
+
+async def test_a_prompt_in_the_step_makes_no_drafts_worth_while_that_are_not_without_it(tmp_path: Path) -> None:
+    """The step is long then, and longer by little with drafts; but they would still take time from all."""
+    trace = tmp_path / "rounds.jsonl"
+    options = by_fives(policy=Adaptive(), explore=0.0, trace=trace)
+    async with cluster(LinearVerifier(), drafter(), options=options) as toys:
+        others = asyncio.create_task(crowd(toys, 6, 120))
+        await asyncio.sleep(0.5)
+        await toys.generate("hello " * 60, max_tokens=4)
+        await others
+    rounds = [json.loads(line) for line in trace.read_text().splitlines()]
+    beside = [one for one in rounds if one["prompt_rows"] > one["running"] >= 6]
+    assert beside
+    assert not any(one["drafted"] for one in beside)
+
+
 async def test_features_wait_while_nobody_is_drafted_for_and_are_there_when_somebody_is() -> None:
     dear, verifier = drafter(), HoldingVerifier()
     dear.costs = CostProfile("draft", "toy-held-costs", tuple(Point(n, 64, 0.05) for n in (1, 64)), 0.0)
