@@ -19,7 +19,7 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(model: Path, *arguments: str) -> int:
-    common = ["--model", str(model), "--drafter", "ngram", "--dtype", "float32", "--threads", "1", "--seconds", "2"]
+    common = ["--model", str(model), "--drafter", "ngram", "--dtype", "float32", "--threads", "1", "--seconds", "6"]
     try:
         with pytest.raises(SystemExit) as ended:
             main(["profile", *common, *arguments])

@@ -276,7 +276,7 @@ async def test_broken_registrations_have_a_status(tiny_gemma: Path, case: str, s
     elif case == "unknown tensor":
         messages[1].piece.name = "fc"
     elif case == "announced too large":
-        messages[1] = pb.RegisterTapRequest(piece=types_pb2.Piece(name="fc.weight", size=1 << 40, data=b"x"))
+        messages[1:] = [pb.RegisterTapRequest(piece=types_pb2.Piece(name="fc.weight", size=1 << 40, data=b"x"))]
     elif case == "piece lost":
         del messages[2]
     elif case == "other bytes":
