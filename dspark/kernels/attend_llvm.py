@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from dspark.kernels.parts_llvm import FLOAT, INT, Writer, compile_module, host_lanes, number
+from dspark.kernels.parts_llvm import FLOAT, Writer, compile_module, host_lanes, kernel, number
 
 __all__ = ["AttendArguments", "Heads", "compiled"]
 
@@ -59,9 +59,7 @@ class Heads:
 def compiled(heads: Heads, lanes: int | None = None) -> int:
     """Where the code for a team lies, for this processor or vectors of another length; a tenth of a second, once."""
     module = ir.Module("attend")
-    kind = ir.FunctionType(ir.VoidType(), [INT.as_pointer()])
-    whole = math.gcd(heads.dim, lanes or host_lanes())
-    _Writing(Writer(ir.Function(module, kind, "attend"), whole), heads).write()
+    _Writing(kernel(module, "attend", math.gcd(heads.dim, lanes or host_lanes())), heads).write()
     return compile_module(module, ["attend"]).functions["attend"]
 
 
@@ -100,10 +98,10 @@ class _Writing:
         self._fields = write.fields(AttendArguments)
         given = {name: self._build.load(at) for name, at in self._fields.items()}
         for name in ("q", "storage", "out", "rooms"):
-            given[name] = self._build.inttoptr(given[name], FLOAT.as_pointer())
+            given[name] = write.floats(given[name])
         for name in ("first", "last", "begin", "end", "tables"):
-            given[name] = self._build.inttoptr(given[name], INT.as_pointer())
-        given["scale"] = self._build.fptrunc(self._build.bitcast(given["scale"], ir.DoubleType()), FLOAT)
+            given[name] = write.integers(given[name])
+        given["scale"] = write.rounded(given["scale"])
         self._given: Mapping[str, ir.Value] = given
 
     def write(self) -> None:
@@ -127,7 +125,7 @@ class _Writing:
         first = build.load(write.at(given["first"], begin))
         last = build.load(write.at(given["last"], build.sub(end, number(1))))
         start = build.sub(first, build.urem(first, number(_KEYS)))
-        table = build.inttoptr(table, INT.as_pointer())
+        table = write.integers(table)
         return _Task(begin, end, head, keys, values, table, start, build.add(last, number(1)))
 
     def _row(self, task: _Task, room: ir.Value, row: ir.Value) -> _Row:

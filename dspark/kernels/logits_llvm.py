@@ -6,6 +6,7 @@ Rows in bfloat16 are gathered, and vocabularies that are no multiple of a block 
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ from llvmlite import ir
 from dspark.kernels import logits as plain
 from dspark.kernels import team
 from dspark.kernels.logits import BLOCK, LogitKernels
-from dspark.kernels.parts_llvm import FLOAT, INT, Code, Writer, compile_module, host_lanes, number
+from dspark.kernels.parts_llvm import FLOAT, Code, Writer, compile_module, host_lanes, kernel, number
 
 __all__ = ["LLVM_LOGITS", "gather", "weigh"]
 
@@ -84,13 +85,13 @@ def _sizes(rows: int, width: int) -> tuple[int, int, int, int]:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Code:
-    module, kind = ir.Module("logits"), ir.FunctionType(ir.VoidType(), [INT.as_pointer()])
-    _Gather(Writer(ir.Function(module, kind, "gather"), host_lanes())).write()
-    _Weigh(Writer(ir.Function(module, kind, "weigh"), host_lanes())).write()
+    module = ir.Module("logits")
+    _Gather(kernel(module, "gather", host_lanes())).write()
+    _Weigh(kernel(module, "weigh", host_lanes())).write()
     return compile_module(module, ["gather", "weigh"])
 
 
-class _Passes:
+class _Passes(ABC):
     """A loop over parts of rows, some blocks each."""
 
     arguments: type[ctypes.Structure]
@@ -109,17 +110,17 @@ class _Passes:
             self.part(row, first, write.least(build.add(first, number(_BLOCKS)), given["blocks"]))
         build.ret_void()
 
+    @abstractmethod
     def part(self, row: ir.Value, first: ir.Value, end: ir.Value) -> None:
         """Blocks first … end - 1 of a row."""
-        raise NotImplementedError
 
     def floats(self, name: str, *offsets: ir.Value) -> ir.Value:
         """A pointer into an array of float32."""
-        return self._write.at(self._build.inttoptr(self._given[name], FLOAT.as_pointer()), *offsets)
+        return self._write.at(self._write.floats(self._given[name]), *offsets)
 
     def ints(self, name: str, *offsets: ir.Value) -> ir.Value:
         """A pointer into an array of 64-bit integers."""
-        return self._write.at(self._build.inttoptr(self._given[name], INT.as_pointer()), *offsets)
+        return self._write.at(self._write.integers(self._given[name]), *offsets)
 
     def of_row(self, row: ir.Value) -> tuple[ir.Value, ir.Value]:
         """How far a row lies inside arrays of its width, and inside arrays of its blocks."""
@@ -151,8 +152,7 @@ class _Weigh(_Passes):
         at, block_at = self.of_row(row)
         values, weights, sums = self.floats("values", at), self.floats("weights", at), self.floats("sums", block_at)
         scale, greatest = (write.broadcast(build.load(self.floats(name, row))) for name in ("scale", "greatest"))
-        share = build.fptrunc(build.bitcast(self._given["share"], ir.DoubleType()), FLOAT)
-        share = write.broadcast(share)
+        share = write.broadcast(write.rounded(self._given["share"]))
         begin, behind = write.times(first, BLOCK), write.times(end, BLOCK)
         with write.counting(begin, behind, write.lanes) as place:
             value = write.load(write.at(values, place))

@@ -10,7 +10,7 @@ from llvmlite import ir
 
 from dspark.kernels import team
 from dspark.kernels.noise import MASK, MULTIPLIERS, ROUNDS, WEYL, common_shape
-from dspark.kernels.parts_llvm import INT, Code, Writer, compile_module, number
+from dspark.kernels.parts_llvm import Code, compile_module, kernel, number
 
 __all__ = ["keyed_bits"]
 
@@ -42,11 +42,10 @@ def keyed_bits(
 @lru_cache(maxsize=1)
 def _compiled() -> Code:
     module = ir.Module("noise")
-    kind = ir.FunctionType(ir.VoidType(), [INT.as_pointer()])
-    write = Writer(ir.Function(module, kind, "keyed_bits"), 1)
+    write = kernel(module, "keyed_bits", 1)
     build, fields = write.build, write.fields(_Arguments)
     given = {name: build.load(at) for name, at in fields.items()}
-    arrays = {name: build.inttoptr(given[name], INT.as_pointer()) for name in list(fields)[:5]}
+    arrays = {name: write.integers(given[name]) for name in list(fields)[:5]}
     with write.taking(fields["next"], given["share"], given["count"]) as share, write.counting(*share) as index:
         seed, item, position, stream, to = (write.at(array, index) for array in arrays.values())
         word = _philox(build, build.load(seed), [build.load(at) for at in (item, position, stream)])

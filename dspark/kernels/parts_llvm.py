@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from llvmlite import binding, ir
 
-__all__ = ["FLOAT", "INT", "INT32", "Code", "Writer", "compile_module", "host_lanes", "number"]
+__all__ = ["FLOAT", "INT", "INT32", "Code", "Writer", "compile_module", "host_lanes", "kernel", "number"]
 
 FLOAT, INT, INT32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
@@ -63,6 +63,11 @@ def number(value: int) -> ir.Constant:
     return ir.Constant(INT, value)
 
 
+def kernel(module: ir.Module, name: str, lanes: int) -> Writer:
+    """Begins a kernel: a function of a pointer to its arguments."""
+    return Writer(ir.Function(module, ir.FunctionType(ir.VoidType(), [INT.as_pointer()]), name), lanes)
+
+
 class Writer:
     """Writes one function, in vectors of `lanes` float32s; `build` is where the next instruction goes."""
 
@@ -78,6 +83,18 @@ class Writer:
         """Pointers to the fields of the function's first argument; all have 64 bits."""
         names = [name for name, *_ in arguments._fields_]
         return {name: self.at(self.function.args[0], number(index)) for index, name in enumerate(names)}
+
+    def floats(self, address: ir.Value) -> ir.Value:
+        """A pointer to float32s, from a field."""
+        return self.build.inttoptr(address, FLOAT.as_pointer())
+
+    def integers(self, address: ir.Value) -> ir.Value:
+        """A pointer to 64-bit integers, from a field."""
+        return self.build.inttoptr(address, INT.as_pointer())
+
+    def rounded(self, field: ir.Value) -> ir.Value:
+        """A field that is a float64, as a float32."""
+        return self.build.fptrunc(self.build.bitcast(field, ir.DoubleType()), FLOAT)
 
     def at(self, pointer: ir.Value, *offsets: ir.Value) -> ir.Value:
         """The pointer, moved on by elements."""

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from dspark.kernels.parts_llvm import FLOAT, INT, Code, Writer, compile_module, host_lanes, number
+from dspark.kernels.parts_llvm import FLOAT, INT, Code, Writer, compile_module, host_lanes, kernel, number
 
 __all__ = ["ActivationArguments", "NormArguments", "RotaryArguments", "compiled"]
 
@@ -77,7 +77,7 @@ def compiled(lanes: int | None = None) -> Code:
         "silu": lambda write: _write_activation(write, _silu),
     }
     for name, body in writers.items():
-        write = Writer(ir.Function(module, ir.FunctionType(ir.VoidType(), [INT.as_pointer()]), name), lanes)
+        write = kernel(module, name, lanes)
         body(write)
         write.build.ret_void()
     return compile_module(module, list(writers))
@@ -93,9 +93,9 @@ def _given(write: Writer, arguments: type[ctypes.Structure]) -> dict[str, ir.Val
             continue
         value = build.load(at)
         if name == "eps":
-            value = build.fptrunc(build.bitcast(value, ir.DoubleType()), FLOAT)
+            value = write.rounded(value)
         elif name not in counts:
-            value = build.inttoptr(value, FLOAT.as_pointer())
+            value = write.floats(value)
         given[name] = value
     return given
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from dspark.kernels.parts_llvm import FLOAT, INT, INT32, Writer, compile_module, host_lanes, number
+from dspark.kernels.parts_llvm import FLOAT, INT, INT32, Writer, compile_module, host_lanes, kernel, number
 
 __all__ = ["GROUP", "NARROW", "WIDE", "Product", "ProductArguments", "Tiling", "compiled"]
 
@@ -111,8 +111,7 @@ _Weights = _Bfloat16 | _Float32
 def _write_product(module: ir.Module, tiling: Tiling, weights: _Weights) -> str:
     """A product with its tiles; its name."""
     tiles = {rows: _write_tile(module, tiling, weights, rows) for rows in range(1, len(tiling.panels) + 1)}
-    kind = ir.FunctionType(ir.VoidType(), [INT.as_pointer()])
-    write = Writer(ir.Function(module, kind, f"product_{weights.name}"), tiling.lanes)
+    write = kernel(module, f"product_{weights.name}", tiling.lanes)
     fields = write.fields(ProductArguments)
     given = {name: write.build.load(at) for name, at in fields.items()}
     with write.taking(fields["next"], given["share"], given["groups"]) as (first, end), write.counting(first, end) as g:
@@ -135,7 +134,7 @@ def _write_group(
     panel = write.times(inputs, weights.vectors)
     weight = build.inttoptr(given["weight"], weights.stored.as_pointer())
     weight = write.at(weight, build.mul(group, write.times(panel, GROUP)))
-    x, out = (build.inttoptr(given[name], FLOAT.as_pointer()) for name in ("x", "out"))
+    x, out = (write.floats(given[name]) for name in ("x", "out"))
     out = write.at(out, write.times(group, tiling.group_outputs))
 
     def tile(rows: int, row: ir.Value) -> None:
