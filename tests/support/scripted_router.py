@@ -28,13 +28,14 @@ class ScriptedRouter(generation_pb2_grpc.RouterServicer):
         self.metadata += context.invocation_metadata()
         if request.text == "full":
             raise errors.Overloaded("queue is full (2)", retry_after=0.25)
-        yield pb.GenerateResponse(started=pb.Started(request_id="r1", prompt_tokens=3, seed=9, model="m"))
-        yield pb.GenerateResponse(delta=pb.Delta(text="Hi", token_ids=[7], logprobs=[encode(LOGPROBS)]))
-        if request.text == "slow":
-            try:
+        try:  # a client may leave between any two events, not only in the pause
+            yield pb.GenerateResponse(started=pb.Started(request_id="r1", prompt_tokens=3, seed=9, model="m"))
+            yield pb.GenerateResponse(delta=pb.Delta(text="Hi", token_ids=[7], logprobs=[encode(LOGPROBS)]))
+            if request.text == "slow":
                 await asyncio.sleep(60)
-            finally:
-                self.cancelled.set()
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
         yield pb.GenerateResponse(delta=pb.Delta(text="!", token_ids=[8, 9]))
         if request.text == "broken":
             return
