@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a DSpark drafter and the drafters it is compared with on equal data, with equal steps and feature layers; draft
-# layers are equal too, except Eagle3's one. Each stage goes on where it was if this is run again.
+# layers are equal too, except Eagle3's one; none takes hints. Each stage goes on where it was if this is run again.
 set -euo pipefail
 : "${PROMPTS:?PROMPTS=FILE with one {\"turns\": [\"…\"]} a line}"
 data=("--data" "$OUT/data")
@@ -9,5 +9,5 @@ for architecture in dspark dflash eagle3 mtp; do
   layers=2
   [ "$architecture" = eagle3 ] && layers=1
   "$BIN/dspark" train run --model "$MODEL" "${data[@]}" --architecture "$architecture" --layers "$layers" \
-    --blocks "$BLOCKS" --run-dir "$OUT/runs/$architecture" --out "$OUT/$architecture"
+    --no-hints --blocks "$BLOCKS" --run-dir "$OUT/runs/$architecture" --out "$OUT/$architecture"
 done

@@ -43,7 +43,9 @@ def begin_with(path: Path, drafter: Drafter, standardisation: Standardisation) -
     tensors = _tensors(path / (STATE_FILE if run else WEIGHTS_FILE))
     try:
         for name, parameter in drafter.named_parameters():
-            parameter.copy_(tensors[f"parameter.{name}" if run else name])
+            stored = f"parameter.{name}" if run else name
+            if not name.startswith("hints.") or stored in tensors:  # a drafter without hints may learn to take them
+                parameter.copy_(tensors[stored])
     except (KeyError, RuntimeError) as error:
         raise ConfigError(f"the drafter of {path} has another shape: {error}") from error
     if not run and drafter.config.fc_bias:

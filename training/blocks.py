@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dspark.models.drafters import Drafter
+from dspark.models.drafters import Drafter, Hints
 from training.states import Batch
 
 __all__ = ["BlockRows", "arithmetic_of", "block_rows", "sample_anchors"]
@@ -48,7 +48,8 @@ def arithmetic_of(drafter: Drafter) -> torch.autocast:
 
 def block_rows(drafter: Drafter, batch: Batch, anchors: Tensor, length: int | None = None) -> BlockRows:
     """Run the drafter on blocks of `length` tokens, by default its own, at `anchors` (s, a), fed the text's own."""
-    hidden = drafter.training_hidden(batch.captured, batch.token_ids, anchors, length)
+    hints = None if batch.hints is None else _hints_at(batch.hints, anchors)
+    hidden = drafter.training_hidden(batch.captured, batch.token_ids, anchors, length, hints)
     s, a, n, _ = hidden.shape
     # Positions of x_{k-1}, and of the hidden state that predicts x_k.
     before = anchors[..., None] + torch.arange(n, device=anchors.device)
@@ -64,6 +65,12 @@ def block_rows(drafter: Drafter, batch: Batch, anchors: Tensor, length: int | No
         labels=_labels(drafter, _pick(batch.token_ids, before + 1)),
         valid=valid,
     )
+
+
+def _hints_at(hints: Hints, anchors: Tensor) -> Hints:
+    """Hints (s, t, n) and (s, t) for blocks at anchors (s, a)."""
+    places = anchors[..., None].expand(-1, -1, hints.tokens.shape[-1])
+    return Hints(hints.tokens.gather(1, places), hints.kinds.gather(1, anchors))
 
 
 def _pick(rows: Tensor, positions: Tensor) -> Tensor:

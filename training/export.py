@@ -28,6 +28,7 @@ def misfits(config: DrafterConfig) -> list[str]:
         "its tap normalises hidden states (train with --plain-tap)": config.normalize_inputs,
         "its mask embedding is learned (train with --plain-tap)": config.learned_mask,
         f"embeddings are scaled by {config.embedding_scale:g}": config.embedding_scale != 1.0,
+        "it takes hints": bool(config.hint_lengths),
         f"its activation is {config.hidden_act}, not silu": config.hidden_act != "silu",
         f"its layers have {len(set(config.rope_thetas))} rotary bases": len(set(config.rope_thetas)) > 1,
     }

@@ -30,6 +30,7 @@ class Shape:
 
     With a `plain_tap`, W_c has no bias and reads hidden states as they are, and masks are row 0 of the embedding, as in
     the published checkpoints. Else captured layers are normalised and standardised, and the mask is learned.
+    `hint_lengths`: how many ids of the text's end are looked up in it; none for a drafter without hints.
     """
 
     architecture: str = "dspark"
@@ -40,6 +41,7 @@ class Shape:
     markov_rank: int = 64
     markov_head_type: str = "vanilla"
     plain_tap: bool = False
+    hint_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def drafter_config(target: TargetConfig, shape: Shape, *, name: str) -> DrafterC
         rms_norm_eps=target.rms_norm_eps,
         rope_thetas=tuple(target.rope[kind if kind in (FULL, SLIDING) else FULL].theta for kind in kinds),
         max_position_embeddings=target.max_context,
+        hint_lengths=shape.hint_lengths,
         name=name,
         architecture=shape.architecture,
     )

@@ -39,7 +39,7 @@ from training.initialise import (
 from training.plan import RunPlan
 from training.state import SETUP_FILE, load_setup, save_setup
 from training.state_cache import StateCache, StateCaches
-from training.states import TargetStates
+from training.states import Hinted, TargetStates
 from training.trainer import Exchange
 
 __all__ = ["open_target", "prepare", "split", "target_states", "with_blocks"]
@@ -85,11 +85,13 @@ def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[
                 f"{path} was written by {manifest.target} ({manifest.model_fingerprint[:12]}), "
                 f"not by this {target.info.name} ({target.info.model_fingerprint[:12]})"
             )
-    layers = drafter_config(target.config, plan.shape, name=plan.name).target_layer_ids
+    config = drafter_config(target.config, plan.shape, name=plan.name)
+    layers = config.target_layer_ids
     numerics = f"{dtype} {target.kernels.name} {device.type}"
     caches = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size, numerics)))
     joined = functools.reduce(operator.add, texts)
-    return TargetStates(joined, target, layers, caches, normalise=not plan.shape.plain_tap)
+    hinted = Hinted(config.hint_lengths, config.block_size) if config.hint_lengths else None
+    return TargetStates(joined, target, layers, caches, normalise=not plan.shape.plain_tap, hinted=hinted)
 
 
 def _caches(

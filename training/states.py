@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dspark.models.batch import RaggedBatch
+from dspark.models.drafters import Hints
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
+from services.draft.hints import hints_along
 from training.dataset import Texts
 from training.state_cache import StateCache, StateCaches, TextStates
 
-__all__ = ["Batch", "TargetStates", "rms_normalise"]
+__all__ = ["Batch", "Hinted", "TargetStates", "rms_normalise"]
 
 _PAGE_SIZE = 16
 _HEAD_ROWS = 128
@@ -29,7 +32,8 @@ class Batch:
     """Some texts padded to t tokens: `captured` (s, t, m, d), `hidden` (s, t, d), `logz` and `token_ids` (s, t).
 
     Captured layers are divided by their root mean square unless told otherwise. `logz` is float32, log of the sum of
-    exp(logits), and means something at positions from `prompt_lengths` on only.
+    exp(logits), and means something at positions from `prompt_lengths` on only. `hints`: (s, t, n) and (s, t), for
+    blocks anchored at each of these positions, where they are asked for.
     """
 
     captured: Tensor
@@ -39,6 +43,14 @@ class Batch:
     lengths: Tensor
     prompt_lengths: Tensor
     temperatures: Tensor
+    hints: Hints | None = None
+
+
+class Hinted(NamedTuple):
+    """Which hints a drafter takes: the lengths looked up, and the tokens of a block."""
+
+    lengths: tuple[int, ...]
+    tokens: int
 
 
 class TargetStates:
@@ -52,12 +64,15 @@ class TargetStates:
         cache: StateCache | StateCaches | None = None,
         *,
         normalise: bool = True,
+        hinted: Hinted | None = None,
     ) -> None:
         self.texts = texts
         self._target = target
         self._layer_ids = tuple(layer_ids)
         self._cache = cache
         self._normalise = normalise
+        self._hinted = hinted
+        self._hints: dict[int, Hints] = {}  # some 8 KB a text
         self._kv: KVCache | None = None
         self.computed = 0
         """Texts whose states were computed rather than found."""
@@ -81,7 +96,16 @@ class TargetStates:
             lengths=lengths.to(device),
             prompt_lengths=torch.tensor([self.texts.prompt_lengths[row] for row in rows], device=device),
             temperatures=torch.tensor([self.texts.temperatures[row] for row in rows], device=device),
+            hints=None if self._hinted is None else self._hints_of(rows, self._hinted).to(device),
         )
+
+    def _hints_of(self, rows: Sequence[int], hinted: Hinted) -> Hints:
+        for row in rows:
+            if row not in self._hints:
+                ids = self.texts.token_ids[row].tolist()
+                self._hints[row] = hints_along(ids, self.texts.prompt_lengths[row], hinted.lengths, hinted.tokens)
+        own = [self._hints[row] for row in rows]
+        return Hints(_padded([one.tokens for one in own]), _padded([one.kinds for one in own]))
 
     def _states(self, rows: Sequence[int]) -> list[TextStates]:
         found = {row: self._cache.get(row) if self._cache else None for row in rows}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dspark.errors import OutOfPages
+from services.draft.ngram import NgramContext
 
 __all__ = ["PAGE_SIZE", "ContextKV", "ContextRoom", "KVShape"]
 
@@ -35,11 +36,13 @@ class KVShape:
 class ContextKV:
     """K/V of one sequence's context in every draft layer: (layers, 2, kv_heads, room, head_dim).
 
-    `length` counts context rows 0 … length - 1. `limit` is the most it may ever hold, the block's rows included.
+    `length` counts context rows 0 … length - 1. `limit` is the most it may ever hold, the block's rows included. `ids`:
+    the ids behind these positions, for a drafter that takes hints.
     """
 
     def __init__(self, shape: KVShape, limit: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.length = 0
+        self.ids: NgramContext | None = None
         self._shape = shape
         self._limit = limit
         self._rows = self._allocate(min(limit, _FIRST_ROOM), dtype, device)

@@ -16,6 +16,7 @@ from dspark.kernels import Kernels
 from dspark.models.drafters import ParallelDrafter
 from services.draft.context import ContextKV
 from services.draft.drafting import Block, Drafted, Piece
+from services.draft.hints import ServedHints
 from services.draft.layers import DraftStack, Span, draft_layers
 
 __all__ = ["ParallelBlocks"]
@@ -34,24 +35,31 @@ class ParallelBlocks(ABC):
         self.stack = DraftStack(drafter, kernels, drafter.block_rows)
         self._first_row = drafter.first_row
         self._masks = _mask_rows(drafter)
+        self._hints = None if drafter.hints is None else ServedHints(drafter, drafter.hints, kernels)
         projections = [p.weight for m in draft_layers(drafter) for p in (m.self_attn.k_proj, m.self_attn.v_proj)]
         self._context_kv = kernels.linear(torch.cat(projections))
 
     def open(self, limit: int) -> ContextKV:
         """As in `BlockDrafter`."""
-        return self.stack.open(limit)
+        context = self.stack.open(limit)
+        if self._hints is not None:
+            context.ids = self._hints.open()
+        return context
 
     @torch.inference_mode()
     def extend(self, pieces: Sequence[Piece[ContextKV]], features: Tensor) -> None:
-        """As in `BlockDrafter`; ids are not read."""
+        """As in `BlockDrafter`; ids are read for hints only."""
+        ids = [piece.require_ids() if piece.context.ids is not None else () for piece in pieces]
         starts = [piece.context.length for piece in pieces]
         ranges = [range(start, start + piece.count) for start, piece in zip(starts, pieces, strict=True)]
         positions = torch.tensor([position for one in ranges for position in one], device=self.stack.device)
         features = features.to(self.stack.device, self.stack.dtype)
         layers = self._keys_values(features, positions, max(one.stop for one in ranges))
         first = 0
-        for piece in pieces:
+        for piece, behind in zip(pieces, ids, strict=True):
             piece.context.append(layers, first, piece.count)
+            if piece.context.ids is not None:
+                piece.context.ids.append(behind)
             first += piece.count
 
     @torch.inference_mode()
@@ -71,7 +79,7 @@ class ParallelBlocks(ABC):
         positions = torch.tensor(starts, device=stack.device)[:, None] + torch.arange(rows, device=stack.device)
         rotary = stack.rotary(positions.flatten(), max(starts) + rows)
         plan = stack.plan([Span(context, rows) for context in contexts])
-        x = self._inputs(torch.tensor(anchors, device=stack.device)).flatten(0, 1)
+        x = self._inputs(torch.tensor(anchors, device=stack.device), contexts).flatten(0, 1)
         for index, table in enumerate(rotary):
             x = stack.through(index, x, table, plan)
         return stack.normed(x).view(len(anchors), rows, -1)
@@ -86,9 +94,12 @@ class ParallelBlocks(ABC):
             for index, table in enumerate(rotary)
         ]
 
-    def _inputs(self, anchors: Tensor) -> Tensor:
-        """Embeddings of the anchor and of a mask at each further place, (b, block rows, d)."""
-        return torch.cat([self.stack.embed(anchors)[:, None], self._masks.expand(len(anchors), -1, -1)], 1)
+    def _inputs(self, anchors: Tensor, contexts: Sequence[ContextKV]) -> Tensor:
+        """Embeddings of the anchor and of a mask at each further place, and what hints add, (b, block rows, d)."""
+        inputs = torch.cat([self.stack.embed(anchors)[:, None], self._masks.expand(len(anchors), -1, -1)], 1)
+        if self._hints is None:
+            return inputs
+        return inputs + self._hints.rows([context.ids for context in contexts], self.block_rows, self.stack.embed)
 
 
 def _mask_rows(drafter: ParallelDrafter) -> Tensor:

@@ -55,12 +55,11 @@ class WithLookup:
         self.feature_size = own.feature_size
         self.calibration = own.calibration
         self._own = own
-        settings = PromptLookup(own.vocab_size)
-        self._ends = (settings.longest, settings.shortest)
+        self._lengths = PromptLookup(own.vocab_size).lengths
 
     def open(self, limit: int) -> LookupContext:
         """As in `BlockDrafter`."""
-        return LookupContext(self._own.open(limit), NgramContext(*self._ends))
+        return LookupContext(self._own.open(limit), NgramContext(self._lengths))
 
     def extend(self, pieces: Sequence[Piece[LookupContext]], features: Tensor) -> None:
         """As in `BlockDrafter`. A sequence whose ids do not come is never looked up."""

@@ -32,8 +32,7 @@ class PromptLookup:
 
     vocab_size: int
     block_size: int = 8
-    longest: int = 4
-    shortest: int = 2
+    lengths: tuple[int, ...] = (2, 3, 4)
 
     @property
     def info(self) -> DrafterInfo:
@@ -66,11 +65,12 @@ PACE = 1 / 8  # of what a text says of its own lookups
 class NgramContext:
     """The ids of positions 1 … length, indexed as they come: the work of a round is that of its new ids.
 
-    About 500 bytes an id.
+    About 170 bytes an id and length.
     """
 
-    def __init__(self, longest: int, shortest: int) -> None:
-        self._lengths = range(longest, shortest - 1, -1)
+    def __init__(self, lengths: Iterable[int]) -> None:
+        """`lengths`: how many ids of the end are looked up; the longest that occurred before counts."""
+        self._lengths = sorted(lengths, reverse=True)
         self._ids: list[int] = []
         self._followed: dict[tuple[int, ...], int] = {}  # ids -> where what followed them last begins
         self._hits: dict[int, float] = {}  # by agreeing ids
@@ -144,7 +144,7 @@ class NgramBlocks:
     def open(self, limit: int) -> NgramContext:
         """As in `BlockDrafter`; the limit is kept by who sends the ids."""
         del limit
-        return NgramContext(self._settings.longest, self._settings.shortest)
+        return NgramContext(self._settings.lengths)
 
     def extend(self, pieces: Sequence[Piece[NgramContext]], features: Tensor) -> None:
         """As in `BlockDrafter`; there are no features."""

@@ -35,6 +35,7 @@ class Round:
         unhidden: seconds that the drafting of this round is expected to take.
         decision: what speculation may do at all; None where no sequence's policy looks at costs.
         hold_features: whether the features that the step brings may wait at the verify worker.
+        reach: (R,) how much of a block is asked for at most, where its policy lets plans of late say so; 0 elsewhere.
         proposed: (R,) whether a block came. confidences: (R, n) as they came; corrected: as they are believed.
         outcome: the lengths.
         tokens: expected of the round.
@@ -59,6 +60,7 @@ class Round:
     unhidden: float
     decision: Decision | None
     hold_features: bool = False
+    reach: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     drafting: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     proposed: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     confidences: Floats = field(default_factory=lambda: np.zeros((0, 0)))

@@ -23,6 +23,7 @@ from services.router.scheduling.looks import Looks
 from services.router.scheduling.payoff import Decision, Payoff
 from services.router.scheduling.plan import FREE, Bools, Floats, Ints, limits, survival_of
 from services.router.scheduling.policies import Facts, Policy, mixed
+from services.router.scheduling.reach import Reach
 from services.router.scheduling.survival import explore
 from services.router.scheduling.whom import whom_to_draft
 from services.router.sequences import Sequence as Running
@@ -64,6 +65,7 @@ class Scheduler:
         self._payoff = Payoff(self._longest)
         self._looks = Looks()
         self._holding = Holding()
+        self._reach = Reach()
         self._yield = 1.0  # tokens a row, lately
 
     @property
@@ -109,6 +111,7 @@ class Scheduler:
         )
         if scheduled.any() and block:
             self._choose(round_, block)
+        self._shorten(round_, block)
         round_.drafting = round_.asked & self._ables(round_)
         self._holding.settle(round_, coming=_coming(round_))
         round_.unhidden = float(self._draft_seconds(len(running), context)[np.count_nonzero(round_.drafting)])
@@ -151,6 +154,12 @@ class Scheduler:
         round_.explored = np.where(room > 0, explored, FREE)
         wanted = chosen | (round_.explored > 0)
         round_.asked = (round_.most > 0) & np.where(scheduled & able, wanted, True)
+
+    def _shorten(self, round_: Round, block: int) -> None:
+        """Ask for no more than plans take lately, but of those whose whole block is explored."""
+        free = np.array([policy.shortens for policy in round_.policies], np.bool_) & (round_.explored < 0)
+        round_.reach = np.where(free, self._reach.of(block), 0)
+        round_.most = np.where(free, np.minimum(round_.most, round_.reach), round_.most)
 
     def _ables(self, round_: Round) -> Bools:
         return np.array([self._able(s) for s in round_.running], np.bool_)
@@ -198,11 +207,21 @@ class Scheduler:
         rows = np.flatnonzero(judged & stayed & round_.proposed)
         if len(rows):
             verified, matched = round_.outcome.verify[rows], took.matched[rows]
+            planned, asked = round_.outcome.planned[rows], round_.most[rows]
             self._memory.tracker.observe(
-                round_.settings[rows], round_.confidences[rows], verified, matched, planned=round_.outcome.planned[rows]
+                round_.settings[rows], round_.confidences[rows], verified, matched, planned=planned, asked=asked
             )
-            self._memory.histories.observe(round_.slots[rows], round_.corrected[rows], verified, matched)
+            self._memory.histories.observe(round_.slots[rows], round_.corrected[rows], verified, matched, asked=asked)
+            self._see_reach(round_, rows)
         self._weigh(round_, took, int(np.count_nonzero(judged)))
+
+    def _see_reach(self, round_: Round, rows: Ints) -> None:
+        """Of those whose blocks it may shorten."""
+        assert round_.outcome is not None
+        planned = np.where(round_.reach > 0, round_.outcome.planned, -1)[rows]
+        if (planned >= 0).any():
+            bound = round_.most[rows] == round_.reach[rows]
+            self._reach.observe(int(planned.max()), capped=bool((bound & (planned >= round_.reach[rows])).any()))
 
     def _weigh(self, round_: Round, took: Took, judged: int) -> None:
         if not judged or not round_.decodes:

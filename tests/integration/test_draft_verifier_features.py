@@ -188,7 +188,7 @@ async def test_prompt_lookup_sees_the_text_and_nothing_else(tiny_gemma: Path) ->
             drafted = 0
             for round_ in range(8):
                 proposal = await router.propose()
-                text = NgramContext(lookup.longest, lookup.shortest)
+                text = NgramContext(lookup.lengths)
                 text.append(router.ids[1:])
                 assert proposal.tokens == tuple(text.lookup(5).tokens)
                 drafted += len(proposal.tokens)

@@ -379,6 +379,7 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
         self.spoil = spoil
         self.attached: dict[str, AttachSequence] = {}
         self.proposals = 0
+        self.wanted: list[int] = []
         self.refusals = 0
         self.detached_at: dict[str, float] = {}
         self.features_missing = False
@@ -445,6 +446,7 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
             token = self.rule(tokens[-1] if tokens else item.anchor, position, message.sampling.seed)
             tokens.append((token + 1) % VOCAB if self.spoil(position) else token)
         self.proposals += 1
+        self.wanted.append(item.max_tokens)
         return self.alter(
             Proposal(
                 item.key,

@@ -164,7 +164,7 @@ def test_prompt_lookup_is_played_too(models: tuple[TargetModel, Drafter]) -> Non
         assert 0 < rounds.accepted.sum() < rounds.drafted.sum()
         for text, committed, accepted in rows_of(rounds):
             ids = observed[text].text.token_ids
-            context = NgramContext(lookup.longest, lookup.shortest)
+            context = NgramContext(lookup.lengths)
             context.append(ids[1:committed])
             block = context.lookup(4).tokens[: observed[text].text.room(committed)]
             assert tuple(block[:accepted]) == ids[committed : committed + accepted]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from training.trainer import StepReport
 
 COMPILED_STEPS = 2000
+HINT_LENGTHS = (1, 2, 3, 4, 6, 8)
 
 
 class Architecture(StrEnum):
@@ -59,6 +60,10 @@ def command(
         bool,
         typer.Option("--plain-tap", help="Read hidden states as they are: can be exported in the published format."),
     ] = False,
+    hints: Annotated[
+        bool,
+        typer.Option(help="Tell the drafter what followed the last occurrence of the text's end; dspark only."),
+    ] = True,
     feature_layers: Annotated[str, typer.Option(help="Target layers read, 1,6,11,16 [four, evenly spread].")] = "",
     blocks: Annotated[int, typer.Option(min=1, help="Blocks to train on in all.")] = 300_000,
     sequences: Annotated[int, typer.Option(min=1, help="Texts a step, over all processes.")] = 4,
@@ -122,6 +127,7 @@ def command(
             rank,
             head.value,
             plain_tap,
+            HINT_LENGTHS if hints and architecture is Architecture.dspark and not plain_tap else (),
         ),
         cache=cache,
         cache_gb=cache_gb,

@@ -5,6 +5,7 @@ from dspark.models.drafters.chain import ChainDrafter
 from dspark.models.drafters.checkpoint import CLASSES, load_drafter, save_drafter
 from dspark.models.drafters.config import DrafterConfig
 from dspark.models.drafters.dspark import DFlashDrafter, DSparkDrafter, ParallelDrafter
+from dspark.models.drafters.hints import Hints
 
 __all__ = [
     "CLASSES",
@@ -13,6 +14,7 @@ __all__ = [
     "DSparkDrafter",
     "Drafter",
     "DrafterConfig",
+    "Hints",
     "ParallelDrafter",
     "load_drafter",
     "save_drafter",

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from dspark.messages import DrafterInfo, TapInfo
 from dspark.models.drafters.config import DrafterConfig
+from dspark.models.drafters.hints import Hints
 from dspark.models.drafters.layers import DraftLayer, RmsNorm, Rotary, rotary_table
 
 __all__ = ["Drafter"]
@@ -57,14 +58,19 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def training_hidden(
-        self, captured: Tensor, token_ids: Tensor, anchors: Tensor, length: int | None = None
+        self,
+        captured: Tensor,
+        token_ids: Tensor,
+        anchors: Tensor,
+        length: int | None = None,
+        hints: Hints | None = None,
     ) -> Tensor:
         """Many blocks of each sequence in one forward: (s, a, n, d), what the head reads for draft tokens 1 … n.
 
         Blocks are of n = `length` tokens, by default of as many as when served.
         `captured` (s, t, m, d) hidden states and `token_ids` (s, t) of whole sequences, `anchors` (s, a) positions. A
         block sees the context before its anchor and itself only, exactly as when served, and is fed the sequence's own
-        tokens where it takes any.
+        tokens where it takes any. `hints`: (s, a, n') and (s, a), n' ≥ n, for a drafter that takes them.
         """
 
     def sequential_logits(self, previous: Tensor, hidden: Tensor) -> Tensor | None:

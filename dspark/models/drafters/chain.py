@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dspark.models.drafters.base import Drafter
 from dspark.models.drafters.config import DrafterConfig
+from dspark.models.drafters.hints import Hints
 from dspark.models.drafters.layers import KV, DraftLayer, RmsNorm, Rotary
 
 __all__ = ["ChainDrafter"]
@@ -47,9 +48,15 @@ class ChainDrafter(Drafter):
         return cast("Tensor", self.in_proj(torch.cat([embedded, self.feature_norm(features)], -1)))
 
     def training_hidden(
-        self, captured: Tensor, token_ids: Tensor, anchors: Tensor, length: int | None = None
+        self,
+        captured: Tensor,
+        token_ids: Tensor,
+        anchors: Tensor,
+        length: int | None = None,
+        hints: Hints | None = None,
     ) -> Tensor:
         """As in `Drafter`, but of at most `steps` tokens."""
+        del hints
         outputs, context = self.context_rows(self.features(captured), token_ids)
         last = anchors - 1
         y = outputs.gather(1, last[..., None].expand(-1, -1, outputs.shape[-1]))

@@ -22,6 +22,7 @@ ARCHITECTURES = {
 }
 PUBLISHED = "Qwen3DSparkModel"
 HEAD_TYPES = ("vanilla", "gated", "rnn")
+MOST_HINTED = 64
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
@@ -35,7 +36,8 @@ class DrafterConfig:
     `hidden_size` is the width of the target, of the features and of the draft layers alike. Additions to the published
     format: a draft vocabulary (`draft_vocab_size` < `vocab_size`; W_1 then has one more row, for all other tokens), a
     learned mask embedding instead of row `mask_token_id`, `fc_bias`, `normalize_inputs` (each captured layer is divided
-    by its root mean square before W_c), `embedding_scale` (Gemma multiplies embeddings), one rotary base a layer.
+    by its root mean square before W_c), `embedding_scale` (Gemma multiplies embeddings), one rotary base a layer, and
+    `hint_lengths`: how many ids of the text's end are looked up in it, shortest first, for `hints`; none without.
     """
 
     block_size: int
@@ -62,6 +64,7 @@ class DrafterConfig:
     rms_norm_eps: float = 1e-6
     rope_thetas: tuple[float, ...] = ()
     max_position_embeddings: int = 32_768
+    hint_lengths: tuple[int, ...] = ()
     name: str = ""
     model_fingerprint: str = ""
     architecture: str = "dspark"
@@ -110,6 +113,7 @@ def parse_drafter_config(config: Mapping[str, Any], *, source: str) -> DrafterCo
         rms_norm_eps=read.positive("rms_norm_eps", 1e-6),
         rope_thetas=read.rope_thetas(layers),
         max_position_embeddings=read.count("max_position_embeddings", 32_768),
+        hint_lengths=read.hint_lengths() if heads else (),
         name=str(config.get("name", "")),
         model_fingerprint=str(config.get("target_model_fingerprint", "")),
         architecture=architecture,
@@ -151,13 +155,15 @@ def to_json(config: DrafterConfig) -> dict[str, Any]:
         "fc_bias": config.fc_bias,
         "normalize_inputs": config.normalize_inputs,
         "embedding_scale": config.embedding_scale,
+        **({"hint_lengths": list(config.hint_lengths)} if config.hint_lengths else {}),
         "dtype": "bfloat16",
         **({"calibration": calibrations_to_json(config.calibration)} if config.calibration else {}),
     }
 
 
 def _class_name(config: DrafterConfig) -> str:
-    if config.architecture == "dspark" and not (config.reduced_vocabulary or config.learned_mask):
+    ours = config.reduced_vocabulary or config.learned_mask or config.hint_lengths
+    if config.architecture == "dspark" and not ours:
         return PUBLISHED
     return next(name for name, known in ARCHITECTURES.items() if known == config.architecture and name != PUBLISHED)
 
@@ -209,6 +215,15 @@ class _Fields:
         if not isinstance(ids, list) or not ids or not all(type(i) is int and -1 <= i <= last for i in ids):
             raise self.error(f"target_layer_ids must list layers from -1 to {last}, not {ids!r}")
         return tuple(ids)
+
+    def hint_lengths(self) -> tuple[int, ...]:
+        given = self.config.get("hint_lengths", [])
+        counts = isinstance(given, list) and all(type(n) is int and 1 <= n <= MOST_HINTED for n in given)
+        if not counts or list(given) != sorted(set(given)):
+            raise self.error(
+                f"hint_lengths must list numbers from 1 to {MOST_HINTED} in ascending order, not {given!r}"
+            )
+        return tuple(given)
 
     def rope_thetas(self, layers: int) -> tuple[float, ...]:
         given = self.config.get("rope_thetas")

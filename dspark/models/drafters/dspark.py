@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dspark.models.drafters.base import Drafter
 from dspark.models.drafters.config import DrafterConfig
 from dspark.models.drafters.heads import HEADS, ConfidenceHead, MarkovHead
+from dspark.models.drafters.hints import HintInput, Hints
 from dspark.models.drafters.layers import KV
 
 __all__ = ["DFlashDrafter", "DSparkDrafter", "ParallelDrafter", "block_mask"]
@@ -36,6 +37,7 @@ class ParallelDrafter(Drafter):
     ) -> None:
         super().__init__(config, embed_weight=embed_weight, head_weight=head_weight, d2t=d2t)
         self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if config.learned_mask else None
+        self.hints = HintInput(config.hint_lengths, config.hidden_size) if config.hint_lengths else None
 
     @property
     def block_rows(self) -> int:
@@ -51,36 +53,59 @@ class ParallelDrafter(Drafter):
 
     # ------------------------------------------------------------ blocks
 
-    def block_hidden(self, anchors: Tensor, positions: Tensor, context: Sequence[KV], lengths: Tensor) -> Tensor:
+    def block_hidden(
+        self,
+        anchors: Tensor,
+        positions: Tensor,
+        context: Sequence[KV],
+        lengths: Tensor,
+        hints: Hints | None = None,
+    ) -> Tensor:
         """One forward of a block a row: (b, n, d) after the final norm, the rows that predict.
 
         `anchors` (b,) target ids at `positions` (b,). `context`: per draft layer K and V (b, L, kv heads, head_dim), of
-        which row i sees the first `lengths[i]`; inside a block every row sees every row.
+        which row i sees the first `lengths[i]`; inside a block every row sees every row. `hints`: (b, n) and (b,), for
+        a drafter that takes them.
         """
         b, block, longest = len(anchors), self.block_rows, context[0][0].shape[1]
         seen = torch.arange(longest, device=anchors.device) < lengths[:, None]
         own = torch.ones(b, block, dtype=torch.bool, device=anchors.device)
         mask = torch.cat([seen, own], 1)[:, None, None].expand(b, 1, block, longest + block)
-        rows = self._run(self._block_inputs(anchors, block), self._block_positions(positions, block), context, mask)
+        inputs = self._block_inputs(anchors, block, hints)
+        rows = self._run(inputs, self._block_positions(positions, block), context, mask)
         return rows[:, self.first_row :]
 
     def training_hidden(
-        self, captured: Tensor, token_ids: Tensor, anchors: Tensor, length: int | None = None
+        self,
+        captured: Tensor,
+        token_ids: Tensor,
+        anchors: Tensor,
+        length: int | None = None,
+        hints: Hints | None = None,
     ) -> Tensor:
         """As in `Drafter`."""
         s, a = anchors.shape
         block, t = (length or self.config.block_size) + self.first_row, captured.shape[1]
         positions = torch.arange(t, device=captured.device).expand(s, t)
         context = self.context_kv(self.features(captured), positions)
-        inputs = self._block_inputs(token_ids.gather(1, anchors).flatten(), block).view(s, a * block, -1)
+        inputs = self._block_inputs(token_ids.gather(1, anchors).flatten(), block, hints).view(s, a * block, -1)
         rows = self._block_positions(anchors.flatten(), block).view(s, a * block)
         mask = block_mask(anchors, block, t)
         return self._run(inputs, rows, context, mask).view(s, a, block, -1)[:, :, self.first_row :]
 
     # ------------------------------------------------------------ inside
 
-    def _block_inputs(self, anchors: Tensor, rows: int) -> Tensor:
-        """Embeddings of anchor and masks, (b, rows, d)."""
+    def _block_inputs(self, anchors: Tensor, rows: int, hints: Hints | None) -> Tensor:
+        """Embeddings of anchor and masks, and what hints add to them, (b, rows, d)."""
+        inputs = self._plain_inputs(anchors, rows)
+        if self.hints is None:
+            return inputs
+        if hints is None:
+            raise ValueError("this drafter takes hints, and none were given")
+        guesses = self.embed(hints.tokens.reshape(len(anchors), -1)[:, :rows])
+        return inputs + cast("Tensor", self.hints(guesses, hints.kinds.flatten()))
+
+    def _plain_inputs(self, anchors: Tensor, rows: int) -> Tensor:
         masks = anchors.new_full((len(anchors), rows - 1), self.config.mask_token_id)
         if self.mask_embedding is None:
             return self.embed(torch.cat([anchors[:, None], masks], 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from services.router.scheduling.plan import Bools, Floats, Ints
-from services.router.scheduling.survival import Tracker, trials
+from services.router.scheduling.survival import Tracker, continued, trials
 
 __all__ = ["Histories"]
 
@@ -97,7 +97,9 @@ class Histories:
 
     # ------------------------------------------------------------ after a round
 
-    def observe(self, slots: Ints, chance: Floats, verified: Ints, accepted: Ints) -> None:
+    def observe(
+        self, slots: Ints, chance: Floats, verified: Ints, accepted: Ints, *, asked: Ints | None = None
+    ) -> None:
         """Takes in the blocks of a round.
 
         Args:
@@ -105,9 +107,12 @@ class Histories:
             chance: (R, n) c'_k as corrected for the plan.
             verified: (R,) draft tokens.
             accepted: (R,) of them.
+            asked: (R,) draft tokens that the drafter was asked for; whole blocks unless given.
         """
+        width = chance.shape[1]
+        whole = chance if asked is None else continued(chance, asked, self.predicted(slots)[:, :width])
         survival = np.zeros((len(slots), self._block))
-        survival[:, : chance.shape[1]] = np.cumprod(chance, axis=1)
+        survival[:, :width] = np.cumprod(whole, axis=1)
         # The first rounds average evenly; later ones move at the pace.
         pace = np.where(self._known[slots] > 0, PACE, 1.0)
         self._survival[slots] += pace[:, None] * (survival - self._survival[slots])

@@ -97,6 +97,10 @@ class Policy(Protocol):
     def needs_costs(self) -> bool:
         """Whether it means nothing without a cost profile: a flat table makes it verify everything."""
 
+    @property
+    def shortens(self) -> bool:
+        """Whether only so much of a block is asked for as was verified lately (`reach`)."""
+
     def ask(self, block: int) -> int:
         """Draft tokens worth asking for, of a block."""
 
@@ -111,6 +115,11 @@ class _Static(ABC):
     @property
     def needs_costs(self) -> bool:
         """It does not."""
+        return False
+
+    @property
+    def shortens(self) -> bool:
+        """It asks for what it verifies."""
         return False
 
     def ask(self, block: int) -> int:
@@ -202,6 +211,11 @@ class _Scheduled:
 class Adaptive(_Scheduled):
     """`adaptive`: the scheduler (DSpark §3.2.2)."""
 
+    @property
+    def shortens(self) -> bool:
+        """What its plans cut need not be drafted."""
+        return True
+
     def __str__(self) -> str:
         return "adaptive"
 
@@ -236,6 +250,11 @@ class CapAccept(_Scheduled):
     For measuring: outcomes of all drafts are seen, also of those that trimming would hide, while output and progress
     are those of the adaptive plan. Saves no time.
     """
+
+    @property
+    def shortens(self) -> bool:
+        """Whole blocks are what it is for."""
+        return False
 
     def __str__(self) -> str:
         return "cap-accept"

@@ -67,6 +67,16 @@ def explore(room: Ints, generator: np.random.Generator, *, share: float = 1 / 64
     return np.where(generator.random(len(room)) < share, room, FREE).astype(np.int64)
 
 
+def continued(chance: Floats, asked: Ints, expected: Floats) -> Floats:
+    """(R, n) c_k, those behind the first `asked` (R,) as `expected` survivals, (R, n) or (1, n), have them.
+
+    What was not asked for is no block that ended.
+    """
+    before = np.concatenate([np.ones((len(expected), 1)), expected[:, :-1]], axis=1)
+    conditional = expected / np.maximum(before, 1e-9)
+    return np.where(np.arange(chance.shape[1]) < asked[:, None], chance, conditional)
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """One setting's figures by position, NaN where nothing was tried.
@@ -144,6 +154,7 @@ class Tracker:
         accepted: Ints,
         *,
         planned: Ints | None = None,
+        asked: Ints | None = None,
     ) -> None:
         """Takes in a round.
 
@@ -154,6 +165,7 @@ class Tracker:
             accepted: (R,) of them.
             planned: (R,) verify lengths as they would have been without exploring. Trials beyond stand for the many
                 that were cut, and weigh more.
+            asked: (R,) draft tokens that the drafter was asked for; whole blocks unless given.
         """
         width = confidences.shape[1]
         raw = np.where(np.isnan(confidences), UNKNOWN, confidences)
@@ -165,7 +177,7 @@ class Tracker:
             rows = settings == number
             self._count(number, np.stack([tested[rows], success[rows], (raw * tested)[rows], (chance * tested)[rows]]))
             self._follow(number, weight[rows], success[rows] - chance[rows], chance[rows])
-            self._take_average(number, chance[rows])
+            self._take_average(number, chance[rows], None if asked is None else asked[rows])
 
     def _count(self, number: int, figures: Floats) -> None:
         width = figures.shape[2]
@@ -186,12 +198,12 @@ class Tracker:
         shift = self._shift[number, :width]
         np.clip(shift + evidence / (information + PRIOR), -MOST, MOST, out=shift)
 
-    def _take_average(self, number: int, chance: Floats) -> None:
+    def _take_average(self, number: int, chance: Floats, asked: Ints | None) -> None:
         """Of all blocks, also those that were cut: their confidences are known, only their outcomes are not."""
         width, count = chance.shape[1], len(chance)
         kept = self._averaged[number] * 0.5 ** (count / AVERAGED)
-        mean = survival_of(chance).mean(axis=0)
         average = self._average[number, :width]
+        mean = survival_of(chance if asked is None else continued(chance, asked, average[None])).mean(axis=0)
         average += (mean - average) * count / (kept + count)
         self._averaged[number] = kept + count
 

@@ -49,7 +49,7 @@ def test_a_batch_holds_both_in_its_order() -> None:
 
 def test_an_end_that_foretold_nothing_is_not_trusted_again() -> None:
     """The same four ids, and each time something else behind them."""
-    context = NgramContext(4, 2)
+    context = NgramContext((2, 3, 4))
     for turn in range(12):
         context.append([1, 2, 3, 4, 50 + turn])
     context.append([1, 2, 3, 4])

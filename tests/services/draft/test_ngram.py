@@ -19,7 +19,7 @@ LOOKUP = PromptLookup(vocab_size=512)
 
 
 def context_of(*ids: int) -> NgramContext:
-    context = NgramContext(4, 2)
+    context = NgramContext((2, 3, 4))
     context.append(ids)
     return context
 
@@ -80,7 +80,7 @@ def test_any_text_in_any_pieces_is_as_the_definition() -> None:
     chance = random.Random(3)
     for _ in range(60):
         ids = chance.choices(range(chance.choice([2, 4, 9])), k=80)
-        context, done = NgramContext(4, 2), 0
+        context, done = NgramContext((2, 3, 4)), 0
         while done < len(ids):
             step = chance.randint(1, 9)
             context.append(ids[done : done + step])
@@ -92,7 +92,7 @@ def test_any_text_in_any_pieces_is_as_the_definition() -> None:
 
 def test_a_round_costs_the_same_however_long_the_text() -> None:
     chance = random.Random(5)
-    context = NgramContext(4, 2)
+    context = NgramContext((2, 3, 4))
     context.append(chance.choices(range(1000), k=200_000))
     began = time.perf_counter()
     for _ in range(2_000):

@@ -131,6 +131,21 @@ async def test_adaptive_takes_less_of_the_verifier_than_whole_blocks_where_rows_
     assert taken["adaptive"] < 0.9 * taken["fixed:7"]
 
 
+async def test_adaptive_asks_for_hardly_more_of_a_block_than_it_verifies() -> None:
+    verifier, draft, wanted = PricedVerifier(), drafter(), {}
+    steep = {rows: FIXED + FIXED * max(0, rows - 3) for rows in range(1, 17)}  # a third row is free, a fourth is not
+    verifier.step_cost = lambda rows: steep[min(rows, 16)]
+    verifier.costs = CostProfile("verify", "steep", tuple(Point(rows, 64, steep[rows]) for rows in steep), 0.0)
+    async with cluster(verifier, draft, options=by_fives(policy=Adaptive(), explore=0)) as toys:
+        for policy in ("cap-accept", "adaptive"):
+            draft.wanted.clear()
+            assert_right([await toys.generate("hello", sampling={"seed": 0}, max_tokens=120, policy=policy)], 120)
+            wanted[policy] = list(draft.wanted)
+    assert min(wanted["cap-accept"][:20]) >= 4  # as much as pays at all
+    assert min(wanted["adaptive"][:16]) >= 4
+    assert max(wanted["adaptive"][16:20]) <= 3
+
+
 @pytest.mark.parametrize("policy", [Adaptive(), CapAccept()])
 async def test_requests_of_one_batch_follow_their_own_policies(policy: Policy) -> None:
     own = ("", "none", "fixed:2", "threshold:0.9", "threshold:0.1", "adaptive", "cap-accept", "fixed:0")
