@@ -9,6 +9,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -128,6 +129,8 @@ def prepare(
     """The drafter at its start; the first process decides what the run keeps to."""
     torch.manual_seed(plan.settings.seed)
     config = drafter_config(target, plan.shape, name=plan.name)
+    cuts = sorted({length for length in plan.settings.lengths if length < config.block_size})
+    config = replace(config, cut_lengths=tuple(cuts))
     device = torch.device(plan.device)
     dtype = pick_dtype("auto", device)
     embed, head = (

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dspark.kernels import select_kernels
 from dspark.messages import AttachSequence, FeatureBlock, Mode, ProposeItem, Sampling, SequenceKey
@@ -40,10 +41,18 @@ class Proposer:
     """Proposes blocks for numbered texts that were begun and have not ended."""
 
     def __init__(
-        self, drafter: AnyDrafter, setting: str, texts: Sequence[Observed], *, batch: int, draft_top_k: int
+        self,
+        drafter: AnyDrafter,
+        setting: str,
+        texts: Sequence[Observed],
+        *,
+        batch: int,
+        draft_top_k: int,
+        verify_length: int | None = None,
     ) -> None:
-        """For `batch` of the texts at once; `setting` and `draft_top_k` as `training.rounds.play` has them."""
+        """For `batch` of the texts at once; `setting`, `draft_top_k`, `verify_length` as `training.rounds.play`'s."""
         self.block_size = block_size_of(drafter)
+        self._most = self.block_size if verify_length is None else min(verify_length, self.block_size)
         model = drafter if isinstance(drafter, Drafter) else None
         self._tap_id = model.tap.tap_id if model else ""
         self._mode = Mode.REJECTION if setting == "rejection" else Mode.COUPLED
@@ -70,18 +79,23 @@ class Proposer:
         del self._texts[number]
 
     def propose(self, asked: Asked) -> tuple[Tensor, Tensor]:
-        """Whole blocks: tokens int64 (b, n), -1 where there is none, and raw confidence logits float32 (b, n).
+        """Blocks: tokens int64 (b, n), -1 where there is none, and raw confidence logits float32 (b, n).
 
         Both are on the CPU. Logits are NaN where there is no token, and where the drafter does not say how sure it is.
         """
         self._engine.append_features([self._features(number, committed) for number, committed in asked])
         if self._reverse is not None:
             self._reverse.expect([self._texts[number] for number, _ in asked])
-        drafted = self._engine.draft([self._item(number, committed) for number, committed in asked])
+        items = [self._item(number, committed) for number, committed in asked]
+        drafted = self._engine.draft(items)
         tokens, logits = drafted.tokens.cpu(), drafted.confidence_logits
-        lengths = torch.tensor([self.block_size] * len(asked) if drafted.lengths is None else list(drafted.lengths))
-        missing = torch.arange(self.block_size) >= lengths[:, None]
         known = torch.full(tokens.shape, torch.nan) if logits is None else logits.float().cpu()
+        lengths = torch.tensor([item.max_tokens for item in items])
+        if drafted.lengths is not None:
+            lengths = torch.minimum(lengths, torch.tensor(list(drafted.lengths)))
+        missing = torch.arange(self.block_size) >= lengths[:, None]
+        rest = (0, self.block_size - tokens.shape[1])
+        tokens, known = functional.pad(tokens, rest), functional.pad(known, rest)
         return tokens.masked_fill(missing, -1), known.masked_fill(missing, torch.nan)
 
     def _features(self, number: int, committed: int) -> FeatureBlock:
@@ -95,8 +109,10 @@ class Proposer:
         return FeatureBlock(_key(number), start, len(ids), data, token_ids=ids)
 
     def _item(self, number: int, committed: int) -> ProposeItem:
-        anchor = self._texts[number].text.token_ids[committed - 1]
-        return ProposeItem(_key(number), committed, anchor, self.block_size)
+        """As a router asks: for no more than the request may still emit beside the round's own token."""
+        text = self._texts[number].text
+        wanted = max(1, min(self._most, text.max_len - committed - 1))
+        return ProposeItem(_key(number), committed, text.token_ids[committed - 1], wanted)
 
 
 def _key(number: int) -> SequenceKey:

@@ -39,7 +39,7 @@ class Rounds:
     """r rounds with blocks of n tokens, by text and then by committed length.
 
     `logits` (r, n) float32: raw confidence logits, before any calibration; NaN for a drafter without confidences, and
-    for places behind what it proposed. Those behind `drafted` were proposed but could not have been verified.
+    for places behind what was proposed. Those behind `drafted` were proposed but could not have been verified.
     `accepted` (r,) int64, at most `drafted` (r,) int64. `text` (r,) int64: which text; `committed` (r,) int64: N.
     """
 
@@ -110,7 +110,7 @@ def play(
         ConfigError: an unknown setting, or texts that do not suit it or the drafter.
     """
     _check(drafter, texts, setting)
-    proposer = Proposer(drafter, setting, texts, batch=batch, draft_top_k=draft_top_k)
+    proposer = Proposer(drafter, setting, texts, batch=batch, draft_top_k=draft_top_k, verify_length=verify_length)
     cap = proposer.block_size if verify_length is None else min(verify_length, proposer.block_size)
     table = _Table()
     waiting = iter(enumerate(texts))

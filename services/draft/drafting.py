@@ -49,11 +49,15 @@ class Piece(Generic[ContextT]):
 
 @dataclass(frozen=True, slots=True)
 class Block(Generic[ContextT]):
-    """Where a block starts: behind its context, with the anchor at position `context.length`."""
+    """Where a block starts: behind its context, with the anchor at position `context.length`.
+
+    `wanted`: how many of its tokens anybody looks at; 0 for all.
+    """
 
     anchor: int
     context: ContextT
     sampling: Sampling
+    wanted: int = 0
 
     @property
     def committed_len(self) -> int:
@@ -119,6 +123,7 @@ class BlockDrafter(Protocol[ContextT]):
     def draft(self, blocks: Sequence[Block[ContextT]], count: int) -> Drafted:
         """The first `count` tokens of each block, at least 1 and at most `block_size`; contexts stay as they were.
 
-        A token does not depend on how many are wanted, nor on the other blocks.
+        A token does not depend on the other blocks. Nor does it on how many are wanted, unless the drafter has shorter
+        blocks for fewer (`DrafterConfig.cut_lengths`).
         """
         ...

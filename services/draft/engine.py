@@ -221,7 +221,7 @@ class DraftEngine:
         count = min(max(item.max_tokens for item in items), self._blocks.block_size)
         sequences = [self._sequence(item.key) for item in items]
         blocks = [
-            Block(item.anchor, sequence.context, sequence.request.sampling)
+            Block(item.anchor, sequence.context, sequence.request.sampling, min(item.max_tokens, count))
             for item, sequence in zip(items, sequences, strict=True)
         ]
         return self._blocks.draft(blocks, count)

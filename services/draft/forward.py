@@ -64,25 +64,30 @@ class ParallelBlocks(ABC):
 
     @torch.inference_mode()
     def draft(self, blocks: Sequence[Block[ContextKV]], count: int) -> Drafted:
-        """As in `BlockDrafter`. The forward is always over the whole block, whose rows see each other."""
-        hidden = self.block_hidden([block.anchor for block in blocks], [block.context for block in blocks])
+        """As in `BlockDrafter`. Blocks are of lengths that the drafter was trained with; rows of one see each other."""
+        lengths = [self._first_row + self.stack.config.cut(block.wanted or self.block_size) for block in blocks]
+        hidden = self.block_hidden([block.anchor for block in blocks], [block.context for block in blocks], lengths)
         return self.choose(hidden[:, self._first_row : self._first_row + count], blocks)
 
     @abstractmethod
     def choose(self, hidden: Tensor, blocks: Sequence[Block[ContextKV]]) -> Drafted:
         """Tokens from the rows that predict them, (b, n, d) after the final norm."""
 
-    def block_hidden(self, anchors: Sequence[int], contexts: Sequence[ContextKV]) -> Tensor:
-        """Rows (b, block rows, d) after the final norm, of blocks that start with `anchors` behind their contexts."""
-        rows, stack = self.block_rows, self.stack
+    def block_hidden(self, anchors: Sequence[int], contexts: Sequence[ContextKV], rows: Sequence[int]) -> Tensor:
+        """(b, most rows, d) after the final norm, of blocks of so many rows with `anchors` behind their contexts.
+
+        Of a block with fewer rows than the longest the rest are zeros.
+        """
+        stack, longest = self.stack, max(rows)
         starts = [context.length for context in contexts]
-        positions = torch.tensor(starts, device=stack.device)[:, None] + torch.arange(rows, device=stack.device)
-        rotary = stack.rotary(positions.flatten(), max(starts) + rows)
-        plan = stack.plan([Span(context, rows) for context in contexts])
-        x = self._inputs(torch.tensor(anchors, device=stack.device), contexts).flatten(0, 1)
+        own = torch.arange(longest, device=stack.device) < torch.tensor(rows, device=stack.device)[:, None]
+        positions = torch.tensor(starts, device=stack.device)[:, None] + torch.arange(longest, device=stack.device)
+        rotary = stack.rotary(positions[own], max(starts) + longest)
+        plan = stack.plan([Span(context, count) for context, count in zip(contexts, rows, strict=True)])
+        x = self._inputs(torch.tensor(anchors, device=stack.device), contexts, longest)[own]
         for index, table in enumerate(rotary):
             x = stack.through(index, x, table, plan)
-        return stack.normed(x).view(len(anchors), rows, -1)
+        return _padded(stack.normed(x), own)
 
     def _keys_values(self, features: Tensor, positions: Tensor, end: int) -> list[tuple[Tensor, Tensor]]:
         """Per draft layer K (n, kv heads, head_dim), normed and rotated, and V, of features (n, d)."""
@@ -94,12 +99,22 @@ class ParallelBlocks(ABC):
             for index, table in enumerate(rotary)
         ]
 
-    def _inputs(self, anchors: Tensor, contexts: Sequence[ContextKV]) -> Tensor:
-        """Embeddings of the anchor and of a mask at each further place, and what hints add, (b, block rows, d)."""
-        inputs = torch.cat([self.stack.embed(anchors)[:, None], self._masks.expand(len(anchors), -1, -1)], 1)
+    def _inputs(self, anchors: Tensor, contexts: Sequence[ContextKV], rows: int) -> Tensor:
+        """Embeddings of the anchor and of a mask at each further place, and what hints add, (b, rows, d)."""
+        masks = self._masks[: rows - 1].expand(len(anchors), -1, -1)
+        inputs = torch.cat([self.stack.embed(anchors)[:, None], masks], 1)
         if self._hints is None:
             return inputs
-        return inputs + self._hints.rows([context.ids for context in contexts], self.block_rows, self.stack.embed)
+        return inputs + self._hints.rows([context.ids for context in contexts], rows, self.stack.embed)
+
+
+def _padded(rows: Tensor, own: Tensor) -> Tensor:
+    """Rows (n, d) where `own` (b, r) is true, zeros elsewhere: (b, r, d)."""
+    if bool(own.all()):
+        return rows.view(*own.shape, -1)
+    padded = rows.new_zeros(*own.shape, rows.shape[-1])
+    padded[own] = rows
+    return padded
 
 
 def _mask_rows(drafter: ParallelDrafter) -> Tensor:

@@ -81,7 +81,8 @@ class WithLookup:
         return _joined(self._draft([blocks[row] for row in rest], count), looked, rest, copied)
 
     def _draft(self, blocks: Sequence[Block[LookupContext]], count: int) -> Drafted:
-        return self._own.draft([Block(block.anchor, block.context.own, block.sampling) for block in blocks], count)
+        own = [Block(block.anchor, block.context.own, block.sampling, block.wanted) for block in blocks]
+        return self._own.draft(own, count)
 
 
 def _looked_up(blocks: Sequence[Block[LookupContext]], count: int) -> Drafted:

@@ -74,13 +74,16 @@ class RoundCosts:
         """The engine's seconds for a step with so many rows of ours; 0 where nothing is known."""
         return self._link.costs.predict(rows + self.other_rows, context) if self._link.costs is not None else 0.0
 
-    def draft(self, requests: int, context: float, links: Iterable[DraftLink]) -> Floats:
-        """(requests + 1,) T + hop of drafting for 0 … requests, spread over the workers; drafting for none is free."""
+    def draft(self, requests: int, context: float, links: Iterable[DraftLink], tokens: int) -> Floats:
+        """(requests + 1,) T + hop of drafting for 0 … requests, spread over the workers; drafting for none is free.
+
+        `tokens`: how many of each block.
+        """
         links = list(links)
         seconds = np.zeros(requests + 1)
         if links and requests:
             share = -(-np.arange(requests + 1) // len(links))
-            tables = [self._of_drafter(link, int(share[-1]), context)[share] for link in links]
+            tables = [self._of_drafter(link, int(share[-1]), context)[share] * link.parts.of(tokens) for link in links]
             seconds[1:] = np.max(tables, axis=0)[1:] + self._draft_hop.value
         return seconds
 

@@ -259,13 +259,16 @@ def _slowest(calls: Iterable[asyncio.Task[ProposeResult | None]]) -> float:
 
 
 def _learn(link: DraftLink, batch: list[_Call], result: ProposeResult) -> None:
-    """Whole blocks are what was profiled; shorter ones say little of them."""
+    """Whole blocks are what was profiled; of shorter ones it is learned what part of that they take."""
     served = [item for (_, item), p in zip(batch, result.proposals, strict=True) if p.error is None]
     if link.costs is None or not served:
         return
-    if max(item.max_tokens for item in served) >= link.drafter.block_size:
-        context = sum(item.committed_len for item in served) / len(served)
-        link.costs.observe(len(served) + result.other_requests, context, result.total_seconds)
+    requests, longest = len(served) + result.other_requests, max(item.max_tokens for item in served)
+    context = sum(item.committed_len for item in served) / len(served)
+    if longest >= link.drafter.block_size:
+        link.costs.observe(requests, context, result.total_seconds)
+    else:
+        link.parts.observe(longest, result.total_seconds / link.costs.predict(requests, context))
 
 
 def _caught_up(link: DraftLink, _call: asyncio.Task[ProposeResult | None]) -> None:

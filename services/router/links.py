@@ -35,6 +35,7 @@ from dspark.rpc.channel import connect
 from dspark.rpc.session import Session
 from dspark.store import WorkerRecord
 from dspark.v1 import draft_pb2, draft_pb2_grpc, verifier_pb2, verifier_pb2_grpc
+from services.router.parts import Parts
 
 if TYPE_CHECKING:
     from services.router.sequences import Sequence
@@ -227,6 +228,7 @@ class DraftLink(Link):
 
     Attributes:
         late: the call that missed the round's deadline, until it ends; nothing more is asked meanwhile.
+        parts: what less than whole blocks take, as a share of `costs`.
     """
 
     def __init__(
@@ -236,6 +238,7 @@ class DraftLink(Link):
         self.sequences: dict[str, Sequence] = {}
         self.attaching = 0
         self.late: asyncio.Task[ProposeResult | None] | None = None
+        self.parts = Parts()
         self.refused: set[str] = set()  # model fingerprints that do not go with this drafter
         super().__init__(worker_id, address, session, load)
 

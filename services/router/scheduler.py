@@ -129,7 +129,8 @@ class Scheduler:
         return self._payoff.decide(load)
 
     def _draft_seconds(self, requests: int, context: float) -> Floats:
-        return self.costs.draft(requests, context, [link for link in self._drafters.values() if link.alive])
+        links = [link for link in self._drafters.values() if link.alive]
+        return self.costs.draft(requests, context, links, self._reach.of(self._longest))
 
     def _choose(self, round_: Round, block: int) -> None:
         """Among those whose policy looks at costs; the others are drafted for as they wish."""

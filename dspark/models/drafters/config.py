@@ -37,7 +37,8 @@ class DrafterConfig:
     format: a draft vocabulary (`draft_vocab_size` < `vocab_size`; W_1 then has one more row, for all other tokens), a
     learned mask embedding instead of row `mask_token_id`, `fc_bias`, `normalize_inputs` (each captured layer is divided
     by its root mean square before W_c), `embedding_scale` (Gemma multiplies embeddings), one rotary base a layer, and
-    `hint_lengths`: how many ids of the text's end are looked up in it, shortest first, for `hints`; none without.
+    `hint_lengths`: how many ids of the text's end are looked up in it, shortest first, for `hints`; none without; and
+    `cut_lengths`: numbers of tokens below `block_size` that it was trained to draft in a shorter block.
     """
 
     block_size: int
@@ -65,6 +66,7 @@ class DrafterConfig:
     rope_thetas: tuple[float, ...] = ()
     max_position_embeddings: int = 32_768
     hint_lengths: tuple[int, ...] = ()
+    cut_lengths: tuple[int, ...] = ()
     name: str = ""
     model_fingerprint: str = ""
     architecture: str = "dspark"
@@ -74,6 +76,10 @@ class DrafterConfig:
     def reduced_vocabulary(self) -> bool:
         """Whether the drafter proposes only some of the target's tokens."""
         return self.draft_vocab_size < self.vocab_size
+
+    def cut(self, count: int) -> int:
+        """Tokens of the shortest block that it was trained to draft `count` in."""
+        return min((length for length in self.cut_lengths if length >= count), default=self.block_size)
 
     @property
     def markov_rows(self) -> int:
@@ -113,7 +119,8 @@ def parse_drafter_config(config: Mapping[str, Any], *, source: str) -> DrafterCo
         rms_norm_eps=read.positive("rms_norm_eps", 1e-6),
         rope_thetas=read.rope_thetas(layers),
         max_position_embeddings=read.count("max_position_embeddings", 32_768),
-        hint_lengths=read.hint_lengths() if heads else (),
+        hint_lengths=read.lengths("hint_lengths", MOST_HINTED) if heads else (),
+        cut_lengths=read.lengths("cut_lengths", block_size - 1),
         name=str(config.get("name", "")),
         model_fingerprint=str(config.get("target_model_fingerprint", "")),
         architecture=architecture,
@@ -156,6 +163,7 @@ def to_json(config: DrafterConfig) -> dict[str, Any]:
         "normalize_inputs": config.normalize_inputs,
         "embedding_scale": config.embedding_scale,
         **({"hint_lengths": list(config.hint_lengths)} if config.hint_lengths else {}),
+        **({"cut_lengths": list(config.cut_lengths)} if config.cut_lengths else {}),
         "dtype": "bfloat16",
         **({"calibration": calibrations_to_json(config.calibration)} if config.calibration else {}),
     }
@@ -216,13 +224,11 @@ class _Fields:
             raise self.error(f"target_layer_ids must list layers from -1 to {last}, not {ids!r}")
         return tuple(ids)
 
-    def hint_lengths(self) -> tuple[int, ...]:
-        given = self.config.get("hint_lengths", [])
-        counts = isinstance(given, list) and all(type(n) is int and 1 <= n <= MOST_HINTED for n in given)
+    def lengths(self, key: str, most: int) -> tuple[int, ...]:
+        given = self.config.get(key, [])
+        counts = isinstance(given, list) and all(type(n) is int and 1 <= n <= most for n in given)
         if not counts or list(given) != sorted(set(given)):
-            raise self.error(
-                f"hint_lengths must list numbers from 1 to {MOST_HINTED} in ascending order, not {given!r}"
-            )
+            raise self.error(f"{key} must list numbers from 1 to {most} in ascending order, not {given!r}")
         return tuple(given)
 
     def rope_thetas(self, layers: int) -> tuple[float, ...]:
