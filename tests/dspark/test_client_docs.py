@@ -1,0 +1,30 @@
+"""Every program in docs/client.md runs as it stands, but for the router's address."""
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from support.scripted_router import ScriptedRouter, running
+
+DOCS = Path(__file__).parents[2] / "docs" / "client.md"
+PROGRAMS = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.MULTILINE)
+ADDRESS = "127.0.0.1:50051"
+
+
+def test_there_are_programs() -> None:
+    assert len(PROGRAMS) == 4
+    assert all(ADDRESS in program for program in PROGRAMS)
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+async def test_a_program_of_the_docs_runs(number: int) -> None:
+    async with running(ScriptedRouter()) as server:
+        program = PROGRAMS[number].replace(ADDRESS, f"127.0.0.1:{server.port}")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-W", "error", "-c", program, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, err.decode()
+    assert "Hi" in out.decode()
