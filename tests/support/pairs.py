@@ -15,8 +15,14 @@ VOCAB = drafters.VOCAB
 EOS = 1
 
 
-def save_pair(root: Path, *, block: int = 5, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Path, Path]:
-    """Directories of a target of `drafters.VOCAB` tokens and its drafter."""
+OURS: dict[str, Any] = {"architectures": ["DSparkModel"], "hint_lengths": [1, 2, 3], "cut_lengths": [1, 2]}
+"""What a drafter's config may have beyond the published format."""
+
+
+def save_pair(
+    root: Path, *, block: int = 5, dtype: torch.dtype = torch.float32, ours: bool = False, **changes: Any
+) -> tuple[Path, Path]:
+    """Directories of a target of `drafters.VOCAB` tokens and its drafter; `ours` gives that hints and cut blocks."""
     settings: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": drafters.HIDDEN, "num_hidden_layers": 5}
     target = tiny.save_qwen3(root / "target", dtype=dtype, initializer_range=0.25, **(settings | changes))
     _calm(target / "model.safetensors")
@@ -26,11 +32,22 @@ def save_pair(root: Path, *, block: int = 5, dtype: torch.dtype = torch.float32,
     tensors["markov_head.markov_w2.weight"] = bigrams.T.contiguous()
     tensors["confidence_head.proj.weight"] = torch.cat([tensors["confidence_head.proj.weight"], torch.zeros(1, 88)], 1)
     tensors["lm_head.weight"] = tensors["lm_head.weight"] * 0.3  # so that features matter, and bigrams too
+    tensors |= _hints(len(OURS["hint_lengths"]) + 1) if ours else {}
     path = root / "drafter"
     path.mkdir()
     save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(drafters.published_config(block_size=block, markov_rank=VOCAB)))
+    config = drafters.published_config(block_size=block, markov_rank=VOCAB, **(OURS if ours else {}))
+    (path / "config.json").write_text(json.dumps(config))
     return target, path
+
+
+def _hints(kinds: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "hints.proj.weight": 0.1 * torch.randn(drafters.HIDDEN, drafters.HIDDEN, generator=generator),
+        "hints.kind.weight": 0.3 * torch.randn(kinds, drafters.HIDDEN, generator=generator),
+        "hints.strength": 0.5 + torch.rand(kinds, generator=generator),
+    }
 
 
 def load_pair(pair: tuple[Path, Path], dtype: torch.dtype = torch.float32) -> tuple[TargetModel, Drafter]:
