@@ -41,6 +41,8 @@ def begin_with(path: Path, drafter: Drafter, standardisation: Standardisation) -
     """Fill a drafter that reads standardised states; `ConfigError` where there is nothing or it does not fit."""
     run = (path / SETUP_FILE).exists()
     tensors = _tensors(path / (STATE_FILE if run else WEIGHTS_FILE))
+    if any("hints." in name for name in tensors) and not drafter.config.hint_lengths:
+        raise ConfigError(f"the drafter of {path} takes hints, and would be another without them")
     try:
         for name, parameter in drafter.named_parameters():
             stored = f"parameter.{name}" if run else name

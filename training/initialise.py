@@ -112,7 +112,7 @@ def drafter_config(target: TargetConfig, shape: Shape, *, name: str) -> DrafterC
         rms_norm_eps=target.rms_norm_eps,
         rope_thetas=tuple(target.rope[kind if kind in (FULL, SLIDING) else FULL].theta for kind in kinds),
         max_position_embeddings=target.max_context,
-        hint_lengths=shape.hint_lengths,
+        hint_lengths=shape.hint_lengths if heads else (),
         name=name,
         architecture=shape.architecture,
     )

@@ -47,7 +47,10 @@ class RunPlan:
 
     def identity(self, manifests: Sequence[Manifest]) -> dict[str, Any]:
         """What must be the same when a run is gone on with."""
-        facts = {"settings": asdict(self.settings), "shape": asdict(self.shape), "warm_start": self.warm_start}
+        shape = asdict(self.shape)
+        if not self.shape.hint_lengths:  # as in the plans of runs that were begun before there were any
+            del shape["hint_lengths"]
+        facts = {"settings": asdict(self.settings), "shape": shape, "warm_start": self.warm_start}
         if self.begin_with is not None:
             facts["begin_with"] = str(self.begin_with)
         return dict(json.loads(json.dumps({**facts, "data": [manifest.identity for manifest in manifests]})))

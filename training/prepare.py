@@ -19,7 +19,7 @@ from dspark.devices import pick_dtype
 from dspark.errors import ConfigError, Mismatch
 from dspark.kernels import select_kernels
 from dspark.models.config import TargetConfig, parse_config, read_config
-from dspark.models.drafters import CLASSES, Drafter, DrafterConfig
+from dspark.models.drafters import CLASSES, Drafter, DrafterConfig, ParallelDrafter
 from dspark.models.drafters.checkpoint import target_tensors
 from dspark.models.gguf import GgufSource
 from dspark.models.target import load_target
@@ -129,8 +129,9 @@ def prepare(
     """The drafter at its start; the first process decides what the run keeps to."""
     torch.manual_seed(plan.settings.seed)
     config = drafter_config(target, plan.shape, name=plan.name)
-    cuts = sorted({length for length in plan.settings.lengths if length < config.block_size})
-    config = replace(config, cut_lengths=tuple(cuts))
+    if issubclass(CLASSES[config.architecture], ParallelDrafter):  # a chain is as long as it is run
+        cuts = sorted({length for length in plan.settings.lengths if length < config.block_size})
+        config = replace(config, cut_lengths=tuple(cuts))
     device = torch.device(plan.device)
     dtype = pick_dtype("auto", device)
     embed, head = (

@@ -103,7 +103,7 @@ def play(
         batch: texts drafted for at once.
         draft_top_k: as the draft worker's setting of that name.
         every: play a round at every committed length instead of going on behind what was accepted: what any way of
-            trimming blocks would meet. A proposal is a function of text and committed length alone.
+            trimming blocks would meet. A proposal is a function of text, committed length and `verify_length` alone.
         played: hears how many texts each step has ended.
 
     Raises:

@@ -72,7 +72,6 @@ class TargetStates:
         self._cache = cache
         self._normalise = normalise
         self._hinted = hinted
-        self._hints: dict[int, Hints] = {}  # some 8 KB a text
         self._kv: KVCache | None = None
         self.computed = 0
         """Texts whose states were computed rather than found."""
@@ -100,11 +99,8 @@ class TargetStates:
         )
 
     def _hints_of(self, rows: Sequence[int], hinted: Hinted) -> Hints:
-        for row in rows:
-            if row not in self._hints:
-                ids = self.texts.token_ids[row].tolist()
-                self._hints[row] = hints_along(ids, self.texts.prompt_lengths[row], hinted.lengths, hinted.tokens)
-        own = [self._hints[row] for row in rows]
+        texts = [(self.texts.token_ids[row].tolist(), self.texts.prompt_lengths[row]) for row in rows]
+        own = [hints_along(ids, first, hinted.lengths, hinted.tokens) for ids, first in texts]
         return Hints(_padded([one.tokens for one in own]), _padded([one.kinds for one in own]))
 
     def _states(self, rows: Sequence[int]) -> list[TextStates]:

@@ -39,6 +39,8 @@ from services.draft.ngram import NgramBlocks, PromptLookup
 
 __all__ = ["DraftEngine"]
 
+ALIKE = 0.75  # of a batch's blocks, at least, are whole where its time tells what whole blocks take
+
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
@@ -211,7 +213,8 @@ class DraftEngine:
             return result
         pairs = zip(items, result.proposals, strict=True)
         served = [item for item, proposal in pairs if proposal.error is None and item.max_tokens > 0]
-        if served and max(item.max_tokens for item in served) >= self._blocks.block_size:
+        whole = sum(item.max_tokens >= self._blocks.block_size for item in served)
+        if served and whole >= ALIKE * len(served):
             context = sum(item.committed_len for item in served) / len(served)
             self.costs.observe(len(served), context, result.total_seconds)
         return replace(result, fixed_seconds=self.costs.fixed_seconds, marginal_seconds=self.costs.marginal_seconds)

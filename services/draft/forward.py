@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dspark.kernels import Kernels
 from dspark.models.drafters import ParallelDrafter
@@ -65,9 +66,12 @@ class ParallelBlocks(ABC):
     @torch.inference_mode()
     def draft(self, blocks: Sequence[Block[ContextKV]], count: int) -> Drafted:
         """As in `BlockDrafter`. Blocks are of lengths that the drafter was trained with; rows of one see each other."""
-        lengths = [self._first_row + self.stack.config.cut(block.wanted or self.block_size) for block in blocks]
-        hidden = self.block_hidden([block.anchor for block in blocks], [block.context for block in blocks], lengths)
-        return self.choose(hidden[:, self._first_row : self._first_row + count], blocks)
+        rows = [self._first_row + self.stack.config.cut(block.wanted or self.block_size) for block in blocks]
+        hidden = self.block_hidden([block.anchor for block in blocks], [block.context for block in blocks], rows)
+        end = self._first_row + count
+        if hidden.shape[1] < end:  # somebody else in the batch wants more
+            hidden = functional.pad(hidden, (0, 0, 0, end - hidden.shape[1]))
+        return self.choose(hidden[:, self._first_row : end], blocks)
 
     @abstractmethod
     def choose(self, hidden: Tensor, blocks: Sequence[Block[ContextKV]]) -> Drafted:
@@ -79,15 +83,19 @@ class ParallelBlocks(ABC):
         Of a block with fewer rows than the longest the rest are zeros.
         """
         stack, longest = self.stack, max(rows)
+        places = [row * longest + place for row, count in enumerate(rows) for place in range(count)]
+        at = None if len(places) == longest * len(rows) else torch.tensor(places, device=stack.device)
         starts = [context.length for context in contexts]
-        own = torch.arange(longest, device=stack.device) < torch.tensor(rows, device=stack.device)[:, None]
         positions = torch.tensor(starts, device=stack.device)[:, None] + torch.arange(longest, device=stack.device)
-        rotary = stack.rotary(positions[own], max(starts) + longest)
+        rotary = stack.rotary(_taken(positions.flatten(), at), max(starts) + longest)
         plan = stack.plan([Span(context, count) for context, count in zip(contexts, rows, strict=True)])
-        x = self._inputs(torch.tensor(anchors, device=stack.device), contexts, longest)[own]
+        x = _taken(self._inputs(torch.tensor(anchors, device=stack.device), contexts, longest).flatten(0, 1), at)
         for index, table in enumerate(rotary):
             x = stack.through(index, x, table, plan)
-        return _padded(stack.normed(x), own)
+        x = stack.normed(x)
+        if at is not None:
+            x = x.new_zeros(longest * len(rows), x.shape[-1]).index_copy_(0, at, x)
+        return x.view(len(rows), longest, -1)
 
     def _keys_values(self, features: Tensor, positions: Tensor, end: int) -> list[tuple[Tensor, Tensor]]:
         """Per draft layer K (n, kv heads, head_dim), normed and rotated, and V, of features (n, d)."""
@@ -105,16 +113,14 @@ class ParallelBlocks(ABC):
         inputs = torch.cat([self.stack.embed(anchors)[:, None], masks], 1)
         if self._hints is None:
             return inputs
-        return inputs + self._hints.rows([context.ids for context in contexts], rows, self.stack.embed)
+        texts = [context.ids for context in contexts if context.ids is not None]
+        assert len(texts) == len(contexts)
+        return inputs + self._hints.rows(texts, rows, self.stack.embed)
 
 
-def _padded(rows: Tensor, own: Tensor) -> Tensor:
-    """Rows (n, d) where `own` (b, r) is true, zeros elsewhere: (b, r, d)."""
-    if bool(own.all()):
-        return rows.view(*own.shape, -1)
-    padded = rows.new_zeros(*own.shape, rows.shape[-1])
-    padded[own] = rows
-    return padded
+def _taken(rows: Tensor, at: Tensor | None) -> Tensor:
+    """The rows at these places; None: all."""
+    return rows if at is None else rows[at]
 
 
 def _mask_rows(drafter: ParallelDrafter) -> Tensor:

@@ -20,7 +20,7 @@ __all__ = ["ServedHints", "hints_along", "hints_of"]
 
 def hints_of(contexts: Sequence[NgramContext], hint_lengths: Sequence[int], count: int) -> Hints:
     """(b, count) guesses at what follows these texts, and their kinds (b,)."""
-    kinds = {length: kind for kind, length in enumerate(hint_lengths, 1)}
+    kinds = _kinds(hint_lengths)
     matches = [context.lookup(count) for context in contexts]
     tokens = [match.tokens or [0] * count for match in matches]
     return Hints(torch.tensor(tokens), torch.tensor([kinds.get(match.matched, 0) for match in matches]))
@@ -31,15 +31,20 @@ def hints_along(token_ids: Sequence[int], first: int, hint_lengths: Sequence[int
 
     As served: an anchor's text are the ids of positions 1 to its own.
     """
-    context = NgramContext(hint_lengths)
+    context, kinds = NgramContext(hint_lengths, judged=False), _kinds(hint_lengths)
+    first = max(first, 1)
     context.append(token_ids[1:first])
-    tokens = torch.zeros(len(token_ids), count, dtype=torch.int64)
-    kinds = torch.zeros(len(token_ids), dtype=torch.int64)
-    for place in range(max(first, 1), len(token_ids)):
-        context.append(token_ids[place : place + 1])
-        one = hints_of([context], hint_lengths, count)
-        tokens[place], kinds[place] = one.tokens[0], one.kinds[0]
-    return Hints(tokens, kinds)
+    tokens, found = [[0] * count] * first, [0] * first
+    for token_id in token_ids[first:]:
+        context.append([token_id])
+        match = context.lookup(count)
+        tokens.append(list(match.tokens) or [0] * count)
+        found.append(kinds.get(match.matched, 0))
+    return Hints(torch.tensor(tokens), torch.tensor(found))
+
+
+def _kinds(hint_lengths: Sequence[int]) -> dict[int, int]:
+    return {length: kind for kind, length in enumerate(hint_lengths, 1)}
 
 
 class ServedHints:
@@ -54,11 +59,11 @@ class ServedHints:
 
     def open(self) -> NgramContext:
         """The index of a new text."""
-        return NgramContext(self._lengths)
+        return NgramContext(self._lengths, judged=False)
 
-    def rows(self, texts: Sequence[NgramContext | None], count: int, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    def rows(self, texts: Sequence[NgramContext], count: int, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """What to add to the inputs of one block of `count` rows behind each text, (b, count, d)."""
-        hints = hints_of([text for text in texts if text is not None], self._lengths, count)
+        hints = hints_of(texts, self._lengths, count)
         tokens, kinds = hints.to(self._kind.device)
         guesses = self._proj(embed(tokens).flatten(0, 1)).view(len(texts), count, -1)
         return guesses * self._strength[kinds][:, None, None] + self._kind[kinds][:, None]

@@ -68,8 +68,12 @@ class NgramContext:
     About 170 bytes an id and length.
     """
 
-    def __init__(self, lengths: Iterable[int]) -> None:
-        """`lengths`: how many ids of the end are looked up; the longest that occurred before counts."""
+    def __init__(self, lengths: Iterable[int], *, judged: bool = True) -> None:
+        """`lengths`: how many ids of the end are looked up; the longest that occurred before counts.
+
+        Without `judged` there is no `trust`, and an id costs half.
+        """
+        self._judged = judged
         self._lengths = sorted(lengths, reverse=True)
         self._ids: list[int] = []
         self._followed: dict[tuple[int, ...], int] = {}  # ids -> where what followed them last begins
@@ -83,7 +87,8 @@ class NgramContext:
     def append(self, token_ids: Iterable[int]) -> None:
         """The text goes on."""
         for token_id in token_ids:
-            self._judge(token_id)
+            if self._judged:
+                self._judge(token_id)
             for end in self._ends():  # only now something follows them
                 self._followed[end] = len(self._ids)
             self._ids.append(token_id)

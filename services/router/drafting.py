@@ -31,6 +31,7 @@ BALANCE_SECONDS = 0.25
 RETRY_SECONDS = 1.0  # after a refused attachment
 MAX_SKIPPED = 8
 MAX_MISSES = 6  # in a row, before the sequence is attached anew
+ALIKE = 0.75  # of a batch's blocks, at least, are as long as the longest where its time tells what such blocks take
 
 Ask: TypeAlias = tuple[Sequence, int]
 """A sequence and how many draft tokens are wanted for it."""
@@ -263,11 +264,14 @@ def _learn(link: DraftLink, batch: list[_Call], result: ProposeResult) -> None:
     served = [item for (_, item), p in zip(batch, result.proposals, strict=True) if p.error is None]
     if link.costs is None or not served:
         return
-    requests, longest = len(served) + result.other_requests, max(item.max_tokens for item in served)
+    longest = min(max(item.max_tokens for item in served), link.drafter.block_size)
+    if sum(item.max_tokens >= longest for item in served) < ALIKE * len(served):
+        return  # whole blocks beside short ones are neither
+    requests = len(served) + result.other_requests
     context = sum(item.committed_len for item in served) / len(served)
-    if longest >= link.drafter.block_size:
+    if longest == link.drafter.block_size:
         link.costs.observe(requests, context, result.total_seconds)
-    else:
+    elif not result.other_requests:  # of others' blocks it is not known how long they were
         link.parts.observe(longest, result.total_seconds / link.costs.predict(requests, context))
 
 

@@ -238,7 +238,7 @@ class DraftLink(Link):
         self.sequences: dict[str, Sequence] = {}
         self.attaching = 0
         self.late: asyncio.Task[ProposeResult | None] | None = None
-        self.parts = Parts()
+        self.parts = Parts(drafter.block_size)
         self.refused: set[str] = set()  # model fingerprints that do not go with this drafter
         super().__init__(worker_id, address, session, load)
 

@@ -114,7 +114,8 @@ class Scheduler:
         self._shorten(round_, block)
         round_.drafting = round_.asked & self._ables(round_)
         self._holding.settle(round_, coming=_coming(round_))
-        round_.unhidden = float(self._draft_seconds(len(running), context)[np.count_nonzero(round_.drafting)])
+        longest = int(round_.most[round_.drafting].max(initial=0))
+        round_.unhidden = float(self._draft_seconds(len(running), context, longest)[np.count_nonzero(round_.drafting)])
         return round_
 
     def _block(self) -> int:
@@ -128,9 +129,9 @@ class Scheduler:
             self._payoff = Payoff(block)
         return self._payoff.decide(load)
 
-    def _draft_seconds(self, requests: int, context: float) -> Floats:
+    def _draft_seconds(self, requests: int, context: float, tokens: int) -> Floats:
         links = [link for link in self._drafters.values() if link.alive]
-        return self.costs.draft(requests, context, links, self._reach.of(self._longest))
+        return self.costs.draft(requests, context, links, tokens)
 
     def _choose(self, round_: Round, block: int) -> None:
         """Among those whose policy looks at costs; the others are drafted for as they wish."""
@@ -138,12 +139,13 @@ class Scheduler:
         if self._holding.postponed:
             self._holding.resume(round_, scheduled & able)
             return
-        open_ = np.arange(block) < np.where(scheduled & able, round_.most, 0)[:, None]
+        usual = np.where(_shortening(round_), np.minimum(round_.most, self._reach.usual(block)), round_.most)
+        open_ = np.arange(block) < np.where(scheduled & able, usual, 0)[:, None]
         predicted = np.where(open_, self._memory.histories.predicted(round_.slots)[:, :block], 0.0)
         chosen = whom_to_draft(
             predicted,
             round_.decode_seconds,
-            self._draft_seconds(len(round_.running), round_.context),
+            self._draft_seconds(len(round_.running), round_.context, int(usual.max(initial=0))),
             round_.base_rows,
             base_tokens=self._base_tokens(round_),
         )
@@ -158,7 +160,7 @@ class Scheduler:
 
     def _shorten(self, round_: Round, block: int) -> None:
         """Ask for no more than plans take lately, but of those whose whole block is explored."""
-        free = np.array([policy.shortens for policy in round_.policies], np.bool_) & (round_.explored < 0)
+        free = _shortening(round_) & (round_.explored < 0)
         round_.reach = np.where(free, self._reach.of(block), 0)
         round_.most = np.where(free, np.minimum(round_.most, round_.reach), round_.most)
 
@@ -258,6 +260,11 @@ def _most(
         caps=np.where(scheduled, np.minimum(caps, pays), caps).astype(np.int64),
         speculation=np.array([s.request.speculation for s in running], np.bool_),
     )
+
+
+def _shortening(round_: Round) -> Bools:
+    """(R,) whose policy asks for no more than plans take."""
+    return np.array([policy.shortens for policy in round_.policies], np.bool_)
 
 
 def _coming(round_: Round) -> bool:

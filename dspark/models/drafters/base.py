@@ -87,8 +87,14 @@ class Drafter(nn.Module, ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the config and every tensor of the drafter's own; calibration is not part of it."""
+        """sha256 over the config and every tensor of the drafter's own; calibration is not part of it.
+
+        Nor are additions that the drafter does without: it is what it was before there were any.
+        """
         facts = asdict(replace(self.config, calibration=()))
+        for addition in ("hint_lengths", "cut_lengths"):
+            if not facts[addition]:
+                del facts[addition]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + _bytes(tensor))

@@ -248,7 +248,7 @@ class CapAccept(_Scheduled):
     """`cap-accept`: verifies whole blocks, keeps the window that `adaptive` would have verified.
 
     For measuring: outcomes of all drafts are seen, also of those that trimming would hide, while output and progress
-    are those of the adaptive plan. Saves no time.
+    are those of the adaptive plan over whole blocks. Saves no time.
     """
 
     @property
@@ -271,7 +271,7 @@ def mixed(policies: Sequence[Policy], facts: Facts) -> Outcome:
     """The lengths of a round whose requests may follow different policies, one each.
 
     Static rules are settled first and the search goes on from there. One request under `cap-accept` has all that are
-    scheduled verified whole, and committed as far as the plan goes.
+    scheduled verified as far as they were drafted, and committed as far as the plan goes.
     """
     distinct = list(dict.fromkeys(policies))
     if len(distinct) < 2:

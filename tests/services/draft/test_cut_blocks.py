@@ -6,8 +6,6 @@ import pytest
 import torch
 from support.drafting import attach, feed, item, key_of, make_any, make_drafter, make_engine, make_features
 
-from dspark.models.drafters import ParallelDrafter
-
 CUTS: dict[str, Any] = {"block_size": 7, "cut_lengths": (1, 3), "learned_mask": True}
 
 
@@ -19,24 +17,37 @@ def test_the_shortest_that_holds_as_many() -> None:
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("architecture", ["dspark", "dflash"])
-def test_a_cut_block_is_the_modules(architecture: str, wanted: int) -> None:
+def test_a_cut_block_is_that_of_a_drafter_with_shorter_ones(architecture: str, wanted: int) -> None:
     drafter = make_any(architecture, **CUTS)
-    assert isinstance(drafter, ParallelDrafter)
-    engine, key, features = make_engine(drafter), key_of(), make_features(40)
-    attach(engine, key)
-    feed(engine, key, features)
-    drafted = engine.draft([item(key, 41, max_tokens=wanted)])
     length = drafter.config.cut(wanted)
-    captured = torch.randn(1, 41, len(drafter.config.target_layer_ids), drafter.config.hidden_size)
+    whole = make_any(architecture, **{**CUTS, "cut_lengths": ()})
     short = make_any(architecture, **{**CUTS, "block_size": length, "cut_lengths": ()})
-    plain = make_engine(short)
-    attach(plain, key)
-    feed(plain, key, features)
-    assert drafted.tokens.shape == (1, wanted)
-    assert torch.equal(drafted.tokens, plain.draft([item(key, 41, max_tokens=wanted)]).tokens)
-    anchors = torch.tensor([[20]])
-    hidden = drafter.training_hidden(captured, torch.full((1, 41), 7), anchors, length)
-    assert torch.equal(hidden, short.training_hidden(captured, torch.full((1, 41), 7), anchors))
+    features, key = make_features(40), key_of()
+    found = []
+    for one in (drafter, short, whole):
+        engine = make_engine(one)
+        attach(engine, key)
+        feed(engine, key, features)
+        found.append(engine.draft([item(key, 41, max_tokens=wanted)]))
+    assert found[0].tokens.shape == (1, wanted)
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    assert torch.equal(found[0].top_logits(), found[1].top_logits())
+    assert torch.equal(found[0].top_logits(), found[2].top_logits()) == (
+        length == 7
+    )  # the rows of a block see each other
+
+
+def test_a_copied_block_beside_a_shorter_one() -> None:
+    engine = make_engine(make_drafter(**CUTS), lookup=True)
+    loop, new = key_of("loop"), key_of("new")
+    for key in (loop, new):
+        attach(engine, key)
+    engine.extend(loop, make_features(40), [5, 6, 7, 8] * 10)
+    feed(engine, new, make_features(40, seed=1))
+    items = [item(loop, 41, anchor=8, max_tokens=7), item(new, 41, max_tokens=1)]
+    together = [proposal.tokens for proposal in engine.propose(items).proposals]
+    assert together[0] == (5, 6, 7, 8, 5, 6, 7)
+    assert together == [engine.propose([one]).proposals[0].tokens for one in items]
 
 
 def test_a_block_does_not_know_how_long_the_others_are() -> None:

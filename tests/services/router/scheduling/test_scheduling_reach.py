@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from services.router.scheduling.histories import Histories
-from services.router.scheduling.reach import WINDOW, Reach
+from services.router.scheduling.reach import WHOLE_EVERY, WINDOW, Reach
 from services.router.scheduling.survival import Tracker, continued
 
 N = 7
@@ -23,13 +23,27 @@ def test_whole_blocks_until_plans_have_been_shorter_for_a_while() -> None:
     assert reach.of(N) == 2  # the last 2 has left the window
 
 
-def test_a_plan_that_takes_all_it_can_get_asks_for_whole_blocks_again() -> None:
+def test_a_plan_that_takes_all_it_can_get_is_given_twice_as_much() -> None:
     reach = Reach()
     for _ in range(WINDOW):
         reach.observe(0, capped=False)
-    assert reach.of(N) == 1
-    reach.observe(1, capped=True)
-    assert reach.of(N) == N
+    lengths = []
+    for _ in range(4):
+        lengths.append(reach.of(N))
+        reach.observe(lengths[-1], capped=True)
+    assert lengths == [1, 3, 7, 7]
+
+
+def test_now_and_then_a_round_of_whole_blocks_that_is_not_what_is_usual() -> None:
+    reach = Reach()
+    whole = 0
+    for _ in range(10 * WHOLE_EVERY):
+        whole += reach.of(N) == N
+        reach.observe(1, capped=False)
+    assert 9 <= whole - WINDOW <= 10
+    for _ in range(WHOLE_EVERY):
+        assert reach.usual(N) == 2
+        reach.observe(1, capped=False)
 
 
 def test_places_behind_what_was_asked_for_are_as_expected() -> None:
