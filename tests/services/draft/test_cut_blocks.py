@@ -32,9 +32,8 @@ def test_a_cut_block_is_that_of_a_drafter_with_shorter_ones(architecture: str, w
     assert found[0].tokens.shape == (1, wanted)
     assert torch.equal(found[0].tokens, found[1].tokens)
     assert torch.equal(found[0].top_logits(), found[1].top_logits())
-    assert torch.equal(found[0].top_logits(), found[2].top_logits()) == (
-        length == 7
-    )  # the rows of a block see each other
+    # The rows of a block see each other, so that whole ones are something else.
+    assert torch.equal(found[0].top_logits(), found[2].top_logits()) == (length == 7)
 
 
 def test_a_copied_block_beside_a_shorter_one() -> None:
