@@ -25,14 +25,14 @@ demo: model  ## serve a real model in four processes and watch it speculate
 	$(BIN)/dspark demo
 
 test: $(VENV)/.dev model  ## every test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=25
 
 gpu: $(VENV)/.dev
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no CUDA device: these targets need one, and a CUDA build of torch in $(VENV)')"
 
 gpu-test: gpu model  ## on a card: the kernels compiled, and every integration test
-	$(BIN)/python -m pytest -q -m gpu
-	DSPARK_DEVICE=cuda $(BIN)/python -m pytest -q tests/integration
+	$(BIN)/python -m pytest -q --durations=25 -m gpu
+	DSPARK_DEVICE=cuda $(BIN)/python -m pytest -q --durations=25 tests/integration
 
 gpu-bench: gpu  ## on a card: kernels against references and bandwidth [JSON=gpu-bench.json]
 	$(BIN)/python -m benchmarks.kernels --json $(or $(JSON),gpu-bench.json)
