@@ -234,7 +234,7 @@ async def test_a_client_that_goes_without_reading_leaves_nothing_behind(how: str
     ):
         request = request_of("hello", {"logprobs": 20}, max_tokens=8000, request_id="lazy")
         stub = generation_pb2_grpc.RouterStub(channel)
-        lazy = stub.Generate(request, timeout=1.5 if how == "deadline" else None)
+        lazy = stub.Generate(request, timeout=4 if how == "deadline" else None)
         await lazy.read()
         sequence = toys.engine.active.get("lazy")
         assert sequence is not None
