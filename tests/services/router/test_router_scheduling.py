@@ -139,11 +139,11 @@ async def test_adaptive_asks_for_hardly_more_of_a_block_than_it_verifies() -> No
     async with cluster(verifier, draft, options=by_fives(policy=Adaptive(), explore=0)) as toys:
         for policy in ("cap-accept", "adaptive"):
             draft.wanted.clear()
-            assert_right([await toys.generate("hello", sampling={"seed": 0}, max_tokens=120, policy=policy)], 120)
+            assert_right([await toys.generate("hello", sampling={"seed": 0}, max_tokens=300, policy=policy)], 300)
             wanted[policy] = list(draft.wanted)
-    assert min(wanted["cap-accept"][:20]) >= 4  # as much as pays at all
+    assert min(wanted["cap-accept"][:8]) >= 4  # as much as pays at all
     assert min(wanted["adaptive"][:8]) >= 4
-    assert max(wanted["adaptive"][16:20]) <= 3
+    assert max(wanted["adaptive"][8:12]) <= 3
 
 
 @pytest.mark.parametrize("policy", [Adaptive(), CapAccept()])
