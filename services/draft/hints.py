@@ -5,7 +5,7 @@ Leaves what a drafter makes of hints to `dspark.models.drafters.hints`, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,8 @@ __all__ = ["ServedHints", "hints_along", "hints_of"]
 def hints_of(contexts: Sequence[NgramContext], hint_lengths: Sequence[int], count: int) -> Hints:
     """(b, count) guesses at what follows these texts, and their kinds (b,)."""
     kinds = _kinds(hint_lengths)
-    matches = [context.lookup(count) for context in contexts]
-    tokens = [match.tokens or [0] * count for match in matches]
-    return Hints(torch.tensor(tokens), torch.tensor([kinds.get(match.matched, 0) for match in matches]))
+    tokens, found = zip(*(_told(context, kinds, count) for context in contexts), strict=True)
+    return Hints(torch.tensor(tokens), torch.tensor(found))
 
 
 def hints_along(token_ids: Sequence[int], first: int, hint_lengths: Sequence[int], count: int) -> Hints:
@@ -37,10 +36,16 @@ def hints_along(token_ids: Sequence[int], first: int, hint_lengths: Sequence[int
     tokens, found = [[0] * count] * first, [0] * first
     for token_id in token_ids[first:]:
         context.append([token_id])
-        match = context.lookup(count)
-        tokens.append(list(match.tokens) or [0] * count)
-        found.append(kinds.get(match.matched, 0))
+        guess, kind = _told(context, kinds, count)
+        tokens.append(guess)
+        found.append(kind)
     return Hints(torch.tensor(tokens), torch.tensor(found))
+
+
+def _told(context: NgramContext, kinds: Mapping[int, int], count: int) -> tuple[list[int], int]:
+    """The guess at what follows a text, and its kind."""
+    match = context.lookup(count)
+    return list(match.tokens) or [0] * count, kinds.get(match.matched, 0)
 
 
 def _kinds(hint_lengths: Sequence[int]) -> dict[int, int]:
