@@ -1,10 +1,15 @@
-"""Draft tokens that rejection sampling would have met, given the text that it came to (DSpark §3.2, Leviathan 2023).
+"""Draft tokens that rejection of whole blocks would have met, given the text that it came to (DSpark §3.2).
 
-Rejection sampling draws a draft x from q and keeps it with probability min(1, p(x) / q(x)), else it emits a token y
-from norm(max(0, p - q)): a maximal coupling of x ~ q and y ~ p, under which x stands exactly where x = y. Here y comes
-first, from a text that the target wrote, and x is drawn from the coupling's other conditional: x = y with probability
-min(1, q(y) / p(y)), else x from norm(max(0, q - p)). Behind the first difference drafts come from q. The joint law of
-drafts, confidences and accepted length is then that of decoding itself, and the same texts serve every drafter.
+Decoding draws a block x from q and lets its first tokens stand or fall as `services.verifier.trial` says; behind them
+comes a token of the target's. Here a text y that the target wrote comes first, and the block is drawn from what
+decoding would have drafted on the way to it. There i tokens or more of the text were drafted and stood with probability
+
+    s_i = min over j <= i of min(1, q(y_1 … y_j) / p(y_1 … y_j))
+
+so one number a round says how many; the next draft is another one, from norm(max(0, q - w_i p)), w_i = s_i p / q. The
+joint law of accepted length, drafts up to the first that falls, and confidences up to the one behind it is then that of
+decoding itself, and the same texts serve every drafter. Later drafts, which nothing can come of, are drawn from q: in
+decoding they lean a little away from p, but what the target makes of them no text tells.
 
 Noise is keyed as the drafter's own, by seed, position and committed length, under streams that no coupled text uses.
 """
@@ -12,6 +17,7 @@ Noise is keyed as the drafter's own, by seed, position and committed length, und
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,10 +42,10 @@ class ReverseChooser(DraftChooser):
         super().__init__(draft_top_k=draft_top_k, bits=bits)
         self._noise = bits
         self._texts: Sequence[Observed] = ()
-        self._alive = torch.empty(0, dtype=torch.bool)
+        self._blocks = _Blocks.begun(0, torch.device("cpu"))
 
     def expect(self, texts: Sequence[Observed]) -> None:
-        """The texts, in row order, of the blocks to come; each must have its `log_z`."""
+        """The texts, in row order, of the blocks to come; each must have its `log_z` and a token of its response."""
         self._texts = texts
 
     @torch.no_grad()
@@ -58,61 +64,62 @@ class ReverseChooser(DraftChooser):
         """
         assert committed is not None
         drawn = super().choose(logits, samplings, positions, d2t, committed=committed)
-        if bool(positions[0] == committed[0]):
-            self._alive = torch.ones(len(self._texts), dtype=torch.bool, device=positions.device)
         b = len(self._texts)
-        texts = [text for text in self._texts for _ in range(len(positions) // b)]
+        if bool(positions[0] == committed[0]):
+            self._blocks = _Blocks.begun(b, positions.device)
+        n = len(positions) // b
+        texts = [text for text in self._texts for _ in range(n)]
         known = _known(texts, positions)
-        likened = self._likened(texts, samplings, positions, committed, known, drawn)
-        tokens = self._until_first_difference(likened.view(b, -1), drawn.tokens.view(b, -1), known.view(b, -1))
+        ids, q = _padded(drawn.distributions, positions.device)
+        p = _probabilities(texts, positions.where(known >= 0, committed - 1), ids)
+        stand, place = self._noises(samplings, positions, committed)
+        columns = (column.view(b, n, *column.shape[1:]).unbind(1) for column in (known, drawn.tokens, ids, p, q, place))
+        stands_below = stand.view(b, n)[:, 0]
+        tokens = torch.stack([self._next(stands_below, *column) for column in zip(*columns, strict=True)], 1).flatten()
         return Choice(tokens, _draft_index(tokens, d2t), drawn.distributions)
 
-    def _until_first_difference(self, likened: Tensor, drawn: Tensor, known: Tensor) -> Tensor:
-        """Tokens (b · n,): likened to the text up to the first that differs from it, as drawn behind that."""
-        columns = []
-        for ours, free, theirs in zip(likened.unbind(1), drawn.unbind(1), known.unbind(1), strict=True):
-            columns.append(torch.where(self._alive, ours, free))
-            self._alive = self._alive & (columns[-1] == theirs)
-        return torch.stack(columns, 1).flatten()
-
-    def _likened(
-        self,
-        texts: Sequence[Observed],
-        samplings: Sequence[Sampling],
-        positions: Tensor,
-        committed: Tensor,
-        known: Tensor,
-        drawn: Choice,
+    def _next(
+        self, chance: Tensor, known: Tensor, free: Tensor, ids: Tensor, p: Tensor, q: Tensor, place: Tensor
     ) -> Tensor:
-        """Draft tokens (rows,) coupled with the texts' tokens; as drawn behind the texts' ends."""
-        tokens, rows = drawn.tokens.clone(), (known >= 0).nonzero().flatten()
-        if len(rows):
-            at = rows.tolist()
-            noise = self._uniforms([samplings[row] for row in at], positions[rows], committed[rows])
-            ids, q = _padded([drawn.distributions[row] for row in at], known.device)
-            p = _probabilities([texts[row] for row in at], positions[rows], ids)
-            tokens[rows] = self._coupled(known[rows], ids, p, q, noise)
-        return tokens
-
-    def _uniforms(self, samplings: Sequence[Sampling], positions: Tensor, committed: Tensor) -> Tensor:
-        """float64 (b, 2): for whether the text's token is drafted, and for which one is otherwise."""
-        seeds = SamplingRows.of(samplings, positions.device).seed
-        of = streams(0, Stream.ACCEPT, Stream.RESIDUAL, device=positions.device)
-        return uniform(self._noise(seeds, committed[:, None], positions[:, None], of))
-
-    def _coupled(self, known: Tensor, ids: Tensor, p: Tensor, q: Tensor, noise: Tensor) -> Tensor:
-        """Draft tokens (b,), given the texts' tokens `known` (b,), from q and p over the support (b, k)."""
-        at_known = ids == known[:, None]
+        """The blocks' next tokens (b,): the texts', or the first that falls, or as drawn behind that."""
+        blocks, at_known = self._blocks, ids == known[:, None]
         q_known, p_known = (torch.where(at_known, values, 0.0).amax(-1) for values in (q, p))
-        stands = noise[:, 0] * p_known < q_known
-        other = ids.gather(1, self._otherwise(p, q, noise[:, 1]))[:, 0]
-        return torch.where(stands, known, other)
+        ratio = torch.where(q_known > 0.0, blocks.ratio * q_known / p_known, 0.0)
+        least = torch.minimum(blocks.least, ratio)
+        stands = blocks.alive & (chance < least)
+        kept = torch.where(blocks.alive, blocks.least / blocks.ratio, 1.0)
+        other = ids.gather(1, self._otherwise(p * kept[:, None], q, place))[:, 0]
+        falls = blocks.alive & (known >= 0)
+        self._blocks = _Blocks(stands, ratio, least)
+        return torch.where(stands, known, torch.where(falls, other, free))
+
+    def _noises(self, samplings: Sequence[Sampling], positions: Tensor, committed: Tensor) -> tuple[Tensor, Tensor]:
+        """float64 (rows,) each: the round's, for how many tokens stand, and the position's, for which one falls."""
+        seeds = SamplingRows.of(samplings, positions.device).seed
+        at = torch.stack((committed, positions), 1)
+        of = streams(0, Stream.ACCEPT, Stream.RESIDUAL, device=positions.device)
+        stand, place = uniform(self._noise(seeds, committed[:, None], at, of)).unbind(1)
+        return stand, place
 
     def _otherwise(self, p: Tensor, q: Tensor, uniforms: Tensor) -> Tensor:
-        """Where in the support (b, 1) the draft token lies that is not the text's: drawn from norm(max(0, q - p))."""
+        """Where in the support (b, 1) a draft token lies that falls: drawn from norm(max(0, q - p)), `p` being w p."""
         running = (q - p).clamp_min(0.0).cumsum(-1)
         aim = uniforms[:, None] * running[:, -1:]
         return torch.searchsorted(running, aim, right=True).clamp_max(q.shape[1] - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """How far blocks have come, (b,) each: whether all tokens stand, q / p of these, and the least s."""
+
+    alive: Tensor
+    ratio: Tensor
+    least: Tensor
+
+    @classmethod
+    def begun(cls, count: int, device: torch.device) -> _Blocks:
+        one = torch.ones(count, dtype=torch.float64, device=device)
+        return cls(one.bool(), one, one)
 
 
 def _known(texts: Sequence[Observed], positions: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from dspark.benchmarking.plan import Cell, Plan, fixed_length, parse_concurrencies, parse_policies
 from dspark.benchmarking.plots import check_plots, draw
@@ -211,8 +212,11 @@ def _show(session: Session, plots: Path | None) -> None:
 
 
 def _table(rows: Sequence[Row], plan: Plan, *, complete: bool) -> Table:
-    columns = ("users", "policy", "tokens/s", f"over {plan.reference}", "a user p50", "p90", "first token p50", "p99")
-    table = Table(*columns, "τ", "verified", "wasted", "missed", "errors", title=_title(plan, complete=complete))
+    speeds = ("tok/s", f"over\n{plan.reference}", "user\np50", "\np90", "first\np50", "\np99")
+    counts = ("τ", "veri-\nfied", "was-\nted", "mis-\nsed", "er-\nrors")
+    columns = (Column(name, no_wrap=True) for name in ("users", "policy", *speeds, *counts))
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.title = _title(plan, complete=complete)
     for row in rows:
         figures = row.medians
         table.add_row(
@@ -229,7 +233,7 @@ def _table(rows: Sequence[Row], plan: Plan, *, complete: bool) -> Table:
         )
     table.caption = (
         "Medians of the repeats. Speeds in the steady window, in tokens/s: half of the requests have p50 or more, nine "
-        "of ten p90 or more. Verified, wasted: drafts a request and round."
+        "of ten p90 or more. First token: milliseconds. Verified, wasted: drafts a request and round."
     )
     return table
 
@@ -243,8 +247,7 @@ def _ratio(row: Row) -> str:
     ratio = row.ratios.get("tokens_per_second")
     if ratio is None:
         return "-"
-    spread = f" ({ratio.low:.2f}-{ratio.high:.2f})" if len(ratio.values) > 1 else ""
-    return f"{ratio.median:.2f}{spread}"
+    return f"{ratio.median:.2f}"
 
 
 def _matched(rows: Sequence[Row], baseline: str) -> Table | None:
@@ -284,7 +287,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.0f} ms"
+    return "-" if seconds is None else f"{seconds * 1000:.0f}"
 
 
 def _percent(share: float | None) -> str:

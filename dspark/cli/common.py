@@ -101,7 +101,7 @@ class ClusterSettings:
         return Cluster(self.model, self.drafter, **(settings | changes))
 
 
-results = Console(highlight=False)
+results = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 notes = Console(stderr=True, highlight=False)
 """Where everything goes that is not the result."""
 

@@ -64,9 +64,9 @@ class Law:
         return self.head + self.rest
 
     def weights_of(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """float64 (n, 1): the weight of one token in each of some rows, both int64, ids (n, 1) and rows (n,)."""
-        hit = self.ids[rows] == ids
-        head = torch.where(hit, self.log_weights[rows], -torch.inf).amax(-1, keepdim=True).exp()
+        """float64 (n, k): weights of some tokens in each of some rows, both int64, ids (n, k) and rows (n,)."""
+        hit = self.ids[rows, None] == ids[..., None]
+        head = torch.where(hit, self.log_weights[rows, None], -torch.inf).amax(-1).exp()
         return head + self.rest_weights[rows.unsqueeze(-1), ids] * self.unit[rows]
 
     def joined(self, rows: torch.Tensor) -> torch.Tensor:

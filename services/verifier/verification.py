@@ -4,16 +4,17 @@ Every mode emits exactly the target's processed distribution (`dspark.messages.S
 
 - coupled, and temperature 0: a draft token stands while it equals the target's own choice at its position, so that
   the tokens do not depend on what was drafted or how much of it was verified;
-- rejection (Leviathan, Kalman, Matias 2023; Chen et al. 2023): draft token x stands with probability min(1, p(x)/q(x));
-  the first that falls is replaced by a draw from max(0, p - q), renormalised. A draft token that came without its
-  distribution has q = 1 on itself. After the last draft token, the next one is chosen as in coupled mode: its noise is
-  none that the drafter used. The verify length must not depend on the tokens it admits (DSpark Appendix A).
+- rejection (Leviathan, Kalman, Matias 2023; Chen et al. 2023), of a block as one (`services.verifier.trial`): one token
+  stands with probability min(1, p(x)/q(x)), a block's tokens share what likely ones leave to spare. Behind those that
+  stand comes a draw from what the target has left. A draft token that came without its distribution has q = 1 on
+  itself. After the last draft token, the next one is chosen as in coupled mode: its noise is none that the drafter
+  used. The verify length must not depend on the tokens it admits (DSpark Appendix A).
 
 Noise is keyed by the position of the token being chosen, and for rejection mode's own numbers by the round's committed
 length too: tokens of an earlier round, seen by a scheduler before they were thrown away, say nothing about the next.
 
-A row of a request is judged only once all before it stood: rows after the first difference cost nothing. Who computed
-the logits and what becomes of the verdicts is left to the engine.
+A row of a request is judged only while a token behind it may stand: in coupled mode rows after the first difference
+cost nothing. Who computed the logits and what becomes of the verdicts is left to the engine.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from dspark.kernels.logits import TORCH_LOGITS, LogitKernels
 from dspark.kernels.noise import KeyedBits, Stream, keyed_bits, streams, uniform
 from dspark.messages import Mode, PositionLogprobs, Sampling, SparseDistribution
 from dspark.sampling.choice import choose
-from dspark.sampling.drafted import certain, flaw, share
+from dspark.sampling.drafted import certain, flaw
 from dspark.sampling.logprobs import logprobs
 from dspark.sampling.order import LogitRows, top
 from dspark.sampling.processed import Law, process
-from dspark.sampling.residual import residual
+from dspark.sampling.rejection import met, residual
 from dspark.sampling.rows import UNFILTERED, SamplingRows
+from services.verifier.trial import Trial, carried
 
 __all__ = ["EXACT", "AcceptanceRules", "Candidate", "Outcome", "refused", "verify"]
 
@@ -73,14 +75,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class AcceptanceRules:
-    """When a draft token stands, as tensors of one element a token -> bool tensor.
+    """When draft tokens stand.
 
-    `coupled(drafts, choices)`: token ids. `rejection(p, q, u)`: float64 probabilities under target and drafter, and a
-    uniform in (0, 1). Only `EXACT` is lossless; others measure what losslessness is worth, or prove that a test bites.
+    `coupled(drafts, choices)`: tensors of token ids -> which stand. `rejection(weight, p, q)`: a block's next weight
+    (`services.verifier.trial.carried`). Only `EXACT` is lossless; others measure what losslessness is worth, or prove
+    that a test bites.
     """
 
     coupled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.eq
-    rejection: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = lambda p, q, u: u * q < p
+    rejection: Callable[[float, float, float], float] = carried
 
 
 EXACT = AcceptanceRules()
@@ -88,10 +91,11 @@ EXACT = AcceptanceRules()
 
 @dataclass(eq=False, slots=True)
 class _Walk:
-    """A request on its way through its rows: `at` draft tokens have stood so far."""
+    """A request on its way through its rows: `at` draft tokens are behind it."""
 
     index: int
     request: Candidate
+    trial: Trial | None = None  # of a block tested by rejection
     at: int = 0
     logprobs: list[PositionLogprobs] = field(default_factory=list)
 
@@ -106,11 +110,6 @@ class _Walk:
         return tokens[self.at] if self.at < len(tokens) else -1
 
     @property
-    def tested(self) -> bool:
-        """Whether a draft token is on trial by rejection."""
-        return self.draft >= 0 and self.request.sampling.mode is Mode.REJECTION
-
-    @property
     def drafted(self) -> SparseDistribution:
         """q: what could have been proposed instead of the token on trial."""
         known = self.request.draft_distributions
@@ -120,7 +119,7 @@ class _Walk:
 
 @dataclass(frozen=True, slots=True)
 class _Ruling:
-    """What became of one row: the emitted token, whether it is the draft token, and whether the logits were sound."""
+    """What became of one row: the emitted token, whether the walk goes on, and whether the logits were sound."""
 
     token: int
     stands: bool
@@ -170,6 +169,7 @@ def verify(
     court = _Court(logits, noise_candidates, rules, bits, passes)
     outcomes: list[Outcome | None] = [refused(request, *logits.shape) for request in requests]
     walks = [_Walk(i, request) for i, request in enumerate(requests) if outcomes[i] is None]
+    _try(court, walks)
     at_once = max(1, _CHUNK_ELEMENTS // logits.shape[1])
     while walks:
         going: list[_Walk] = []
@@ -214,10 +214,32 @@ def _advance(walk: _Walk, ruling: _Ruling) -> Outcome | None:
         return Outcome(0, -1, error=InternalError(f"the target's logits for position {position} are not finite"))
     if ruling.logprobs:
         walk.logprobs.append(ruling.logprobs)
-    if not ruling.stands:
+    if ruling.stands:
+        walk.at += 1
+    elif walk.trial and walk.draft >= 0 and walk.trial.stood < walk.at:
+        walk.trial.go_back()
+        walk.at = walk.trial.stood
+        del walk.logprobs[walk.at :]
+    else:
         return Outcome(walk.at, ruling.token, tuple(walk.logprobs))
-    walk.at += 1
     return None
+
+
+def _try(court: _Court, walks: Sequence[_Walk]) -> None:
+    """Put the blocks of rejection mode on trial, each with the round's own numbers."""
+    tested = [w for w in walks if w.request.draft_tokens and w.request.sampling.mode is Mode.REJECTION]
+    tested = [walk for walk in tested if not walk.request.sampling.greedy]
+    if not tested:
+        return
+    device = court.logits.device
+    counts = torch.tensor([len(walk.request.draft_tokens) for walk in tested], device=device)
+    seeds = SamplingRows.of([walk.request.sampling for walk in tested], device).seed.repeat_interleave(counts, 0)
+    rounds = torch.tensor([walk.request.position for walk in tested], device=device).repeat_interleave(counts)[:, None]
+    offsets = torch.cat([torch.arange(n, device=device) for n in counts.tolist()])[:, None]
+    of = streams(0, Stream.ACCEPT, Stream.RESIDUAL, device=device)
+    numbers = torch.split(uniform(court.bits(seeds, rounds, rounds + offsets, of)), counts.tolist())
+    for walk, own in zip(tested, numbers, strict=True):
+        walk.trial = Trial(own[:, 0].tolist(), own[:, 1].tolist())
 
 
 def _judge(court: _Court, walks: Sequence[_Walk], *, greedy: bool) -> list[_Ruling]:
@@ -246,38 +268,33 @@ def _sampled(
     law = process(logits, rows, court.noise_candidates)
     tokens = choose(law, rows.seed, positions, court.bits)
     stands = court.rules.coupled(drafts, tokens) & (drafts >= 0)
-    tested = [i for i, walk in enumerate(walks) if walk.tested]
+    tested = [i for i, walk in enumerate(walks) if walk.trial and walk.draft >= 0]
     if tested:
-        at = drafts.new_tensor(tested)
-        some = [walks[i] for i in tested]
-        stands[at], tokens[at] = _tested(court, law, at, some, rows.seed[at], positions[at], drafts[at], tokens[at])
+        at, some = drafts.new_tensor(tested), [walks[i] for i in tested]
+        stands[at], tokens[at] = _tested(court, law, at, some, tokens[at])
     return law, tokens, stands
 
 
 def _tested(
-    court: _Court,
-    law: Law,
-    at: torch.Tensor,
-    walks: Sequence[_Walk],
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    drafts: torch.Tensor,
-    choices: torch.Tensor,
+    court: _Court, law: Law, at: torch.Tensor, walks: Sequence[_Walk], choices: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which drafts of the rows `at` stand by rejection, and the target's tokens where they do not."""
+    """Which walks at the rows `at` go on, and what the target draws where one ends."""
+    trials = [walk.trial for walk in walks if walk.trial]
     drafted = [walk.drafted for walk in walks]
-    rounds = positions.new_tensor([[walk.request.position] for walk in walks])
-    of = streams(0, Stream.ACCEPT, Stream.RESIDUAL, device=seeds.device)
-    uniforms = uniform(court.bits(seeds, rounds, positions, of))
-    p = law.weights_of(drafts.unsqueeze(-1), at).squeeze(-1) / law.total[at, 0]
-    q = torch.tensor([share(d, walk.draft) for d, walk in zip(drafted, walks, strict=True)], dtype=p.dtype)
-    stands = court.rules.rejection(p, q.to(p.device), uniforms[:, 0])
+    weights = law.total.new_tensor([[trial.weight] for trial in trials])
+    drafts = at.new_tensor([[walk.draft] for walk in walks])
+    numbers = torch.stack(met(law, at, drafted, drafts, weights), 1).tolist()
+    on = [
+        trial.goes_on(walk.at, p, q, both, court.rules.rejection)
+        for trial, walk, (p, q, both) in zip(trials, walks, numbers, strict=True)
+    ]
     tokens = choices.clone()
-    fallen = (~stands).nonzero().flatten()
-    if len(fallen):
-        possible = [drafted[i] for i in fallen.tolist()]
-        tokens[fallen] = residual(law, at[fallen], possible, uniforms[fallen, 1], choices[fallen])
-    return stands, tokens
+    over = [i for i, trial in enumerate(trials) if not on[i] and trial.stood == walks[i].at]
+    if over:
+        chances = weights.new_tensor([trials[i].residual[walks[i].at] for i in over])
+        possible = [drafted[i] for i in over]
+        tokens[over] = residual(law, at[over], possible, weights[over], chances, choices[over])
+    return torch.tensor(on, device=at.device), tokens
 
 
 def _reports(

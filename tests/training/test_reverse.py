@@ -1,4 +1,4 @@
-"""Text first and drafts after it: the joint law is that of rejection sampling, counted against its enumeration."""
+"""Text first and drafts after it: the joint law is that of rejecting whole blocks, counted against its enumeration."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -16,7 +16,7 @@ KEPT = torch.tensor([0, 1, 3])  # the draft vocabulary of the second drafter
 TEMPERATURE = 1.6
 
 Outcome = tuple[tuple[int, ...], int, int]
-"""Drafts, how many stood, and the token after those."""
+"""Drafts up to the first that fell, how many stood, and the token after those."""
 
 
 def logits_of(seed: int) -> torch.Tensor:
@@ -40,19 +40,20 @@ def rejection_law(target: torch.Tensor, drafter: torch.Tensor, kept: torch.Tenso
         drawn = float(torch.stack([q[a, b] for a, b in itertools.pairwise(chain)]).prod())
         if drawn == 0:
             continue
-        for accepted in range(BLOCK + 1):
-            previous = chain[accepted]
+        weights = [1.0]
+        for a, b in itertools.pairwise(chain):
+            weights.append(min(1.0, weights[-1] * float(p[a, b] / q[a, b])))
+        for accepted in reversed(range(BLOCK + 1)):
+            weight, last = weights[accepted], p[chain[accepted]]
+            stands = weight
             if accepted < BLOCK:
-                x = drafts[accepted]
-                falls = 1 - min(1.0, float(p[previous, x] / q[previous, x]))
-                left = (p[previous] - q[previous]).clamp_min(0)
-                last = falls * left / left.sum()
-            else:
-                last = p[previous]
+                left = (weight * last - q[chain[accepted]]).clamp_min(0)
+                stands = float(left.sum() / (left.sum() + 1 - weight)) if accepted else 1.0
+                last = left / left.sum()
             for token in range(VOCAB):
-                law[drafts, accepted, token] += drawn * float(last[token])
-            if accepted < BLOCK:
-                drawn *= 1 - falls
+                if stands > 0:
+                    law[drafts[: accepted + 1], accepted, token] += drawn * stands * float(last[token])
+            drawn *= 1 - stands
     return law
 
 
@@ -66,8 +67,9 @@ class Forgetful(ReverseChooser):
 class Eager(ReverseChooser):
     """Drafts the text's token whenever it can."""
 
-    def _uniforms(self, *arguments: object) -> torch.Tensor:
-        return super()._uniforms(*arguments) * torch.tensor([0.5, 1.0])  # type: ignore[arg-type]
+    def _noises(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        stand, place = super()._noises(*arguments)  # type: ignore[arg-type]
+        return stand * 0.5, place
 
 
 def counted(
@@ -109,7 +111,7 @@ def tally(ids: torch.Tensor, block: torch.Tensor) -> Counter[Outcome]:
     """Rounds with these drafts (n, block) along texts that begin with the anchor, (n, block + 2)."""
     same = (block == ids[:, 1 : BLOCK + 1]).long().cumprod(-1).sum(-1)
     return Counter(
-        (tuple(row), accepted, text[accepted + 1])
+        (tuple(row[: accepted + 1]), accepted, text[accepted + 1])
         for row, accepted, text in zip(block.tolist(), same.tolist(), ids.tolist(), strict=True)
     )
 

@@ -1,12 +1,12 @@
 """Verification on the device: every row of every request at once, then each request's first difference.
 
-`head_kernel` finds each row's most likely tokens, `judge_kernel` chooses the target's token and says whether the draft
-token stands, `walk_kernel` counts how many stand and draws the residual where one fell by rejection. They exchange:
+`head_kernel` finds each row's most likely tokens, `judge_kernel` chooses the target's token and says whether it is the
+draft token, `walk_kernel` counts how many stand and draws what follows them in rejection mode. They exchange:
 
 - `rows` (R, 8) int64: row of the logits, position, draft token or -1, top_k or 0, seed, committed length, flags, 0;
 - `laws` (R, 4) float64: temperature, top_p, min_p, q of the draft token;
 - `marks` (R, 8) int64: sound, most likely token, last of the head as key and id, the cut as key and id, token, stands;
-- `masses` (R, 2) float64: total weight, greatest logit.
+- `masses` (R, 3) float64: total weight, greatest logit, p of a draft token on trial by rejection.
 
 Rows behind a request's first difference are judged for nothing: the price of never asking the host in between. Noise
 is that of `services.verifier.verification`, number for number.
@@ -133,8 +133,8 @@ def judge_kernel(
         total = tl.sum(tl.where(stays, weights, 0.0), 0) + rest
         tl.store(marks + 8 * r + 4, cut_key.to(tl.int64))
         tl.store(marks + 8 * r + 5, cut_id.to(tl.int64))
-        tl.store(masses + 2 * r, total)
-        tl.store(masses + 2 * r + 1, wide)
+        tl.store(masses + 3 * r, total)
+        tl.store(masses + 3 * r + 1, wide)
         if (flags & 8) != 0:
             tl.store(sorted_ids + r * pitch + rank, ids.to(tl.int64), mask=listed)
             tl.store(sorted_log_weights + r * pitch + rank, log_weights, mask=listed)
@@ -160,18 +160,83 @@ def judge_kernel(
                 x = tl.where(sound == 0, 0.0, x)
                 p = tl.exp((x.to(tl.float64) - wide) / temperature) / total
                 p = tl.where(inside_cut(ordered(x, bits), draft.to(tl.int32), cut_key, cut_id), p, 0.0)
-                u = tl.sum(tl.where(kind == 4, uniform(drawn), 0.0), 0)
-                stands = u * tl.load(laws + 4 * r + 3) < p
+                tl.store(masses + 3 * r + 2, p)
     tl.store(marks + 8 * r + 6, token)
     tl.store(marks + 8 * r + 7, (stands & (sound != 0)).to(tl.int64))
 
 
 @triton.jit
-def _left(
-    row, at, vocab, greatest, scale, cut_key, cut_id, total, q_ids, q_shares, q_count,
+def _drawn(rows, r, ahead, stream: tl.constexpr):
+    """Uniforms of the round's own, of one stream, `ahead` positions behind that of row r."""
+    none = tl.zeros_like(ahead)
+    position, committed = none + tl.load(rows + 8 * r + 1) + ahead, none + tl.load(rows + 8 * r + 5)
+    return uniform(keyed_word(tl.load(rows + 8 * r + 4), committed, position, none + stream))
+
+
+@triton.jit
+def _shared(
+    logits, rows, laws, marks, masses, r, kept, stride, q_ids, q_shares, q_count,
     bits: tl.constexpr, chunk: tl.constexpr,
 ):  # fmt: skip
-    """Float64 weights max(0, p - q) of tokens `at`, in units of the most likely token's weight."""
+    """Sum over the drafter's tokens at row r of min(w p, q), `kept` being w."""
+    row = logits + tl.load(rows + 8 * r) * stride
+    cut_key, cut_id = tl.load(marks + 8 * r + 4).to(tl.uint32), tl.load(marks + 8 * r + 5).to(tl.int32)
+    total, greatest = tl.load(masses + 3 * r), tl.load(masses + 3 * r + 1)
+    temperature = tl.load(laws + 4 * r)
+    shared = tl.cast(0.0, tl.float64)
+    for first in range(0, q_count, chunk):
+        n = first + tl.arange(0, chunk)
+        ids = tl.load(q_ids + r * q_count + n, mask=n < q_count, other=-1)
+        shares = tl.load(q_shares + r * q_count + n, mask=n < q_count, other=0.0)
+        x = tl.load(row + ids, mask=ids >= 0, other=float("-inf")).to(tl.float32)
+        here = (ids >= 0) & inside_cut(ordered(x, bits), ids.to(tl.int32), cut_key, cut_id)
+        p = tl.where(here, tl.exp((x.to(tl.float64) - greatest) / temperature) / total, 0.0)
+        shared += tl.sum(tl.minimum(kept * p, shares), 0)
+    return shared
+
+
+@triton.jit
+def _tried(
+    logits, rows, laws, marks, masses, first_row, count, stride, q_ids, q_shares, q_count,
+    reach: tl.constexpr, bits: tl.constexpr, chunk: tl.constexpr,
+):  # fmt: skip
+    """How many of a block's tokens stand by rejection, and their w; the place of a broken row that it comes to.
+
+    As `services.verifier.trial.Trial`, row by row.
+    """
+    lane = tl.arange(0, reach).to(tl.int64)
+    chances = tl.where(lane < count, _drawn(rows, first_row, lane, 4), 1.0)
+    stood, at = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
+    left, kept = tl.cast(1.0, tl.float64), tl.cast(1.0, tl.float64)
+    going = tl.cast(1, tl.int32)
+    while going != 0:
+        r = first_row + at
+        if (tl.load(marks + 8 * r) == 0) | (at == count):
+            stood, left = at, kept
+            going = tl.cast(0, tl.int32)
+        else:
+            if at > 0:
+                over = tl.maximum(kept - _shared(
+                    logits, rows, laws, marks, masses, r, kept, stride, q_ids, q_shares, q_count, bits, chunk
+                ), 0.0)  # fmt: skip
+                if tl.sum(tl.where(lane == at - 1, chances, 0.0), 0) * (over + 1.0 - kept) < over:
+                    stood, left = at, kept
+            following = tl.minimum(kept * tl.load(masses + 3 * r + 2) / tl.load(laws + 4 * r + 3), 1.0)
+            aim = tl.sum(tl.where((lane == at) & (at + 1 == count), chances, 0.0), 0)  # the last must stand by itself
+            if following > aim:
+                kept = following
+                at += 1
+            else:
+                going = tl.cast(0, tl.int32)
+    return stood, left
+
+
+@triton.jit
+def _left(
+    row, at, vocab, greatest, scale, cut_key, cut_id, total, kept, q_ids, q_shares, q_count,
+    bits: tl.constexpr, chunk: tl.constexpr,
+):  # fmt: skip
+    """Float64 weights max(0, p - q / w) of tokens `at`, in units of the most likely token's; `kept` is w."""
     x = logits_at(row, at, vocab, 1)
     here = (at < vocab) & inside_cut(ordered(x, bits), at, cut_key, cut_id)
     w = tl.where(here, weight(x, greatest, scale), 0.0).to(tl.float64)
@@ -181,7 +246,7 @@ def _left(
         ids = tl.load(q_ids + n, mask=n < q_count, other=-1)
         if tl.sum(((ids >= low) & (ids <= high)).to(tl.int32), 0) > 0:
             shares = tl.load(q_shares + n, mask=n < q_count, other=0.0)
-            w -= tl.sum(tl.where(ids[None, :] == at[:, None], shares[None, :] * total, 0.0), 1)
+            w -= tl.sum(tl.where(ids[None, :] == at[:, None], shares[None, :] / kept * total, 0.0), 1)
     return tl.maximum(w, 0.0)
 
 
@@ -196,40 +261,44 @@ def walk_kernel(
     """
     n = tl.program_id(0)
     first_row, count = tl.load(requests + 2 * n), tl.load(requests + 2 * n + 1)
-    lane = tl.arange(0, reach)
-    stood = tl.load(marks + 8 * (first_row + lane) + 7, mask=lane < count, other=0)
-    accepted = tl.min(tl.where(stood == 0, lane, reach), 0)
+    accepted, kept = tl.cast(0, tl.int64), tl.cast(1.0, tl.float64)
+    tested = (tl.load(rows + 8 * first_row + 6) & 2) != 0
+    if tested:
+        accepted, kept = _tried(
+            logits, rows, laws, marks, masses, first_row, count, stride, q_ids, q_shares, q_pitch, reach, bits, chunk
+        )
+    else:
+        lane = tl.arange(0, reach)
+        stood = tl.load(marks + 8 * (first_row + lane) + 7, mask=lane < count, other=0)
+        accepted = tl.min(tl.where(stood == 0, lane, reach), 0).to(tl.int64)
     r = first_row + accepted
     token, sound = tl.load(marks + 8 * r + 6), tl.load(marks + 8 * r)
-    if ((tl.load(rows + 8 * r + 6) & 2) != 0) & (sound != 0):
+    if tested & (accepted < count) & (sound != 0):
         row = logits + tl.load(rows + 8 * r) * stride
         cut_key, cut_id = tl.load(marks + 8 * r + 4).to(tl.uint32), tl.load(marks + 8 * r + 5).to(tl.int32)
-        total, greatest = tl.load(masses + 2 * r), tl.load(masses + 2 * r + 1).to(tl.float32)
+        total, greatest = tl.load(masses + 3 * r), tl.load(masses + 3 * r + 1).to(tl.float32)
         scale = scale_of(tl.load(laws + 4 * r))
         ids, shares = q_ids + r * q_pitch, q_shares + r * q_pitch
         left = tl.cast(0.0, tl.float64)
         for first in range(0, vocab, block):
             at = first + tl.arange(0, block)
-            w = _left(row, at, vocab, greatest, scale, cut_key, cut_id, total, ids, shares, q_pitch, bits, chunk)
+            w = _left(row, at, vocab, greatest, scale, cut_key, cut_id, total, kept, ids, shares, q_pitch, bits, chunk)
             left += tl.sum(w, 0)
-        kind = tl.arange(0, 8)
-        drawn = keyed_word(
-            tl.load(rows + 8 * r + 4), tl.zeros((8,), tl.int64) + tl.load(rows + 8 * r + 5),
-            tl.load(rows + 8 * r + 1), kind,
-        )  # fmt: skip
-        aim = tl.sum(tl.where(kind == 5, uniform(drawn), 0.0), 0) * left
+        aim = tl.sum(_drawn(rows, r, tl.zeros((1,), tl.int64), 5), 0) * left
         picked, last = tl.cast(-1, tl.int32), tl.cast(-1, tl.int32)
         running = tl.cast(0.0, tl.float64)
         for first in range(0, vocab, block):
             if picked < 0:
                 at = first + tl.arange(0, block)
-                w = _left(row, at, vocab, greatest, scale, cut_key, cut_id, total, ids, shares, q_pitch, bits, chunk)
+                w = _left(
+                    row, at, vocab, greatest, scale, cut_key, cut_id, total, kept, ids, shares, q_pitch, bits, chunk
+                )
                 found = tl.min(tl.where((running + tl.cumsum(w, 0) > aim) & (w > 0.0), at, vocab), 0)
                 picked = tl.where(found < vocab, found, picked)
                 last = tl.maximum(last, tl.max(tl.where(w > 0.0, at, -1), 0))
                 running += tl.sum(w, 0)
         picked = tl.where(picked < 0, last, picked)
-        # Where p - q is nowhere positive the draft token fell by rounding: the coupled choice is as good.
+        # Where w p - q is nowhere positive the draft token fell by rounding: the coupled choice is as good.
         token = tl.where(picked < 0, token, picked.to(tl.int64))
     tl.store(out + 3 * n, accepted.to(tl.int64))
     tl.store(out + 3 * n + 1, token)

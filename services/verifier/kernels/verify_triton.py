@@ -130,7 +130,7 @@ def _launch(logits: torch.Tensor, requests: Sequence[Candidate], size: int) -> _
     marks, masses, out = (
         torch.empty(n, width, dtype=dtype, device=device)
         for n, width, dtype in (
-            (len(table), 8, torch.int64), (len(table), 2, torch.float64), (len(requests), 3, torch.int64)
+            (len(table), 8, torch.int64), (len(table), 3, torch.float64), (len(requests), 3, torch.int64)
         )
     )  # fmt: skip
     head_ids, head_values, sorted_ids, sorted_log_weights = (
@@ -204,7 +204,7 @@ def _report(logits: torch.Tensor, row: _Row, place: int, token: int, found: _Jud
         one = LogitRows.of(logits, [at])
         return logprobs(process(one, SamplingRows.of([row.law], logits.device), size), one, 0, token, count)
     log_total = found.masses[place, :1].log()
-    chosen = (logits[at, token].double() - found.masses[place, 1:]) / row.law.temperature - log_total
+    chosen = (logits[at, token].double() - found.masses[place, 1:2]) / row.law.temperature - log_total
     values = torch.cat((chosen, found.log_weights[place, :count] - log_total)).tolist()
     best = zip(found.ids[place, :count].tolist(), values[1:], strict=True)
     return PositionLogprobs(
