@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +21,7 @@ from services.router.metrics import Metrics
 from services.router.round import Round, Took
 from services.router.scheduler import Scheduler
 from services.router.sequences import Sequence
+from services.router.tasks import guarded
 from services.router.trace import Trace
 
 __all__ = ["Owner", "Published", "Rounds"]
@@ -78,10 +81,10 @@ class Rounds:
         seconds = time.perf_counter() - began
         with phase("commit"):
             took = self._commit(cohort, round_, batch, result, seconds + drafts.seconds)
-            self._learn(cohort, scheduler, round_, Done(batch, drafts, result, seconds, took))
+        _later(guarded, partial(self._learn, cohort, scheduler, round_, Done(batch, drafts, result, seconds, took)))
 
     def _commit(self, cohort: Cohort, round_: Round, batch: list[Entry], result: StepResult, seconds: float) -> Took:
-        """Takes in the verdicts. Text is made while the next round waits for its workers."""
+        """Takes in the verdicts. Text is made, and lessons are learned, while the next round waits for its workers."""
         _check(batch, result)
         news: list[Published] = []
         counts: list[tuple[int, int]] = []
@@ -99,15 +102,10 @@ class Rounds:
                 if entry.row is not None:
                     matched[entry.row] = verdict.matched
                     counts.append((len(entry.item.draft_tokens), verdict.accepted))
-        self._publish_later(news)  # before anything that may fail: what is committed must reach its client
+        _later(self._owner.publish, news)  # before anything that may fail: what is committed must reach its client
         self._count(cohort, result, news, counts)
         gained = sum(accepted + 1 for _, accepted in counts)
         return Took(matched, gained, seconds)
-
-    def _publish_later(self, news: list[Published]) -> None:
-        """Two turns of the loop from now: by then the next round's request has left."""
-        loop = asyncio.get_running_loop()
-        loop.call_soon(loop.call_soon, self._owner.publish, news)
 
     def _accept(self, entry: Entry, verdict: Verdict, token: int) -> Published:
         """Commits accepted drafts and the token after them, as far as the request goes."""
@@ -164,6 +162,12 @@ class Done:
     result: StepResult
     seconds: float
     took: Took
+
+
+def _later(function: Callable[..., None], argument: Any) -> None:
+    """Two turns of the loop from now: by then the next round's request has left."""
+    loop = asyncio.get_running_loop()
+    loop.call_soon(loop.call_soon, function, argument)
 
 
 def _figures(round_: Round, done: Done) -> dict[str, Any]:
