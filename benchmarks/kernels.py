@@ -31,8 +31,8 @@ from services.draft.context import ContextKV, KVShape
 from services.draft.kernels import attention as blocks
 from services.draft.kernels import draft_kernels
 from services.draft.kernels.sequential import SequentialHead
+from services.verifier.candidates import Candidate
 from services.verifier.kernels import verifier_kernels
-from services.verifier.verification import Candidate
 
 CUDA, DTYPE = torch.device("cuda"), torch.bfloat16
 HIDDEN, INNER, VOCAB = 2560, 9728, 151_936

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dspark.messages import Mode, Sampling, SparseDistribution
-from services.verifier.verification import Candidate, verify
+from services.verifier.candidates import Candidate
+from services.verifier.verification import verify
 
 BLOCK = 6
 SAMPLINGS = {

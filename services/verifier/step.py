@@ -17,10 +17,10 @@ from dspark.messages import Sampling, Verdict
 from dspark.models.batch import RaggedBatch
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
+from services.verifier.candidates import Candidate, Outcome
 from services.verifier.features import FeatureStore
 from services.verifier.kernels import verifier_kernels
 from services.verifier.sequences import Work
-from services.verifier.verification import Candidate, Outcome
 
 __all__ = ["Computed", "Stepper", "split", "warm_up"]
 

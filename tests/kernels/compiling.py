@@ -84,8 +84,8 @@ def launch_shared(dtype: torch.dtype) -> None:
 
 def launch_verifier(dtype: torch.dtype) -> None:
     from dspark.messages import Mode, Sampling
+    from services.verifier.candidates import Candidate
     from services.verifier.kernels import features_triton, verify_triton
-    from services.verifier.verification import Candidate
 
     request = Candidate(Sampling(mode=Mode.REJECTION), 0, 5, (1, 2))
     verify_triton.verify(torch.zeros(3, 300, dtype=dtype), [request], noise_candidates=32)

@@ -14,9 +14,10 @@ from dspark.errors import InternalError, InvalidRequest
 from dspark.kernels import TORCH
 from dspark.kernels.triton_kernels import TRITON
 from dspark.messages import Mode, Sampling, SparseDistribution
+from services.verifier.candidates import Candidate, Outcome
 from services.verifier.kernels import verify_triton
 from services.verifier.taps import Tap
-from services.verifier.verification import Candidate, Outcome, verify
+from services.verifier.verification import verify
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -9,7 +9,8 @@ import torch
 
 from dspark.messages import Sampling, SparseDistribution
 from dspark.sampling import DraftChooser
-from services.verifier.verification import EXACT, AcceptanceRules, Candidate, Outcome, verify
+from services.verifier.candidates import Candidate, Outcome
+from services.verifier.verification import EXACT, AcceptanceRules, verify
 
 Lengths = Callable[[int, np.ndarray], np.ndarray]
 """(round, the last round's drafts (n, block), -1 before the first) -> verify lengths (n,)."""

@@ -9,8 +9,9 @@ from functools import partial
 from torch import Tensor
 
 from dspark.kernels import Kernels
+from services.verifier.candidates import Outcome
 from services.verifier.kernels import features
-from services.verifier.verification import Outcome, verify
+from services.verifier.verification import verify
 
 __all__ = ["VerifierKernels", "verifier_kernels"]
 

@@ -20,6 +20,7 @@ from dspark.sampling.logprobs import logprobs
 from dspark.sampling.order import LogitRows
 from dspark.sampling.processed import process
 from dspark.sampling.rows import UNFILTERED, SamplingRows
+from services.verifier.candidates import Candidate, Outcome, refused
 from services.verifier.kernels.judge_triton import (
     LAW,
     REPORT,
@@ -29,7 +30,6 @@ from services.verifier.kernels.judge_triton import (
     judge_kernel,
     walk_kernel,
 )
-from services.verifier.verification import Candidate, Outcome, refused
 
 __all__ = ["verify"]
 

@@ -18,7 +18,8 @@ from dspark.errors import (
 )
 from dspark.messages import AttachSequence, Mode, ProposeItem, Sampling, SequenceKey
 from dspark.models.drafters.calibration import Calibration
-from services.verifier.verification import Candidate, verify
+from services.verifier.candidates import Candidate
+from services.verifier.verification import verify
 
 FEATURES = make_features(64)
 

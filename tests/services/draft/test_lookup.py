@@ -7,7 +7,8 @@ from support.drafting import GREEDY, attach, item, key_of, make_any, make_drafte
 from dspark.messages import Mode, Proposal, ProposeItem, Sampling
 from services.draft.engine import DraftEngine
 from services.draft.ngram import NgramContext
-from services.verifier.verification import Candidate, verify
+from services.verifier.candidates import Candidate
+from services.verifier.verification import verify
 
 LOOP = [7, 8, 9, 10] * 8
 NEW = list(range(100, 132))

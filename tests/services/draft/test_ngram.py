@@ -13,7 +13,8 @@ from dspark.messages import FeatureBlock, Mode, Proposal, Sampling
 from services.draft.architectures import load
 from services.draft.engine import DraftEngine
 from services.draft.ngram import Match, NgramContext, PromptLookup
-from services.verifier.verification import Candidate, verify
+from services.verifier.candidates import Candidate
+from services.verifier.verification import verify
 
 LOOKUP = PromptLookup(vocab_size=512)
 

@@ -12,8 +12,8 @@ from support.markov import World, generate, processed
 from dspark.errors import InternalError, InvalidRequest
 from dspark.messages import Mode, Sampling, SparseDistribution
 from dspark.sampling import DraftChooser
+from services.verifier.candidates import Candidate, Outcome
 from services.verifier.kernels import verifier_kernels
-from services.verifier.verification import Candidate, Outcome
 
 GREEDY = Sampling(temperature=0.0)
 MODES = pytest.mark.parametrize("mode", list(Mode))
