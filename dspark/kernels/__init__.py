@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 
 from dspark.errors import ConfigError
-from dspark.kernels import attention, fused, linear, noise, reference, team
+from dspark.kernels import attention, fused, linear, noise, reference, repeated, team
 from dspark.kernels.linear import Activation, Linear
 from dspark.kernels.logits import TORCH_LOGITS, LogitKernels
 from dspark.kernels.noise import KeyedBits
+from dspark.kernels.repeated import Repeated
 
 __all__ = ["TORCH", "Kernels", "Plan", "select_kernels"]
 
@@ -28,7 +29,8 @@ Plan = Any
 class Kernels:
     """One implementation of everything that models compute with.
 
-    `dspark.kernels.reference`, `.fused`, `.attention`, `.linear`, `.noise` and `.logits` say what each of them means.
+    `dspark.kernels.reference`, `.fused`, `.attention`, `.linear`, `.noise`, `.logits` and `.repeated` say what each of
+    them means.
     `name` is part of the numerics fingerprint; `implementation` is what services choose their own kernels by.
     """
 
@@ -45,6 +47,7 @@ class Kernels:
     gated: Callable[[torch.Tensor, torch.Tensor, Activation], Linear]
     keyed_bits: KeyedBits
     logits: LogitKernels
+    repeated: Callable[[], Repeated]
 
 
 TORCH = Kernels(
@@ -61,6 +64,7 @@ TORCH = Kernels(
     gated=linear.gated,
     keyed_bits=noise.keyed_bits,
     logits=TORCH_LOGITS,
+    repeated=repeated.AtOnce,
 )
 
 

@@ -33,13 +33,15 @@ class AttendArguments(ctypes.Structure):
 
     `q` and `out` (rows, kv_heads · group, D) and `storage` (2 · kv_heads, pages · page_size, D) are float32, a head of
     storage `head_stride` numbers. Row r sees keys `first[r]` … `last[r]`; tile t has rows `begin[t]` … `end[t]` - 1, in
-    order of their positions, and `tables[t]` points to its sequence's page numbers; all of these are 64-bit integers.
+    order of their positions, and its sequence's page numbers begin at `pages[tables[t]]`; all of these are 64-bit
+    integers.
     `rooms` has a piece for each thread, for each row of a tile and head of a group `room` numbers: at least the keys
     that a tile sees and 32 more. `next_room` and `next` are 0 at the start.
     """
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("q", "storage", "out", "first", "last", "begin", "end", "tables")),
+        *((name, ctypes.c_int64) for name in ("q", "storage", "out", "first", "last")),
+        *((name, ctypes.c_int64) for name in ("begin", "end", "tables", "pages")),
         *((name, ctypes.c_int64) for name in ("tiles", "kv_heads", "head_stride")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("rooms", "room", "piece", "next_room", "next")),
@@ -99,7 +101,7 @@ class _Writing:
         given = {name: self._build.load(at) for name, at in self._fields.items()}
         for name in ("q", "storage", "out", "rooms"):
             given[name] = write.floats(given[name])
-        for name in ("first", "last", "begin", "end", "tables"):
+        for name in ("first", "last", "begin", "end", "tables", "pages"):
             given[name] = write.integers(given[name])
         given["scale"] = write.rounded(given["scale"])
         self._given: Mapping[str, ir.Value] = given
@@ -125,7 +127,7 @@ class _Writing:
         first = build.load(write.at(given["first"], begin))
         last = build.load(write.at(given["last"], build.sub(end, number(1))))
         start = build.sub(first, build.urem(first, number(_KEYS)))
-        table = write.integers(table)
+        table = write.at(given["pages"], table)
         return _Task(begin, end, head, keys, values, table, start, build.add(last, number(1)))
 
     def _row(self, task: _Task, room: ir.Value, row: ir.Value) -> _Row:

@@ -29,8 +29,8 @@ class Rows:
     """What rows see, and the tiles they are computed in.
 
     Row r sees the keys `first` … `last`, both (rows,); tile t has the rows `begin` … `end` - 1 of one sequence, whose
-    page numbers `tables` points to, all three (tiles,). `pages` are what is pointed to; `rooms` (threads, tile rows,
-    group, room) float32 is where scores are kept.
+    page numbers begin in `pages` at `tables`, all three (tiles,). `rooms` (threads, tile rows, group, room) float32 is
+    where scores are kept.
     """
 
     first: torch.Tensor
@@ -57,10 +57,9 @@ class Rows:
             for at, count, before in spans
             for row in range(at, at + count, most)
         ]
-        begin, end, before = torch.tensor(tiles).T.contiguous()
+        begin, end, tables = torch.tensor(tiles).T.contiguous()
         keys = int((last[end - 1] - first[begin]).max()) + 1
         room = (keys // _ROOM_MULTIPLE + 2) * _ROOM_MULTIPLE
-        tables = before * pages.element_size() + pages.data_ptr()
         return cls(first, last, begin, end, tables, pages, torch.empty(threads, most, group, room, dtype=torch.float32))
 
     def tiles(self, first: int, count: int) -> Rows:
@@ -113,7 +112,7 @@ def paged_attention(
 def attend(function: int, q: torch.Tensor, storage: torch.Tensor, rows: Rows, scale: float, out: torch.Tensor) -> None:
     """Fill `out` (rows, heads · D) by a compiled attention; q and out are contiguous, storage inside a head."""
     assert q.dtype == storage.dtype == out.dtype == torch.float32
-    tensors = q, storage, out, rows.first, rows.last, rows.begin, rows.end, rows.tables
+    tensors = q, storage, out, rows.first, rows.last, rows.begin, rows.end, rows.tables, rows.pages
     sizes = len(rows.begin), len(storage) // 2, storage.stride(0)
     rooms = rows.rooms.data_ptr(), rows.rooms.shape[3], rows.rooms.stride(0)
     team.run(function, AttendArguments(*(tensor.data_ptr() for tensor in tensors), *sizes, scale, *rooms, 0, 0))

@@ -13,6 +13,7 @@ from dspark.kernels.attention_llvm import paged_attention, plan_attention
 from dspark.kernels.linear_llvm import gated, linear
 from dspark.kernels.logits_llvm import LLVM_LOGITS
 from dspark.kernels.noise_llvm import keyed_bits
+from dspark.kernels.repeated_llvm import Programs
 from dspark.kernels.rowwise_llvm import add_norm, norm_rotary_write, rms_norm
 
 __all__ = ["LLVM"]
@@ -30,4 +31,5 @@ LLVM = replace(
     gated=gated,
     keyed_bits=keyed_bits,
     logits=LLVM_LOGITS,
+    repeated=Programs,
 )

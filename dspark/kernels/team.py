@@ -7,12 +7,14 @@ finds it awake, and no second team competes for the cores.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 
-__all__ = ["alone", "available", "run"]
+__all__ = ["alone", "available", "barrier", "noting", "run"]
 
 
 def available() -> bool:
@@ -22,6 +24,7 @@ def available() -> bool:
 
 def run(function: int, arguments: ctypes.Structure) -> None:
     """Have every thread of the team call the compiled `function` with the address of `arguments`; returns after all."""
+    _note(function, arguments)
     parallel = _parallel()
     assert parallel is not None  # `available` was asked
     parallel(function, ctypes.addressof(arguments), torch.get_num_threads(), 0)
@@ -29,10 +32,34 @@ def run(function: int, arguments: ctypes.Structure) -> None:
 
 def alone(function: int, arguments: ctypes.Structure) -> None:
     """Call it in this thread: for work that is done sooner than a team is told of it."""
+    _note(function, arguments)
     _FUNCTION(function)(ctypes.addressof(arguments))
 
 
+@contextmanager
+def noting() -> Iterator[list[tuple[int, bytes]]]:
+    """What this thread runs inside the block: functions, and their arguments as they were before."""
+    calls: list[tuple[int, bytes]] = []
+    _OWN.calls = calls
+    try:
+        yield calls
+    finally:
+        _OWN.calls = None
+
+
+def _note(function: int, arguments: ctypes.Structure) -> None:
+    if (calls := getattr(_OWN, "calls", None)) is not None:
+        calls.append((function, bytes(arguments)))
+
+
+_OWN = threading.local()
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@lru_cache(maxsize=1)
+def barrier() -> int:
+    """The address of what a team's threads call to wait for each other."""
+    return ctypes.cast(ctypes.CDLL(None).GOMP_barrier, ctypes.c_void_p).value or 0
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ from dspark.kernels.linear_triton import gated, linear
 from dspark.kernels.logits import TORCH_LOGITS
 from dspark.kernels.noise import keyed_bits
 from dspark.kernels.parts_triton import INTERPRETED
+from dspark.kernels.repeated import AtOnce
 from dspark.kernels.rowwise_triton import add_norm, norm_rotary, norm_rotary_write, rms_norm, rotary
 
 __all__ = ["TRITON"]
@@ -28,5 +29,6 @@ TRITON = Kernels(
     linear=linear,
     gated=gated,
     logits=TORCH_LOGITS,
+    repeated=AtOnce,
     keyed_bits=keyed_bits,  # of choices made outside the fused kernels
 )

@@ -93,6 +93,7 @@ class KVCache:
     ) -> None:
         if KEY_BLOCK % page_size:
             raise InternalError(f"page_size must divide {KEY_BLOCK}, not be {page_size}")
+        self.identity = object()  # no other cache's, nor a later one's, as addresses may be
         self.config = config
         self.page_size = page_size
         self.dtype = dtype

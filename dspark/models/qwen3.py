@@ -16,13 +16,15 @@ class Qwen3Layer:
     def __init__(self, weights: LayerWeights, kernels: Kernels) -> None:
         self._attention = SelfAttention(weights, kernels)
         self._feed_forward = FeedForward(weights, kernels, "silu")
-        self._before_attention = weights.norm("input_layernorm")
+        self.first_norm = weights.norm("input_layernorm")
         self._before_feed_forward = weights.norm("post_attention_layernorm")
         self._eps = weights.config.rms_norm_eps
-        self._rms_norm, self._add_norm = kernels.rms_norm, kernels.add_norm
+        self._add_norm = kernels.add_norm
 
-    def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
-        """The residual stream (rows, d) ↦ the residual stream after this layer."""
-        attended = self._attention(self._rms_norm(x, self._before_attention, self._eps), step, storage)
+    def __call__(
+        self, x: torch.Tensor, normed: torch.Tensor, step: GroupStep, storage: torch.Tensor, following: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `DecoderLayer`."""
+        attended = self._attention(normed, step, storage)
         x, normed = self._add_norm(x, attended, self._before_feed_forward, self._eps)
-        return x + self._feed_forward(normed)
+        return self._add_norm(x, self._feed_forward(normed), following, self._eps)

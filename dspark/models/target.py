@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -36,10 +36,17 @@ class Forward:
 
 
 class DecoderLayer(Protocol):
-    """One decoder layer: residual stream (rows, d) ↦ residual stream (rows, d)."""
+    """One decoder layer. `first_norm` is the weight of the RMSNorm in front of it."""
 
-    def __call__(self, x: torch.Tensor, step: GroupStep, storage: torch.Tensor) -> torch.Tensor:
-        """Run the layer, which writes the rows' keys and values into `storage`."""
+    first_norm: torch.Tensor
+
+    def __call__(
+        self, x: torch.Tensor, normed: torch.Tensor, step: GroupStep, storage: torch.Tensor, following: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual stream (rows, d) and its norm ↦ the same after this layer, with `following` as the norm's weight.
+
+        Writes the rows' keys and values into `storage`.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,7 @@ class TargetModel:
         ]
         norm = source.get("model.norm.weight", (config.hidden_size,), torch.float32)
         self.norm_weight = (norm + architecture.norm_offset).to(device)
+        self._repeat = kernels.repeated()
         self._rotary = {kind: RotaryTable(config.rope[kind], config.head_dim, device) for kind in config.layer_types}
 
     @cached_property
@@ -107,15 +115,22 @@ class TargetModel:
 
         Layer id l in `capture` is the output of decoder layer l (0-based, the residual stream), -1 the embedding's.
         """
-        steps = self._steps(batch)
-        x = self.embed_tokens(batch.token_ids)
-        captured = {EMBEDDING: x} if EMBEDDING in capture else {}
+        x, wanted = self.embed_tokens(batch.token_ids), sorted(capture)
+        hidden, *captured = self._repeat(
+            partial(self._layers, cache=cache, capture=wanted), x, self._steps(batch), (cache.identity, *wanted)
+        )
+        return Forward(hidden, dict(zip(wanted, captured, strict=True)))
+
+    def _layers(
+        self, x: torch.Tensor, steps: Mapping[str, GroupStep], *, cache: KVCache, capture: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Rows after the final norm, and the outputs of the layers `capture`."""
+        norms = [*(layer.first_norm for layer in self.layers), self.norm_weight]
+        normed, captured = self.kernels.rms_norm(x, norms[0], self.config.rms_norm_eps), {EMBEDDING: x}
         for index, layer in enumerate(self.layers):
-            x = layer(x, steps[self.config.layer_types[index]], cache.layer(index))
-            if index in capture:
-                captured[index] = x
-        hidden = self.kernels.rms_norm(x, self.norm_weight, self.config.rms_norm_eps)
-        return Forward(hidden, captured)
+            x, normed = layer(x, normed, steps[self.config.layer_types[index]], cache.layer(index), norms[index + 1])
+            captured[index] = x
+        return [normed, *(captured[layer] for layer in capture)]
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
