@@ -9,7 +9,8 @@ keeps the order of confidences within a position. Two things differ from the pap
   those of the 1 - TV that the head was trained on, so that a bias of -log 2 leads from one to the other.
 - A start from likelihood. A grid search for the least ECE fits the noise of its bins. Here (T_k, b_k) first maximise
   the likelihood of a_k over *all* rounds that drafted position k, those that failed earlier too: these are what a
-  scheduler sees, and their later confidences, behind a wrong token, are unlike those of the rounds that got there.
+  scheduler sees (in the rejection setting nearly, see `training.reverse`), and their later confidences, behind a wrong
+  token, are unlike those of the rounds that got there.
   Then a fine grid around that lowers a calibration error averaged over the placing of bins (a kernel over ranks), and
   only as far as chance cannot explain it: among all candidates at or below the error that a perfect calibration would
   show with as many rounds, the likeliest is taken.

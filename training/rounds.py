@@ -1,8 +1,9 @@
 """Rounds of decoding without a cluster: what a drafter would gain along texts that the target has already written.
 
 `play` drafts with the served engine, many texts at once, and compares each block with its text. In greedy and coupled
-settings the output does not depend on the drafts, so this is exactly what a cluster does; in the rejection setting the
-drafts are drawn so that drafts, confidences and accepted lengths are distributed as in decoding (`training.reverse`).
+settings the output does not depend on the drafts, so this is exactly what a cluster does; in the rejection setting
+accepted lengths, drafts up to the first that falls, and the confidences of one more are distributed as in decoding
+(`training.reverse`).
 
 Positions are those of `dspark.messages`: a round at committed length N has its anchor at position N - 1 and its k-th
 draft token is for position N - 1 + k. The first round of a text is at N = P + 1, the first token behind its prompt of P

@@ -55,6 +55,9 @@ def numerics_fingerprint(dtype: torch.dtype, kernels: Kernels, device: torch.dev
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_LENGTH]
 
 
+_COSTS = 2  # raised whenever steps become faster or slower: what was measured before is measured again
+
+
 def cost_fingerprint(
     kind: Kind, model: str, *, dtype: torch.dtype, kernels: Kernels, device: torch.device, **settings: Any
 ) -> str:
@@ -72,6 +75,7 @@ def cost_fingerprint(
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch": torch.__version__,
         "dspark": __version__,
+        "revision": _COSTS,
         **settings,
     }
     return fingerprint_of(kind, facts)

@@ -14,8 +14,8 @@ from services.router.scheduling.survival import Report
 
 __all__ = ["PHASES", "Metrics"]
 
-PHASES = ("propose", "schedule", "verify", "commit", "publish")
-"""Parts of a round, as the router's loop spends its time; `publish` overlaps the next round's waiting."""
+PHASES = ("propose", "schedule", "verify", "commit", "publish", "learn")
+"""Parts of a round, as the router's loop spends its time; `publish` and `learn` overlap the next round's waiting."""
 
 ENGINE_PARTS = ("draft_forward", "draft_total", "feature_wait", "draft_queue")
 VERIFY_PARTS = ("verify_forward", "verify_sample", "verify_total", "verify_queue")

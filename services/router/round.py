@@ -32,6 +32,7 @@ class Round:
         scheduled: (R,) whose policy looks at costs.
         explored: (R,) whole blocks that are verified whatever they promise, `FREE` elsewhere.
         seconds: T over the step's rows, up to all that it may have.
+        base_tokens: of the step without our drafts: one of each running sequence, and what other routers' rows yield.
         unhidden: seconds that the drafting of this round is expected to take.
         decision: what speculation may do at all; None where no sequence's policy looks at costs.
         hold_features: whether the features that the step brings may wait at the verify worker.
@@ -57,6 +58,7 @@ class Round:
     explored: Ints
     before: Floats
     seconds: Floats
+    base_tokens: float
     unhidden: float
     decision: Decision | None
     hold_features: bool = False

@@ -106,6 +106,7 @@ class Scheduler:
             explored=np.full(len(running), FREE),
             before=self._memory.histories.before(slots)[:, :block],
             seconds=self.costs.verify(max(len(running) + price, rows - sum(pieces) + price), context),
+            base_tokens=len(running) + self.costs.other_rows * self._yield,
             unhidden=0.0,
             decision=decision,
         )
@@ -147,7 +148,7 @@ class Scheduler:
             round_.decode_seconds,
             self._draft_seconds(len(round_.running), round_.context, int(usual.max(initial=0))),
             round_.base_rows,
-            base_tokens=self._base_tokens(round_),
+            base_tokens=round_.base_tokens,
         )
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
         if able.any() and round_.decodes and self._looks.due(pays=bool(chosen.any())):
@@ -166,10 +167,6 @@ class Scheduler:
 
     def _ables(self, round_: Round) -> Bools:
         return np.array([self._able(s) for s in round_.running], np.bool_)
-
-    def _base_tokens(self, round_: Round) -> float:
-        """Of the step without our drafts: one of each running sequence, and what other routers' rows yield."""
-        return len(round_.running) + self.costs.other_rows * self._yield
 
     # ------------------------------------------------------------ once the blocks are there
 
@@ -191,7 +188,7 @@ class Scheduler:
             rejection=any(_by_rejection(s) for s, own in zip(round_.running, round_.proposed, strict=True) if own),
             before=np.where(round_.asked[:, None], round_.before, 0.0) if round_.before.shape[1] == width else None,
             explored=round_.explored,
-            base_tokens=self._base_tokens(round_),
+            base_tokens=round_.base_tokens,
         )
         round_.outcome = mixed(round_.policies, facts)
         survival = survival_of(round_.corrected, round_.outcome.verify)
@@ -204,8 +201,12 @@ class Scheduler:
         assert round_.outcome is not None
         judged = took.matched >= 0
         stayed = np.array(
-            [s.slot == slot for s, slot in zip(round_.running, round_.slots, strict=True)], np.bool_
-        )  # a slot may have another owner by now
+            [
+                [s.slot, s.setting] == own
+                for s, *own in zip(round_.running, round_.slots.tolist(), round_.settings.tolist(), strict=True)
+            ],
+            np.bool_,
+        )  # a slot may have another owner by now, or its owner another drafter
         self._memory.histories.skipped(round_.slots[stayed & ~round_.proposed])
         rows = np.flatnonzero(judged & stayed & round_.proposed)
         if len(rows):

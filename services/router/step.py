@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import structlog
 
 from dspark.errors import DSparkError, InternalError
 from dspark.messages import PositionLogprobs, StepResult, Verdict
@@ -21,10 +22,11 @@ from services.router.metrics import Metrics
 from services.router.round import Round, Took
 from services.router.scheduler import Scheduler
 from services.router.sequences import Sequence
-from services.router.tasks import guarded
 from services.router.trace import Trace
 
 __all__ = ["Owner", "Published", "Rounds"]
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Rounds:
         seconds = time.perf_counter() - began
         with phase("commit"):
             took = self._commit(cohort, round_, batch, result, seconds + drafts.seconds)
-        _later(guarded, partial(self._learn, cohort, scheduler, round_, Done(batch, drafts, result, seconds, took)))
+        _later(self._learn, cohort, scheduler, round_, Done(batch, drafts, result, seconds, took))
 
     def _commit(self, cohort: Cohort, round_: Round, batch: list[Entry], result: StepResult, seconds: float) -> Took:
         """Takes in the verdicts. Text is made, and lessons are learned, while the next round waits for its workers."""
@@ -135,7 +137,14 @@ class Rounds:
         self._metrics.committed(len(rounds), [v for v, _ in drafted], [a for _, a in drafted])
 
     def _learn(self, cohort: Cohort, scheduler: Scheduler, round_: Round, done: Done) -> None:
-        """What the round came to beside what was expected of it."""
+        """What the round came to beside what was expected of it. Nobody waits for it, so a fault is logged."""
+        with self._metrics.phase("learn"):
+            try:
+                self._compare(cohort, scheduler, round_, done)
+            except Exception:  # noqa: BLE001 - streams go on without the lesson
+                _log.exception("nothing was learned from a round", worker=cohort.link.worker_id)
+
+    def _compare(self, cohort: Cohort, scheduler: Scheduler, round_: Round, done: Done) -> None:
         size, context = rows(done.batch), round_.context
         judged = judged_rows(done.batch)
         expected = scheduler.costs.step(judged + scheduler.costs.price(size - judged), context)
@@ -164,10 +173,12 @@ class Done:
     took: Took
 
 
-def _later(function: Callable[..., None], argument: Any) -> None:
-    """Two turns of the loop from now: by then the next round's request has left."""
-    loop = asyncio.get_running_loop()
-    loop.call_soon(loop.call_soon, function, argument)
+def _later(function: Callable[..., None], *arguments: Any, turns: int = 4) -> None:
+    """Some turns of the loop from now: by then the next round's request has gone through its session."""
+    if turns:
+        asyncio.get_running_loop().call_soon(partial(_later, function, *arguments, turns=turns - 1))
+    else:
+        function(*arguments)
 
 
 def _figures(round_: Round, done: Done) -> dict[str, Any]:

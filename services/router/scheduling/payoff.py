@@ -151,8 +151,9 @@ class Payoff:
         worth = tokens / plain_tokens * plain_seconds * self._plain
         saved = min(max(worth / seconds, 1 / ODD), ODD) - 1
         if decision.probe:
-            self._probed.add(saved)
-            self._judge_probes()
+            if self._level and decision.limit == self.levels[self._level - 1]:  # decided before a change, otherwise
+                self._probed.add(saved)
+                self._judge_probes()
         elif decision.limit and decision.limit == self.limit:
             self._settled.add(saved)
             self._judge_settled()
