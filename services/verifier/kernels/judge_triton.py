@@ -8,8 +8,8 @@ draft token, `walk_kernel` counts how many stand and draws what follows them in 
 - `marks` (R, 8) int64: sound, most likely token, last of the head as key and id, the cut as key and id, token, stands;
 - `masses` (R, 3) float64: total weight, greatest logit, p of a draft token on trial by rejection.
 
-In coupled mode rows behind a request's first difference are judged for nothing: the price of never asking the host in between. Noise
-is that of `services.verifier.verification`, number for number.
+In coupled mode rows behind a request's first difference are judged for nothing: the price of never asking the host in
+between. Noise is that of `services.verifier.verification`, number for number.
 """
 
 from __future__ import annotations
