@@ -20,9 +20,9 @@ __all__ = ["Validation", "validate"]
 class Validation:
     """Figures over blocks at fixed random anchors of held-out texts; lists have one entry a block position.
 
-    `acceptance`: mean 1 - TV. `tau`: expected tokens a round under rejection at temperature 1, token by token (of a
-    block as one they are more), both over all texts. Over texts drawn at temperature 0 only: `greedy_acceptance`, how often token k matched where all before it
-    did, and `greedy_tau`.
+    `acceptance`: mean 1 - TV. `tau`: expected tokens a round under rejection at temperature 1, token by token (a block
+    as one keeps more), both over all texts. Over texts drawn at temperature 0 only: `greedy_acceptance`, how often
+    token k matched where all before it did, and `greedy_tau`.
     """
 
     acceptance: list[float]

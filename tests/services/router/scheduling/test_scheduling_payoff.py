@@ -123,14 +123,12 @@ def test_blocks_of_one_have_two_levels() -> None:
 
 def test_a_probe_decided_before_a_step_back_is_none_of_the_level_below() -> None:
     """Lessons come a round late: a probe of the whole block may end when nothing at all is settled on already."""
-    payoff, late = Payoff(7), Decision(7, probe=True)
+    payoff, late, now = Payoff(7), Decision(7, probe=True), Decision(4, probe=True)
     run(payoff, 300, lambda _: 0.7)
     assert payoff.limit == 0
     for _ in range(20):
         payoff.observe(late, drafted=True, tokens=96, seconds=0.1, plain_tokens=32, plain_seconds=0.1)
     assert payoff.limit == 0
     for _ in range(20):
-        payoff.observe(
-            Decision(4, probe=True), drafted=True, tokens=96, seconds=0.1, plain_tokens=32, plain_seconds=0.1
-        )
+        payoff.observe(now, drafted=True, tokens=96, seconds=0.1, plain_tokens=32, plain_seconds=0.1)
     assert payoff.limit > 0
