@@ -37,7 +37,7 @@ __all__ = ["Programs"]
 
 MOST_ROWS = 32  # more take so long that Python's share is small
 MOST_BYTES = 32 << 20  # of what layers write; taken as it is used
-MOST_PROGRAMS = 64
+MOST_PROGRAMS = 512  # of some 30 KB each
 _ALIGNED = 64
 _OF_A_KIND = 9
 _LOOSE = 64  # numbers; what grows with the context has room for a power of two of them at least
@@ -121,10 +121,16 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._left: dict[int, list[int]] = {}  # by size, where tensors lay that are gone
         self.strayed = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch asks; True would have it import its compiler, for a second or more, as the first program is noted."""
+        return False
+
     def begin(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """A new program: copies of its inputs, those of pages with room to grow."""
         if not len(self._bytes):
-            self._bytes = np.empty(MOST_BYTES, np.uint8)
+            room = np.empty(MOST_BYTES + _ALIGNED, np.uint8)
+            self._bytes = room[-room.ctypes.data % _ALIGNED :][:MOST_BYTES]
         self._program += 1
         self._used, self._left, self.strayed = 0, {}, False
         own = [self.take(shape, tensor.dtype) for shape, tensor in zip(_shapes(inputs), inputs, strict=True)]
@@ -219,6 +225,7 @@ def _grown(count: int) -> int:
 def _again(seen: OrderedDict[Hashable, None], form: Hashable) -> bool:
     """Whether it was seen lately; noted if not."""
     if form in seen:
+        del seen[form]
         return True
     seen[form] = None
     while len(seen) > MOST_PROGRAMS:

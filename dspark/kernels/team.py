@@ -66,6 +66,7 @@ def barrier() -> int:
 def _parallel() -> Callable[[int, int, int, int], None] | None:
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel  # torch's own: it is among the program's libraries by now
+        barrier()
     except (AttributeError, OSError, TypeError):  # no such entry point; a system that names no whole program
         return None
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)

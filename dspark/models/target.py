@@ -129,7 +129,8 @@ class TargetModel:
         normed, captured = self.kernels.rms_norm(x, norms[0], self.config.rms_norm_eps), {EMBEDDING: x}
         for index, layer in enumerate(self.layers):
             x, normed = layer(x, normed, steps[self.config.layer_types[index]], cache.layer(index), norms[index + 1])
-            captured[index] = x
+            if index in capture:
+                captured[index] = x
         return [normed, *(captured[layer] for layer in capture)]
 
     @torch.inference_mode()
