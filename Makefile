@@ -24,8 +24,11 @@ model: $(VENV)/.run  ## download and prepare Gemma 3 270M (once; Gemma terms)
 demo: model  ## serve a real model in four processes and watch it speculate
 	$(BIN)/dspark demo
 
+# Whole clusters, and rounds against the clock, need the machine to themselves; the rest takes a core each.
+ALONE := tests/integration tests/services/router tests/benchmarks
 test: $(VENV)/.dev model  ## every test
-	$(BIN)/python -m pytest -q --durations=25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=25 -n auto --dist loadfile $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -q --durations=25 $(ALONE)
 
 gpu: $(VENV)/.dev
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no CUDA device: these targets need one, and a CUDA build of torch in $(VENV)')"

@@ -14,7 +14,7 @@ from dspark.kernels.linear_llvm import gated, linear
 from dspark.kernels.logits_llvm import LLVM_LOGITS
 from dspark.kernels.noise_llvm import keyed_bits
 from dspark.kernels.repeated_llvm import Programs
-from dspark.kernels.rowwise_llvm import add_norm, norm_rotary_write, rms_norm
+from dspark.kernels.rowwise_llvm import add_norm, norm_rotary, norm_rotary_write, rms_norm
 
 __all__ = ["LLVM"]
 
@@ -24,6 +24,7 @@ LLVM = replace(
     implementation="llvm",
     rms_norm=rms_norm,
     add_norm=add_norm,
+    norm_rotary=norm_rotary,
     norm_rotary_write=norm_rotary_write,
     plan_attention=plan_attention,
     paged_attention=paged_attention,

@@ -54,6 +54,20 @@ class RotaryArguments(ctypes.Structure):
     ]
 
 
+class TurnedArguments(ctypes.Structure):
+    """Of `norm_rotary`.
+
+    `x` (rows, heads, size) with `stride` float32s a row, `out` the same without gaps, `weight` (heads, size), `cos` and
+    `sin` (rows, size / 2), all float32.
+    """
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("x", "weight", "cos", "sin", "out", "heads", "size", "stride")),
+        ("eps", ctypes.c_double),
+        *_SHARED,
+    ]
+
+
 class ActivationArguments(ctypes.Structure):
     """Of `gelu_tanh` and `silu`.
 
@@ -72,6 +86,7 @@ def compiled(lanes: int | None = None) -> Code:
         "rms_norm": lambda write: _write_norm(write, summed=False, normed=False),
         "add_norm": lambda write: _write_norm(write, summed=True, normed=False),
         "add_normed_norm": lambda write: _write_norm(write, summed=True, normed=True),
+        "norm_rotary": _write_turned,
         "norm_rotary_write": _write_rotary,
         "gelu_tanh": lambda write: _write_activation(write, _gelu_tanh),
         "silu": lambda write: _write_activation(write, _silu),
@@ -164,6 +179,19 @@ def _write_rotary(write: Writer) -> None:
             value = write.at(source, build.mul(head, size))
             with write.counting(number(0), size, write.lanes) as place:
                 write.store(write.load(write.at(value, place)), write.at(to, place))
+
+
+def _write_turned(write: Writer) -> None:
+    """Norm and rotation of every head."""
+    given, build = _given(write, TurnedArguments), write.build
+    size, heads = given["size"], given["heads"]
+    with _rows(write, given) as row:
+        source = write.at(given["x"], build.mul(row, given["stride"]))
+        to = write.at(given["out"], build.mul(row, build.mul(heads, size)))
+        angles = build.mul(row, build.sdiv(size, number(2)))
+        angles = tuple(write.at(given[name], angles) for name in ("cos", "sin"))
+        with write.counting(number(0), heads) as head:
+            _turn(write, given, head, source, write.at(to, build.mul(head, size)), angles)
 
 
 def _turn(

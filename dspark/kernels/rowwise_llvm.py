@@ -13,9 +13,9 @@ import torch
 
 from dspark.kernels import fused, reference, rows_llvm, team
 from dspark.kernels.parts_llvm import host_lanes
-from dspark.kernels.rows_llvm import ActivationArguments, NormArguments, RotaryArguments
+from dspark.kernels.rows_llvm import ActivationArguments, NormArguments, RotaryArguments, TurnedArguments
 
-__all__ = ["activated", "add_norm", "norm_rotary_write", "rms_norm"]
+__all__ = ["activated", "add_norm", "norm_rotary", "norm_rotary_write", "rms_norm"]
 
 _ALONE = 1 << 14  # numbers that one thread has done before a team would begin
 
@@ -44,6 +44,21 @@ def add_norm(
     addresses = x.data_ptr(), y.data_ptr(), total.data_ptr(), out.data_ptr(), weight.data_ptr(), own
     _run(name, x.shape[-1], NormArguments, *addresses, x.shape[-1], eps, rows=x.numel() // x.shape[-1])
     return total, out
+
+
+def norm_rotary(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """As `reference.norm_rotary`."""
+    rows, heads, size = x.shape
+    flat = x.stride()[1:] == (size, 1) and weight.shape == (heads, size) and weight.is_contiguous()
+    if not flat or any(t.dtype != torch.float32 for t in (x, weight, cos, sin)):
+        return reference.norm_rotary(x, weight, eps, cos, sin)
+    out = x.new_empty(rows, heads, size)
+    addresses = (t.data_ptr() for t in (x, weight, cos, sin, out))
+    sizes = heads, size, x.stride(0)
+    _run("norm_rotary", size // 2, TurnedArguments, *addresses, *sizes, eps, rows=rows, width=heads * size)
+    return out
 
 
 def norm_rotary_write(

@@ -52,6 +52,22 @@ def test_rows_keep_their_bits() -> None:
         assert all(torch.equal(a, b[start : start + count]) for a, b in zip(alone, whole, strict=True))
 
 
+@pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 5, 256), (63, 3, 20), (7, 1, 14), (150, 5, 64)])
+def test_heads_are_normed_and_turned(rows: int, heads: int, dim: int) -> None:
+    wide, w, angle = wild(rows, heads + 2, dim), randn(heads, dim), randn(rows, 1, dim // 2)
+    turn = angle.cos(), angle.sin()
+    for x in (wide[:, :heads], wide[:, 2:], wide[:, :heads].contiguous(), wide.transpose(0, 1)[:heads].transpose(0, 1)):
+        found = LLVM.norm_rotary(x, w, EPS, *turn)
+        torch.testing.assert_close(found, TORCH.norm_rotary(x, w, EPS, *turn), **CLOSE)
+    flipped = wide[:, :heads].transpose(1, 2).contiguous().transpose(1, 2)  # numbers of a head lie apart
+    torch.testing.assert_close(
+        LLVM.norm_rotary(flipped, w, EPS, *turn), TORCH.norm_rotary(flipped, w, EPS, *turn), **CLOSE
+    )
+    whole = LLVM.norm_rotary(wide[:, :heads], w, EPS, *turn)
+    alone = LLVM.norm_rotary(wide[-1:, :heads], w, EPS, turn[0][-1:], turn[1][-1:])
+    assert torch.equal(alone, whole[-1:])
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 1, 256), (5, 2, 20), (1, 1, 14)])
 def test_keys_and_values_go_to_their_pages(heads: int, kv_heads: int, dim: int) -> None:
     pages = Pages(((0, 1), (15, 18), (64, 3)), heads * kv_heads, kv_heads, dim, torch.float32)
