@@ -12,7 +12,7 @@ from dspark.kernels import team
 from dspark.kernels.noise import MASK, MULTIPLIERS, ROUNDS, WEYL, common_shape
 from dspark.kernels.parts_llvm import Code, compile_module, kernel, number
 
-__all__ = ["keyed_bits"]
+__all__ = ["keyed_bits", "philox"]
 
 _ALONE = 1 << 11  # numbers that one thread has done before a team would begin
 
@@ -48,13 +48,13 @@ def _compiled() -> Code:
     arrays = {name: write.integers(given[name]) for name in list(fields)[:5]}
     with write.taking(fields["next"], given["share"], given["count"]) as share, write.counting(*share) as index:
         seed, item, position, stream, to = (write.at(array, index) for array in arrays.values())
-        word = _philox(build, build.load(seed), [build.load(at) for at in (item, position, stream)])
+        word = philox(build, build.load(seed), [build.load(at) for at in (item, position, stream)])
         build.store(word, to)
     build.ret_void()
     return compile_module(module, ["keyed_bits"])
 
 
-def _philox(build: ir.IRBuilder, seed: ir.Value, counter: list[ir.Value]) -> ir.Value:
+def philox(build: ir.IRBuilder, seed: ir.Value, counter: list[ir.Value]) -> ir.Value:
     """Word 0 for three counter words, the fourth being 0; words are 64-bit integers below 2**32."""
     mask, half = number(MASK), number(32)
     words = [*counter, number(0)]

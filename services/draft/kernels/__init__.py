@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -35,9 +35,9 @@ def draft_kernels(shared: Kernels) -> DraftKernels:
     if shared.implementation == "torch":
         return _TORCH
     if shared.implementation == "llvm":
-        from services.draft.kernels import attention_llvm  # noqa: PLC0415 - llvmlite is an extra
+        from services.draft.kernels import attention_llvm, sequential_llvm  # noqa: PLC0415 - llvmlite is an extra
 
-        return replace(_TORCH, plan_block=attention_llvm.plan_block, block_attention=attention_llvm.block_attention)
+        return DraftKernels(attention_llvm.plan_block, attention_llvm.block_attention, sequential_llvm.draft_tokens)
     from services.draft.kernels import attention_triton, sequential_triton  # noqa: PLC0415 - triton is an extra
 
     return DraftKernels(attention_triton.plan_block, attention_triton.block_attention, sequential_triton.draft_tokens)
