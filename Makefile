@@ -24,10 +24,10 @@ model: $(VENV)/.run  ## download and prepare Gemma 3 270M (once; Gemma terms)
 demo: model  ## serve a real model in four processes and watch it speculate
 	$(BIN)/dspark demo
 
-# Whole clusters, and rounds against the clock, need the machine to themselves; the rest takes a core each.
+# Whole clusters, and rounds against the clock, need the machine to themselves; the rest takes a core each, longest first.
 ALONE := tests/integration tests/services/router tests/benchmarks
 test: $(VENV)/.dev model  ## every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=25 -n auto --dist loadfile $(ALONE:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=25 -n auto --dist loadfile $(ALONE:%=--ignore=%) tests/training tests/kernels tests
 	$(BIN)/python -m pytest -q --durations=25 $(ALONE)
 
 gpu: $(VENV)/.dev

@@ -2,8 +2,8 @@
 
 The pass adds bias to base logits, finds the tokens worth looking at, draws their noise and chooses: what takes some
 forty operations of torch a token. Which tokens are looked at is decided by a bound below the best one, narrowed until
-few enough lie above it; in coupled mode more of them than elsewhere, since their noise costs little here. In rejection
-mode what was drawn from is shipped, so that the verifier's law holds whatever was left out.
+few enough lie above it. In rejection mode what was drawn from is shipped, so that the verifier's law holds whatever was
+left out.
 
 Rows that are filtered, and all that is not float32, are the reference's: see `sequential`.
 """
@@ -30,7 +30,6 @@ from services.draft.kernels.sequential import SequentialHead
 __all__ = ["draft_tokens"]
 
 GREEDY, COUPLED, REJECTION = range(3)
-ROOM = 4  # times as many tokens as the chooser looks at, in coupled mode
 _WIDEST = 12.0  # of temperatures below the best: what lies lower is hardly ever drawn
 _NARROWED, _NARROWINGS = 0.85, 60
 _FIELDS = 4  # of a row's integers
@@ -42,15 +41,15 @@ class _Arguments(ctypes.Structure):
     """Rows of `base` lie `base_stride` numbers apart, those of `bias` (rows, width) `bias_stride`.
 
     Row r has the integers seed, position, committed length and kind in `rows`, its temperature in `temperatures`, and
-    looks at `most` tokens, `most_drawn` in rejection mode. Out go `logits` (rows, width), `chosen` (rows,) places,
+    looks at `most` tokens. Out go `logits` (rows, width), `chosen` (rows,) places,
     `tokens` (rows,), and of the tokens looked at `counts` (rows,), `places` and `weights` (rows, most). `d2t` may be 0.
     """
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            "base", "base_stride", "bias", "bias_stride", "width", "d2t", "rows", "temperatures", "most", "most_drawn",
-            "logits", "chosen", "tokens", "counts", "places", "weights", "count", "next",
+            "base", "base_stride", "bias", "bias_stride", "width", "d2t", "rows", "temperatures", "most", "logits",
+             "chosen", "tokens", "counts", "places", "weights", "count", "next",
         )
     ]  # fmt: skip
 
@@ -74,7 +73,7 @@ def draft_tokens(
     for k in range(hidden.shape[1]):
         embedded.append(own.head.previous(tokens[-1]))
         latent, state = own.head.latent(state, embedded[-1], hidden[:, k])
-        tokens.append(choosing.next(base[:, k], own.bias(latent)))
+        tokens.append(choosing.next(base[:, k], own.bias(latent).float()))
     confidence = own.confidence
     return Drafted(
         tokens=torch.stack(tokens[1:], 1),
@@ -101,7 +100,7 @@ class _Choosing:
     def __init__(self, own: SequentialHead, rows: Tensor, temperatures: Tensor) -> None:
         self._d2t = own.d2t
         self._rows, self._temperatures = rows, temperatures
-        self._drawn = own.chooser.top_k
+        self._most = own.chooser.top_k
         self._by_rejection = (rows[:, 3] == REJECTION).tolist()
         self.logits: list[Tensor] = []
         self.chosen: list[Tensor] = []
@@ -109,8 +108,9 @@ class _Choosing:
 
     def next(self, base: Tensor, bias: Tensor) -> Tensor:
         """The next tokens (b,), of base logits and biases (b, V)."""
+        assert base.dtype == bias.dtype == torch.float32
         assert base.stride(1) == bias.stride(1) == 1
-        (count, width), most = base.shape, ROOM * self._drawn
+        (count, width), most = base.shape, self._most
         logits = torch.empty(count, width)
         chosen, tokens, counts = torch.empty(3, count, dtype=torch.int64).unbind()
         places = torch.empty(count, most, dtype=torch.int64)
@@ -119,7 +119,7 @@ class _Choosing:
         arguments = _Arguments(
             base.data_ptr(), base.stride(0), bias.data_ptr(), bias.stride(0), width,
             0 if self._d2t is None else self._d2t.data_ptr(), self._rows.data_ptr(), self._temperatures.data_ptr(),
-            most, min(self._drawn, width), *out, count, 0,
+            most, *out, count, 0,
         )  # fmt: skip
         team.alone(_compiled(), arguments)
         self._rows[:, 1] += 1
@@ -179,7 +179,7 @@ class _Choice:
         places = write.at(write.integers(given["places"]), build.mul(row, given["most"]))
         weights = write.at(self._doubles("weights"), build.mul(row, given["most"]))
         drawn = build.icmp_signed("==", kind, number(REJECTION))
-        room = write.least(build.select(drawn, given["most_drawn"], given["most"]), given["width"])
+        room = write.least(given["most"], given["width"])
         greedy = build.icmp_signed("==", kind, number(GREEDY))
         self._narrow(logits, best, temperature, room, greedy)
         self._collect(logits, best, places, room)
