@@ -10,48 +10,21 @@ Rows that are filtered, and all that is not float32, are the reference's: see `s
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
-from llvmlite import ir
 from torch import Tensor
 
 from dspark.kernels import team
-from dspark.kernels.noise import Stream, signed_seed
-from dspark.kernels.noise_llvm import philox
-from dspark.kernels.parts_llvm import FLOAT, INT, Writer, compile_module, host_lanes, kernel, number
+from dspark.kernels.noise import signed_seed
+from dspark.kernels.parts_llvm import host_lanes
 from dspark.messages import Mode, Sampling, SparseDistribution
 from services.draft.drafting import Drafted
 from services.draft.kernels import sequential
+from services.draft.kernels.choice_llvm import COUPLED, GREEDY, REJECTION, ChoiceArguments, compiled
 from services.draft.kernels.sequential import SequentialHead
 
 __all__ = ["draft_tokens"]
-
-GREEDY, COUPLED, REJECTION = range(3)
-_WIDEST = 12.0  # of temperatures below the best: what lies lower is hardly ever drawn
-_NARROWED, _NARROWINGS = 0.85, 60
-_FIELDS = 4  # of a row's integers
-
-DOUBLE = ir.DoubleType()
-
-
-class _Arguments(ctypes.Structure):
-    """Rows of `base` lie `base_stride` numbers apart, those of `bias` (rows, width) `bias_stride`.
-
-    Row r has the integers seed, position, committed length and kind in `rows`, its temperature in `temperatures`, and
-    looks at `most` tokens. Out go `logits` (rows, width), `chosen` (rows,) places,
-    `tokens` (rows,), and of the tokens looked at `counts` (rows,), `places` and `weights` (rows, most). `d2t` may be 0.
-    """
-
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "base", "base_stride", "bias", "bias_stride", "width", "d2t", "rows", "temperatures", "most", "logits",
-             "chosen", "tokens", "counts", "places", "weights", "count", "next",
-        )
-    ]  # fmt: skip
 
 
 @torch.inference_mode()
@@ -95,7 +68,7 @@ def _kind(sampling: Sampling) -> int:
 
 
 class _Choosing:
-    """A block's choices, left to right. `rows` (b, 4) are as in `_Arguments`, at the block's first position."""
+    """A block's choices, left to right. `rows` (b, 4) are as in `ChoiceArguments`, at the block's first position."""
 
     def __init__(self, own: SequentialHead, rows: Tensor, temperatures: Tensor) -> None:
         self._d2t = own.d2t
@@ -116,12 +89,12 @@ class _Choosing:
         places = torch.empty(count, most, dtype=torch.int64)
         weights = torch.empty(count, most, dtype=torch.float64)
         out = (t.data_ptr() for t in (logits, chosen, tokens, counts, places, weights))
-        arguments = _Arguments(
+        arguments = ChoiceArguments(
             base.data_ptr(), base.stride(0), bias.data_ptr(), bias.stride(0), width,
             0 if self._d2t is None else self._d2t.data_ptr(), self._rows.data_ptr(), self._temperatures.data_ptr(),
             most, *out, count, 0,
         )  # fmt: skip
-        team.alone(_compiled(), arguments)
+        team.alone(compiled(), arguments)
         self._rows[:, 1] += 1
         self.logits.append(logits)
         self.chosen.append(chosen)
@@ -139,183 +112,3 @@ class _Choosing:
     def _distribution(self, places: Tensor, weights: Tensor) -> SparseDistribution:
         ids = places if self._d2t is None else places + self._d2t[places]
         return SparseDistribution(tuple(ids.tolist()), tuple((weights / weights.sum()).tolist()))
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> int:
-    """Where the code lies."""
-    module = ir.Module("choose")
-    _Choice(kernel(module, "choose", host_lanes())).write()
-    return compile_module(module, ["choose"]).functions["choose"]
-
-
-class _Choice:
-    """Writes the pass over a row."""
-
-    def __init__(self, write: Writer) -> None:
-        self._write, self._build = write, write.build
-        self._fields = write.fields(_Arguments)
-        self._given = {name: self._build.load(at) for name, at in self._fields.items()}
-        self._found = self._build.alloca(INT)  # tokens looked at
-        self._bound = self._build.alloca(FLOAT)  # how far below the best they lie at most
-        self._open = self._build.alloca(INT)  # whether too many still do
-        self._place = self._build.alloca(INT)
-        self._shift = self._build.alloca(INT)  # from a place to the target's id
-        self._best = self._build.alloca(DOUBLE)
-        self._sum = self._build.alloca(DOUBLE)
-
-    def write(self) -> None:
-        """The whole function."""
-        with self._write.taking(self._fields["next"], number(1), self._given["count"]) as (row, _):
-            self._row(row)
-        self._build.ret_void()
-
-    def _row(self, row: ir.Value) -> None:
-        write, build, given = self._write, self._build, self._given
-        logits = write.at(write.floats(given["logits"]), build.mul(row, given["width"]))
-        seed, position, committed, kind = (self._integer(row, field) for field in range(_FIELDS))
-        temperature = build.load(write.at(self._doubles("temperatures"), row))
-        best = self._added(row, logits)
-        places = write.at(write.integers(given["places"]), build.mul(row, given["most"]))
-        weights = write.at(self._doubles("weights"), build.mul(row, given["most"]))
-        drawn = build.icmp_signed("==", kind, number(REJECTION))
-        room = write.least(given["most"], given["width"])
-        greedy = build.icmp_signed("==", kind, number(GREEDY))
-        self._narrow(logits, best, temperature, room, greedy)
-        self._collect(logits, best, places, room)
-        build.store(build.load(places), self._place)
-        with build.if_then(build.not_(greedy)), build.if_else(drawn) as (then, otherwise):
-            with then:
-                self._draw(logits, best, places, weights, temperature, (seed, committed, position))
-            with otherwise:
-                self._couple(logits, best, places, temperature, (seed, position))
-        place = build.load(self._place)
-        build.store(place, write.at(write.integers(given["chosen"]), row))
-        build.store(self._token(place), write.at(write.integers(given["tokens"]), row))
-        build.store(build.load(self._found), write.at(write.integers(given["counts"]), row))
-
-    def _integer(self, row: ir.Value, field: int) -> ir.Value:
-        rows = self._write.integers(self._given["rows"])
-        return self._build.load(self._write.at(rows, self._write.times(row, _FIELDS), number(field)))
-
-    def _doubles(self, name: str) -> ir.Value:
-        return self._build.inttoptr(self._given[name], DOUBLE.as_pointer())
-
-    def _added(self, row: ir.Value, logits: ir.Value) -> ir.Value:
-        """Base and bias into `logits`; the greatest of the sums."""
-        write, build, given = self._write, self._build, self._given
-        base, bias = (
-            write.at(write.floats(given[name]), build.mul(row, given[f"{name}_stride"])) for name in ("base", "bias")
-        )
-
-        def add(place: ir.Value, most: list[ir.Value]) -> list[ir.Value]:
-            total = build.fadd(write.load(write.at(base, place)), write.load(write.at(bias, place)))
-            write.store(total, write.at(logits, place))
-            return [write.larger(total, most[0])]
-
-        least = write.constant(float("-inf"))
-        found = write.summing(number(0), given["width"], [least], add, step=write.lanes)
-        return write.folded(found[0], write.larger)
-
-    def _narrow(
-        self, logits: ir.Value, best: ir.Value, temperature: ir.Value, room: ir.Value, greedy: ir.Value
-    ) -> None:
-        """`_bound`, such that no more tokens lie above than there is room for, if the best are not all alike."""
-        write, build = self._write, self._build
-        wide = build.fptrunc(build.fmul(temperature, ir.Constant(DOUBLE, _WIDEST)), FLOAT)
-        build.store(build.select(greedy, ir.Constant(FLOAT, 0.0), wide), self._bound)
-        build.store(build.select(greedy, number(0), number(1)), self._open)
-        counted = write.constant(1.0)
-        with (
-            write.counting(number(0), number(_NARROWINGS)),
-            build.if_then(build.icmp_signed("!=", build.load(self._open), number(0))),
-        ):
-            least = write.broadcast(build.fsub(best, build.load(self._bound)))
-
-            def add(place: ir.Value, total: list[ir.Value]) -> list[ir.Value]:
-                above = build.fcmp_ordered(">=", write.load(write.at(logits, place)), least)
-                return [build.fadd(total[0], build.select(above, counted, write.zero))]
-
-            found = write.summing(number(0), self._given["width"], [write.zero], add, step=write.lanes)
-            few = build.fcmp_ordered("<=", write.folded(found[0], build.fadd), build.sitofp(room, FLOAT))
-            with build.if_else(few) as (then, otherwise):
-                with then:
-                    build.store(number(0), self._open)
-                with otherwise:
-                    bound = build.fmul(build.load(self._bound), ir.Constant(FLOAT, _NARROWED))
-                    build.store(bound, self._bound)
-
-    def _collect(self, logits: ir.Value, best: ir.Value, places: ir.Value, room: ir.Value) -> None:
-        """`_found` places of tokens that lie above the bound, the first ones where all of too many do."""
-        write, build = self._write, self._build
-        build.store(number(0), self._found)
-        build.store(number(0), places)
-        least = build.fsub(best, build.load(self._bound))
-        with write.counting(number(0), self._given["width"]) as place:
-            above = build.fcmp_ordered(">=", build.load(write.at(logits, place)), least)
-            count = build.load(self._found)
-            with build.if_then(build.and_(above, build.icmp_signed("<", count, room))):
-                build.store(place, write.at(places, count))
-                build.store(build.add(count, number(1)), self._found)
-
-    def _log_weight(self, logits: ir.Value, best: ir.Value, place: ir.Value, temperature: ir.Value) -> ir.Value:
-        below = self._build.fsub(self._build.load(self._write.at(logits, place)), best)
-        return self._build.fdiv(self._build.fpext(below, DOUBLE), temperature)
-
-    def _couple(
-        self, logits: ir.Value, best: ir.Value, places: ir.Value, temperature: ir.Value, key: tuple[ir.Value, ir.Value]
-    ) -> None:
-        """The token whose log weight and noise are the most, noise being the target's for it."""
-        write, build, (seed, position) = self._write, self._build, key
-        build.store(ir.Constant(DOUBLE, float("-inf")), self._best)
-        with write.counting(number(0), build.load(self._found)) as index:
-            place = build.load(write.at(places, index))
-            u = self._uniform(seed, self._token(place), position, Stream.TOKEN)
-            gumbel = build.fneg(self._double("log", build.fneg(self._double("log", u))))
-            score = build.fadd(self._log_weight(logits, best, place, temperature), gumbel)
-            with build.if_then(build.fcmp_ordered(">", score, build.load(self._best))):
-                build.store(score, self._best)
-                build.store(place, self._place)
-
-    def _draw(
-        self,
-        logits: ir.Value,
-        best: ir.Value,
-        places: ir.Value,
-        weights: ir.Value,
-        temperature: ir.Value,
-        key: tuple[ir.Value, ir.Value, ir.Value],
-    ) -> None:
-        """A token by inverse cumulation of its weight among those found; weights go out."""
-        write, build, (seed, committed, position) = self._write, self._build, key
-        build.store(ir.Constant(DOUBLE, 0.0), self._sum)
-        with write.counting(number(0), build.load(self._found)) as index:
-            place = build.load(write.at(places, index))
-            weight = self._double("exp", self._log_weight(logits, best, place, temperature))
-            build.store(weight, write.at(weights, index))
-            build.store(build.fadd(build.load(self._sum), weight), self._sum)
-        aim = build.fmul(self._uniform(seed, committed, position, Stream.DRAFT), build.load(self._sum))
-        build.store(ir.Constant(DOUBLE, 0.0), self._sum)
-        with write.counting(number(0), build.load(self._found)) as index:
-            before = build.load(self._sum)
-            with build.if_then(build.fcmp_ordered("<=", before, aim)):  # the last whose sum before it is not above
-                build.store(build.load(write.at(places, index)), self._place)
-            build.store(build.fadd(before, build.load(write.at(weights, index))), self._sum)
-
-    def _token(self, place: ir.Value) -> ir.Value:
-        """The target's id of a place in the draft vocabulary."""
-        build, write = self._build, self._write
-        build.store(number(0), self._shift)
-        with build.if_then(build.icmp_signed("!=", self._given["d2t"], number(0))):
-            build.store(build.load(write.at(write.integers(self._given["d2t"]), place)), self._shift)
-        return build.add(place, build.load(self._shift))
-
-    def _uniform(self, seed: ir.Value, item: ir.Value, position: ir.Value, stream: Stream) -> ir.Value:
-        bits = philox(self._build, seed, [item, position, number(int(stream))])
-        whole = self._build.fadd(self._build.uitofp(bits, DOUBLE), ir.Constant(DOUBLE, 0.5))
-        return self._build.fmul(whole, ir.Constant(DOUBLE, 2.0**-32))
-
-    def _double(self, name: str, value: ir.Value) -> ir.Value:
-        module = self._write.function.module
-        full, kind = f"llvm.{name}.f64", ir.FunctionType(DOUBLE, [DOUBLE])
-        return self._build.call(module.globals.get(full) or ir.Function(module, kind, full), [value])

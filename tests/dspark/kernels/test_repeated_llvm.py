@@ -145,6 +145,7 @@ def test_another_number_of_threads_is_another_program(twins: Twins) -> None:
         torch.set_num_threads(threads)
         for _ in range(3):
             twins.step([(0, [4, 5])])
+    assert (twins.programs.asked, twins.programs.written) == (12, 4)
 
 
 def test_another_cache_is_another_program(twins: Twins) -> None:
@@ -155,6 +156,7 @@ def test_another_cache_is_another_program(twins: Twins) -> None:
     twins.lengths = [0, 0, 0]
     for _ in range(3):
         twins.step([(0, [4])])
+    assert (twins.programs.asked, twins.programs.written) == (6, 4)
 
 
 def test_layers_that_do_anything_else_are_never_repeated(tmp_path: Path) -> None:
