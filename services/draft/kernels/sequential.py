@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from dspark.models.drafters.heads import ConfidenceHead, MarkovHead
 from dspark.sampling import DraftChooser
 from services.draft.drafting import Drafted
 
-__all__ = ["ConfidenceRow", "SequentialHead", "draft_tokens"]
+__all__ = ["ConfidenceRow", "SequentialHead", "draft_tokens", "unrolled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +65,36 @@ def draft_tokens(
     position N + k of a sequence with N committed tokens.
     """
     committed = torch.tensor(committed_lens, device=hidden.device)
+    logits, choices = [], []
+
+    def choose(k: int, bias: Tensor) -> Tensor:
+        logits.append(base[:, k] + bias)
+        choices.append(own.chooser.choose(logits[-1], samplings, committed + k, own.d2t, committed=committed))
+        return choices[-1].tokens
+
+    tokens, confidence_logits = unrolled(own, hidden, anchors, choose)
+    return Drafted(
+        tokens=tokens,
+        distributions=[choice.distributions for choice in choices],
+        confidence_logits=confidence_logits,
+        logits=logits,
+        chosen=[choice.draft_index for choice in choices],
+    )
+
+
+def unrolled(
+    own: SequentialHead, hidden: Tensor, anchors: Sequence[int], choose: Callable[[int, Tensor], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Run the head left to right: tokens (b, n), and confidence logits (b, n) of a head that has them.
+
+    `choose(k, bias)` gives the k-th tokens (b,) from their biases (b, draft vocabulary).
+    """
     state, embedded = own.head.initial_state(len(anchors)), []
     tokens = [torch.tensor(anchors, device=hidden.device)]
-    logits, chosen, distributions = [], [], []
     for k in range(hidden.shape[1]):
         embedded.append(own.head.previous(tokens[-1]))
         latent, state = own.head.latent(state, embedded[-1], hidden[:, k])
-        logits.append(base[:, k] + own.bias(latent))
-        choice = own.chooser.choose(logits[-1], samplings, committed + k, own.d2t, committed=committed)
-        tokens.append(choice.tokens)
-        chosen.append(choice.draft_index)
-        distributions.append(choice.distributions)
+        tokens.append(choose(k, own.bias(latent)))
     confidence = own.confidence
-    return Drafted(
-        tokens=torch.stack(tokens[1:], 1),
-        distributions=distributions,
-        confidence_logits=None if confidence is None else confidence.logits(hidden, torch.stack(embedded, 1)),
-        logits=logits,
-        chosen=chosen,
-    )
+    logits = None if confidence is None else confidence.logits(hidden, torch.stack(embedded, 1))
+    return torch.stack(tokens[1:], 1), logits

@@ -22,7 +22,7 @@ from dspark.messages import Mode, Sampling, SparseDistribution
 from services.draft.drafting import Drafted
 from services.draft.kernels import sequential
 from services.draft.kernels.choice_llvm import COUPLED, GREEDY, REJECTION, ChoiceArguments, compiled
-from services.draft.kernels.sequential import SequentialHead
+from services.draft.kernels.sequential import SequentialHead, unrolled
 
 __all__ = ["draft_tokens"]
 
@@ -41,17 +41,11 @@ def draft_tokens(
         return sequential.draft_tokens(own, base, hidden, anchors, committed_lens, samplings)
     rows = torch.tensor([(signed_seed(s.seed), n, n, _kind(s)) for s, n in zip(samplings, committed_lens, strict=True)])
     choosing = _Choosing(own, rows, torch.tensor([s.temperature for s in samplings], dtype=torch.float64))
-    state, embedded = own.head.initial_state(len(anchors)), []
-    tokens = [torch.tensor(anchors)]
-    for k in range(hidden.shape[1]):
-        embedded.append(own.head.previous(tokens[-1]))
-        latent, state = own.head.latent(state, embedded[-1], hidden[:, k])
-        tokens.append(choosing.next(base[:, k], own.bias(latent).float()))
-    confidence = own.confidence
+    tokens, confidence_logits = unrolled(own, hidden, anchors, lambda k, bias: choosing.next(base[:, k], bias.float()))
     return Drafted(
-        tokens=torch.stack(tokens[1:], 1),
+        tokens=tokens,
         distributions=choosing.distributions,
-        confidence_logits=None if confidence is None else confidence.logits(hidden, torch.stack(embedded, 1)),
+        confidence_logits=confidence_logits,
         logits=choosing.logits,
         chosen=choosing.chosen,
     )
