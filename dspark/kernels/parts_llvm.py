@@ -20,7 +20,7 @@ FLOAT, INT, INT32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _EXPONENTS = -87.3, 88.0  # of e; beyond, the result would not be a normal number
-
+_PREFETCH = "llvm.prefetch.p0i8"
 
 _KEPT: list[binding.ExecutionEngine] = []
 """Engines own the code that addresses lead to; none is ever let go."""
@@ -110,6 +110,14 @@ class Writer:
     def store(self, value: ir.Value, pointer: ir.Value) -> None:
         """A vector, to where a float32 may lie."""
         self.build.store(value, self.build.bitcast(pointer, value.type.as_pointer()), align=4)
+
+    def prefetch(self, pointer: ir.Value, ahead: int) -> None:
+        """Ask for what lies `ahead` bytes behind a pointer; that may be nobody's."""
+        module, byte = self.function.module, ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, INT32, INT32, INT32])
+        function = module.globals.get(_PREFETCH) or ir.Function(module, kind, _PREFETCH)
+        how = (ir.Constant(INT32, value) for value in (0, 3, 1))  # to read, into all caches, data
+        self.build.call(function, [self.at(self.build.bitcast(pointer, byte), number(ahead)), *how])
 
     def take(self, counter: ir.Value, amount: ir.Value) -> ir.Value:
         """The counter's value before `amount` was added, for one thread only."""

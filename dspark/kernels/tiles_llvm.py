@@ -11,7 +11,7 @@ Knows registers and loops. How weights are packed, and what runs this, is `linea
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +23,9 @@ __all__ = ["GROUP", "NARROW", "WIDE", "Product", "ProductArguments", "Tiling", "
 
 GROUP = 4
 """Panels that a thread takes together."""
+
+_AHEAD = 4096
+"""Bytes of a panel between what the first tile reads and what it asks for; the others find the panel in a cache."""
 
 
 class ProductArguments(ctypes.Structure):
@@ -110,7 +113,8 @@ _Weights = _Bfloat16 | _Float32
 
 def _write_product(module: ir.Module, tiling: Tiling, weights: _Weights) -> str:
     """A product with its tiles; its name."""
-    tiles = {rows: _write_tile(module, tiling, weights, rows) for rows in range(1, len(tiling.panels) + 1)}
+    counts = range(1, len(tiling.panels) + 1)
+    tiles = {n: tuple(_write_tile(module, tiling, weights, n, ahead) for ahead in (_AHEAD, 0)) for n in counts}
     write = kernel(module, f"product_{weights.name}", tiling.lanes)
     fields = write.fields(ProductArguments)
     given = {name: write.build.load(at) for name, at in fields.items()}
@@ -125,7 +129,7 @@ def _write_group(
     write: Writer,
     tiling: Tiling,
     weights: _Weights,
-    tiles: Mapping[int, ir.Function],
+    tiles: Mapping[int, Sequence[ir.Function]],
     given: Mapping[str, ir.Value],
     group: ir.Value,
 ) -> None:
@@ -139,9 +143,10 @@ def _write_group(
 
     def tile(rows: int, row: ir.Value) -> None:
         from_, to = write.at(x, build.mul(row, inputs)), write.at(out, build.mul(row, outputs))
+        function = build.select(build.icmp_signed("==", row, number(0)), *tiles[rows])
         for first in range(0, GROUP, tiling.panels[rows - 1]):
             at = write.at(weight, write.times(panel, first)), write.at(to, number(first * 2 * tiling.lanes))
-            build.call(tiles[rows], [from_, *at, inputs, outputs])
+            build.call(function, [from_, *at, inputs, outputs])
 
     most = len(tiling.panels)
     left = build.srem(given["rows"], number(most))
@@ -151,11 +156,14 @@ def _write_group(
     write.cases(left, range(1, most), lambda rows: tile(rows, full))
 
 
-def _write_tile(module: ir.Module, tiling: Tiling, weights: _Weights, rows: int) -> ir.Function:
-    """tile(x, weight, out, inputs, outputs): `rows` rows times some panels, all sums in registers."""
+def _write_tile(module: ir.Module, tiling: Tiling, weights: _Weights, rows: int, ahead: int) -> ir.Function:
+    """tile(x, weight, out, inputs, outputs): `rows` rows times some panels, all sums in registers.
+
+    Weights `ahead` bytes further on are asked for, unless that is 0.
+    """
     panels, at = tiling.panels[rows - 1], FLOAT.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [at, weights.stored.as_pointer(), at, INT, INT])
-    function = ir.Function(module, kind, f"tile_{weights.name}_{rows}")
+    function = ir.Function(module, kind, f"tile_{weights.name}_{rows}_{ahead}")
     function.linkage = "internal"
     x, weight, out, inputs, outputs = function.args
     write = Writer(function, tiling.lanes)
@@ -165,6 +173,8 @@ def _write_tile(module: ir.Module, tiling: Tiling, weights: _Weights, rows: int)
 
     def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
         index = write.times(k, weights.vectors)
+        for start in starts if ahead else ():
+            write.prefetch(write.at(start, index), ahead)
         halves = [half for start in starts for half in weights.load(write, write.at(start, index))]
         numbers = [write.broadcast(build.load(write.at(row, k))) for row in x_rows]
         pairs = ((one, half) for one in numbers for half in halves)
