@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BLOCK", "TORCH_LOGITS", "LogitKernels", "block_sums", "gather", "weigh"]
+__all__ = ["BLOCK", "MAX_SCALE", "TORCH_LOGITS", "LogitKernels", "block_sums", "gather", "weigh"]
 
 BLOCK = 64
 """Tokens a block: rows are searched, and summed, by blocks."""
 
 _SHORT = 8192
-_MAX_SCALE = 1e30  # keeps 1 / temperature and its inverse finite in float32, where 0 * inf would be NaN
+MAX_SCALE = 1e30  # keeps 1 / temperature and its inverse finite in float32, where 0 * inf would be NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def weigh(
 
 def scale_of(temperature: torch.Tensor) -> torch.Tensor:
     """float32 (rows, 1): what logits are multiplied by."""
-    return temperature.reciprocal().clamp(1 / _MAX_SCALE, _MAX_SCALE).float()
+    return temperature.reciprocal().clamp(1 / MAX_SCALE, MAX_SCALE).float()
 
 
 def block_sums(weights: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,10 @@ import torch
 from llvmlite import ir
 
 from dspark.kernels import team
-from dspark.kernels.noise import MASK, MULTIPLIERS, ROUNDS, WEYL, common_shape
-from dspark.kernels.parts_llvm import Code, compile_module, kernel, number
+from dspark.kernels.noise import MASK, MULTIPLIERS, ROUNDS, WEYL, Stream, common_shape
+from dspark.kernels.parts_llvm import DOUBLE, Code, Writer, compile_module, kernel, number
 
-__all__ = ["keyed_bits", "philox"]
+__all__ = ["gumbel", "keyed_bits", "uniform"]
 
 _ALONE = 1 << 11  # numbers that one thread has done before a team would begin
 
@@ -48,13 +48,27 @@ def _compiled() -> Code:
     arrays = {name: write.integers(given[name]) for name in list(fields)[:5]}
     with write.taking(fields["next"], given["share"], given["count"]) as share, write.counting(*share) as index:
         seed, item, position, stream, to = (write.at(array, index) for array in arrays.values())
-        word = philox(build, build.load(seed), [build.load(at) for at in (item, position, stream)])
+        word = _philox(build, build.load(seed), [build.load(at) for at in (item, position, stream)])
         build.store(word, to)
     build.ret_void()
     return compile_module(module, ["keyed_bits"])
 
 
-def philox(build: ir.IRBuilder, seed: ir.Value, counter: list[ir.Value]) -> ir.Value:
+def uniform(build: ir.IRBuilder, seed: ir.Value, item: ir.Value, position: ir.Value, stream: Stream) -> ir.Value:
+    """A float64 in (0, 1), as `noise.uniform` of the bits."""
+    bits = _philox(build, seed, [item, position, number(int(stream))])
+    whole = build.fadd(build.uitofp(bits, DOUBLE), ir.Constant(DOUBLE, 0.5))
+    return build.fmul(whole, ir.Constant(DOUBLE, 2.0**-32))
+
+
+def gumbel(write: Writer, seed: ir.Value, item: ir.Value, position: ir.Value, stream: Stream) -> ir.Value:
+    """As `noise.gumbel` of the bits."""
+    build = write.build
+    logarithm = write.double("log", uniform(build, seed, item, position, stream))
+    return build.fneg(write.double("log", build.fneg(logarithm)))
+
+
+def _philox(build: ir.IRBuilder, seed: ir.Value, counter: list[ir.Value]) -> ir.Value:
     """Word 0 for three counter words, the fourth being 0; words are 64-bit integers below 2**32."""
     mask, half = number(MASK), number(32)
     words = [*counter, number(0)]

@@ -14,9 +14,9 @@ from functools import lru_cache
 
 from llvmlite import binding, ir
 
-__all__ = ["FLOAT", "INT", "INT32", "Code", "Writer", "compile_module", "host_lanes", "kernel", "number"]
+__all__ = ["DOUBLE", "FLOAT", "INT", "INT32", "Code", "Writer", "compile_module", "host_lanes", "kernel", "number"]
 
-FLOAT, INT, INT32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
+DOUBLE, FLOAT, INT, INT32 = ir.DoubleType(), ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _EXPONENTS = -87.3, 88.0  # of e; beyond, the result would not be a normal number
@@ -92,9 +92,13 @@ class Writer:
         """A pointer to 64-bit integers, from a field."""
         return self.build.inttoptr(address, INT.as_pointer())
 
+    def doubles(self, address: ir.Value) -> ir.Value:
+        """A pointer to float64s, from a field."""
+        return self.build.inttoptr(address, DOUBLE.as_pointer())
+
     def rounded(self, field: ir.Value) -> ir.Value:
         """A field that is a float64, as a float32."""
-        return self.build.fptrunc(self.build.bitcast(field, ir.DoubleType()), FLOAT)
+        return self.build.fptrunc(self.build.bitcast(field, DOUBLE), FLOAT)
 
     def at(self, pointer: ir.Value, *offsets: ir.Value) -> ir.Value:
         """The pointer, moved on by elements."""
@@ -142,8 +146,8 @@ class Writer:
         return ir.Constant(self.vector, [value] * self.lanes)
 
     def broadcast(self, value: ir.Value) -> ir.Value:
-        """A vector of one float32."""
-        nothing = ir.Constant(self.vector, ir.Undefined)
+        """A vector of one number."""
+        nothing = ir.Constant(ir.VectorType(value.type, self.lanes), ir.Undefined)
         first = self.build.insert_element(nothing, value, ir.Constant(INT32, 0))
         return self.build.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(INT32, self.lanes), None))
 
@@ -191,6 +195,12 @@ class Writer:
         exponent = self.build.add(self.build.fptosi(whole, integers), ir.Constant(integers, [127] * self.lanes))
         exponent = self.build.shl(exponent, ir.Constant(integers, [23] * self.lanes))
         return self.build.fmul(series, self.build.bitcast(exponent, self.vector))
+
+    def double(self, name: str, value: ir.Value) -> ir.Value:
+        """A function of one float64: `exp`, `log`."""
+        module, full = self.function.module, f"llvm.{name}.f64"
+        kind = ir.FunctionType(DOUBLE, [DOUBLE])
+        return self.build.call(module.globals.get(full) or ir.Function(module, kind, full), [value])
 
     def _call(self, name: str, *arguments: ir.Value) -> ir.Value:
         module, full = self.function.module, f"llvm.{name}.v{self.lanes}f32"

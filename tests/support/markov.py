@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import scipy.stats
@@ -59,11 +60,13 @@ def generate(
     rules: AcceptanceRules = EXACT,
     noise_candidates: int = 256,
     keyed_by_round: bool = True,
+    verify: Callable[..., list[Outcome]] = verify,
 ) -> Run:
     """`length` tokens for every request, drafting anew each round.
 
     How much is verified: all, or what `lengths` says, or what `plan` makes of the present drafts (n, block).
     """
+    judge = partial(verify, rules=rules, noise_candidates=noise_candidates)
     run = Run(np.full((len(samplings), length + block + 1), -1))
     drafts = np.full((len(samplings), block), -1)
     done = np.zeros(len(samplings), dtype=int)
@@ -75,7 +78,7 @@ def generate(
         drafted = _propose(world, some, anchors, starts, block, chooser or DraftChooser(), keyed_by_round)
         drafts[active] = drafted.tokens
         wanted = wanted if plan is None else plan(drafted.tokens)
-        outcomes = _verify(world, some, anchors, starts, drafted, wanted, rules, noise_candidates)
+        outcomes = _verify(world, some, anchors, starts, drafted, wanted, judge)
         for i, row, outcome in zip(active, drafted.tokens, outcomes, strict=True):
             assert outcome.error is None
             run.tokens[i, done[i] : done[i] + outcome.accepted + 1] = [*row[: outcome.accepted], outcome.token]
@@ -124,8 +127,7 @@ def _verify(
     starts: np.ndarray,
     drafted: Drafted,
     wanted: np.ndarray,
-    rules: AcceptanceRules,
-    noise_candidates: int,
+    judge: Callable[..., list[Outcome]],
 ) -> list[Outcome]:
     context = np.concatenate((anchors[:, None], drafted.tokens), 1)
     width = context.shape[1]
@@ -136,7 +138,7 @@ def _verify(
         )
     ]
     logits = world.target[torch.from_numpy(context)].flatten(0, 1)
-    return verify(logits, requests, noise_candidates=noise_candidates, rules=rules)
+    return judge(logits, requests)
 
 
 def processed(logits: np.ndarray, sampling: Sampling) -> np.ndarray:

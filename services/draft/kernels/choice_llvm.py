@@ -11,8 +11,8 @@ from functools import lru_cache
 from llvmlite import ir
 
 from dspark.kernels.noise import Stream
-from dspark.kernels.noise_llvm import philox
-from dspark.kernels.parts_llvm import FLOAT, INT, Writer, compile_module, host_lanes, kernel, number
+from dspark.kernels.noise_llvm import gumbel, uniform
+from dspark.kernels.parts_llvm import DOUBLE, FLOAT, INT, Writer, compile_module, host_lanes, kernel, number
 
 __all__ = ["COUPLED", "GREEDY", "REJECTION", "ChoiceArguments", "compiled"]
 
@@ -20,8 +20,6 @@ GREEDY, COUPLED, REJECTION = range(3)
 _WIDEST = 12.0  # of temperatures below the best: what lies lower is hardly ever drawn
 _NARROWED, _NARROWINGS = 0.85, 60
 _FIELDS = 4  # of a row's integers
-
-DOUBLE = ir.DoubleType()
 
 
 class ChoiceArguments(ctypes.Structure):
@@ -74,10 +72,10 @@ class _Choice:
         write, build, given = self._write, self._build, self._given
         logits = write.at(write.floats(given["logits"]), build.mul(row, given["width"]))
         seed, position, committed, kind = (self._integer(row, field) for field in range(_FIELDS))
-        temperature = build.load(write.at(self._doubles("temperatures"), row))
+        temperature = build.load(write.at(write.doubles(given["temperatures"]), row))
         best = self._added(row, logits)
         places = write.at(write.integers(given["places"]), build.mul(row, given["most"]))
-        weights = write.at(self._doubles("weights"), build.mul(row, given["most"]))
+        weights = write.at(write.doubles(given["weights"]), build.mul(row, given["most"]))
         drawn = build.icmp_signed("==", kind, number(REJECTION))
         room = write.least(given["most"], given["width"])
         greedy = build.icmp_signed("==", kind, number(GREEDY))
@@ -97,9 +95,6 @@ class _Choice:
     def _integer(self, row: ir.Value, field: int) -> ir.Value:
         rows = self._write.integers(self._given["rows"])
         return self._build.load(self._write.at(rows, self._write.times(row, _FIELDS), number(field)))
-
-    def _doubles(self, name: str) -> ir.Value:
-        return self._build.inttoptr(self._given[name], DOUBLE.as_pointer())
 
     def _added(self, row: ir.Value, logits: ir.Value) -> ir.Value:
         """Base and bias into `logits`; the greatest of the sums."""
@@ -170,9 +165,8 @@ class _Choice:
         build.store(ir.Constant(DOUBLE, float("-inf")), self._best)
         with write.counting(number(0), build.load(self._found)) as index:
             place = build.load(write.at(places, index))
-            u = self._uniform(seed, self._token(place), position, Stream.TOKEN)
-            gumbel = build.fneg(self._double("log", build.fneg(self._double("log", u))))
-            score = build.fadd(self._log_weight(logits, best, place, temperature), gumbel)
+            noise = gumbel(write, seed, self._token(place), position, Stream.TOKEN)
+            score = build.fadd(self._log_weight(logits, best, place, temperature), noise)
             with build.if_then(build.fcmp_ordered(">", score, build.load(self._best))):
                 build.store(score, self._best)
                 build.store(place, self._place)
@@ -191,10 +185,10 @@ class _Choice:
         build.store(ir.Constant(DOUBLE, 0.0), self._sum)
         with write.counting(number(0), build.load(self._found)) as index:
             place = build.load(write.at(places, index))
-            weight = self._double("exp", self._log_weight(logits, best, place, temperature))
+            weight = write.double("exp", self._log_weight(logits, best, place, temperature))
             build.store(weight, write.at(weights, index))
             build.store(build.fadd(build.load(self._sum), weight), self._sum)
-        aim = build.fmul(self._uniform(seed, committed, position, Stream.DRAFT), build.load(self._sum))
+        aim = build.fmul(uniform(build, seed, committed, position, Stream.DRAFT), build.load(self._sum))
         build.store(ir.Constant(DOUBLE, 0.0), self._sum)
         with write.counting(number(0), build.load(self._found)) as index:
             before = build.load(self._sum)
@@ -209,13 +203,3 @@ class _Choice:
         with build.if_then(build.icmp_signed("!=", self._given["d2t"], number(0))):
             build.store(build.load(write.at(write.integers(self._given["d2t"]), place)), self._shift)
         return build.add(place, build.load(self._shift))
-
-    def _uniform(self, seed: ir.Value, item: ir.Value, position: ir.Value, stream: Stream) -> ir.Value:
-        bits = philox(self._build, seed, [item, position, number(int(stream))])
-        whole = self._build.fadd(self._build.uitofp(bits, DOUBLE), ir.Constant(DOUBLE, 0.5))
-        return self._build.fmul(whole, ir.Constant(DOUBLE, 2.0**-32))
-
-    def _double(self, name: str, value: ir.Value) -> ir.Value:
-        module = self._write.function.module
-        full, kind = f"llvm.{name}.f64", ir.FunctionType(DOUBLE, [DOUBLE])
-        return self._build.call(module.globals.get(full) or ir.Function(module, kind, full), [value])

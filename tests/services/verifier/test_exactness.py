@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from support import kernels as choices
 from support.markov import Run, World, fit, generate, sequence_distribution
 
 from dspark.messages import Mode, Sampling
@@ -15,9 +16,12 @@ from dspark.sampling.choice import choose
 from dspark.sampling.order import LogitRows
 from dspark.sampling.processed import process
 from dspark.sampling.rows import SamplingRows
+from services.verifier.candidates import Outcome
+from services.verifier.kernels import verifier_kernels
 from services.verifier.verification import AcceptanceRules
 
 SAMPLES = 50_000
+Verify = Callable[..., list[Outcome]]
 MODES = pytest.mark.parametrize("mode", list(Mode))
 EAGER = AcceptanceRules(
     coupled=lambda drafts, choices: (drafts == choices) | (drafts % 4 == 0),
@@ -41,14 +45,30 @@ def varied(round_: int, drafts: np.ndarray) -> np.ndarray:
     return np.asarray((drafts.sum(1) + round_ + 4) % 3)
 
 
+@pytest.fixture(params=["torch", "llvm"])
+def verify(request: pytest.FixtureRequest) -> Verify:
+    return verifier_kernels(choices.named(request.param)).verify
+
+
 @MODES
-def test_three_tokens_follow_the_target(mode: Mode) -> None:
+def test_three_tokens_follow_the_target(mode: Mode, verify: Verify) -> None:
     world, requests = World.random(1, 6), samplings(mode)
-    run = generate(world, requests, 3, block=2, lengths=varied)
+    run = generate(world, requests, 3, block=2, lengths=varied, verify=verify)
     assert min(run.verified, run.accepted, run.rejected) > SAMPLES // 10
     assert min(fits(run, world, requests[0])) > 0.001
     biased = generate(world, requests[:10_000], 3, block=2, lengths=varied, rules=EAGER)
     assert max(fits(biased, world, requests[0])) < 0.001
+
+
+@MODES
+def test_three_tokens_follow_the_target_where_most_of_them_have_no_noise_of_their_own(mode: Mode) -> None:
+    """Compiled, too, which filters keep from the hard branches below."""
+    world, requests = World.random(2, 12), samplings(mode, temperature=1.4)
+    assert share_of_rest(world, requests, candidates=2) > 0.2
+    hard = partial(generate, block=2, lengths=varied, chooser=DraftChooser(draft_top_k=3), noise_candidates=2)
+    run = hard(world, requests, 3, verify=verifier_kernels(choices.named("llvm")).verify)
+    assert min(run.verified, run.accepted, run.rejected) > SAMPLES // 10
+    assert min(fits(run, world, requests[0])) > 0.001
 
 
 @MODES

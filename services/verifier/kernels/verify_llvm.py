@@ -1,0 +1,143 @@
+"""`services.verifier.verification.verify` by code compiled for the processor: a request's whole walk is one task.
+
+Requests with filters or log-probabilities, and rules that are not exact, are the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from dspark.errors import InternalError
+from dspark.kernels import team
+from dspark.kernels.logits import BLOCK, LogitKernels
+from dspark.kernels.noise import KeyedBits, signed_seed
+from dspark.messages import Mode, Sampling, SparseDistribution
+from dspark.sampling.drafted import certain
+from dspark.sampling.scratch import scratch
+from services.verifier import verification
+from services.verifier.candidates import Candidate, Outcome, refused
+from services.verifier.kernels.judge_llvm import COUPLED, GREEDY, REJECTION, compiled
+from services.verifier.kernels.walk_llvm import JudgeArguments, room_sizes
+from services.verifier.verification import EXACT, AcceptanceRules
+
+__all__ = ["verify"]
+
+_ALIGNED = 64
+_DTYPES = torch.float32, torch.bfloat16
+
+
+@torch.inference_mode()
+def verify(
+    logits: torch.Tensor,
+    requests: Sequence[Candidate],
+    *,
+    noise_candidates: int = 256,
+    rules: AcceptanceRules = EXACT,
+    bits: KeyedBits,
+    passes: LogitKernels,
+) -> list[Outcome]:
+    """As `verification.verify`; `bits` and `passes` are for what is left to it."""
+    own = partial(verification.verify, noise_candidates=noise_candidates, rules=rules, bits=bits, passes=passes)
+    if rules is not EXACT or logits.dtype not in _DTYPES:
+        return own(logits, requests)
+    simple = [_simple(request.sampling) for request in requests]
+    judged = iter(_judged(logits, [r for r, mine in zip(requests, simple, strict=True) if mine], noise_candidates))
+    others = iter(own(logits, [r for r, mine in zip(requests, simple, strict=True) if not mine]))
+    return [next(judged if mine else others) for mine in simple]
+
+
+def _simple(sampling: Sampling) -> bool:
+    filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+    return sampling.logprobs is None and (sampling.greedy or not filtered)
+
+
+def _judged(logits: torch.Tensor, requests: Sequence[Candidate], most: int) -> list[Outcome]:
+    outcomes = [refused(request, *logits.shape) for request in requests]
+    sound = [request for request, outcome in zip(requests, outcomes, strict=True) if outcome is None]
+    walked = iter(_walk(logits, sound, most) if sound else ())
+    return [_outcome(r, *next(walked)) if o is None else o for r, o in zip(requests, outcomes, strict=True)]
+
+
+def _outcome(request: Candidate, accepted: int, token: int, sound: int) -> Outcome:
+    if sound:
+        return Outcome(accepted, token)
+    error = InternalError(f"the target's logits for position {request.position + accepted} are not finite")
+    return Outcome(0, -1, error=error)
+
+
+def _walk(logits: torch.Tensor, requests: Sequence[Candidate], most: int) -> list[list[int]]:
+    """Of each request: draft tokens that stand, the token behind them, and whether the logits were sound."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    if missing := -logits.shape[1] % BLOCK:
+        logits = functional.pad(logits, (0, missing), value=-torch.inf)
+    blocks, most = logits.shape[1] // BLOCK, min(most, logits.shape[1])
+    threads = torch.get_num_threads() if len(requests) > 1 else 1  # a team's threads each take a room
+    rooms, piece = _rooms(blocks, most, threads)
+    own = _tables(requests)
+    out = torch.empty(len(requests), 3, dtype=torch.int64)
+    arguments = JudgeArguments(
+        logits.data_ptr(), logits.stride(0), blocks, most, *(table.data_ptr() for table in own), out.data_ptr(),
+        *rooms, piece, 0, len(requests), 0,
+    )  # fmt: skip
+    run = team.alone if threads == 1 else team.run
+    run(compiled(narrow=logits.dtype == torch.bfloat16), arguments)
+    found: list[list[int]] = out.tolist()
+    return found
+
+
+def _tables(requests: Sequence[Candidate]) -> tuple[torch.Tensor, ...]:
+    """Requests, temperatures, draft tokens, and what these were drawn from, as `JudgeArguments` has them."""
+    counts = [len(request.draft_tokens) for request in requests]
+    firsts = accumulate(counts, initial=0)
+    rows = [
+        (_kind(r.sampling), r.first_row, first, count, r.position, signed_seed(r.sampling.seed))
+        for r, first, count in zip(requests, firsts, counts, strict=False)
+    ]
+    temperatures = [request.sampling.temperature or 1.0 for request in requests]
+    supports = [_support(request, at) for request in requests for at in range(len(request.draft_tokens))]
+    begins = list(accumulate((len(support.token_ids) for support in supports), initial=0))
+    shares = [p / sum(s.probabilities) for s in supports for p in s.probabilities]
+    return (
+        _integers(rows),
+        torch.tensor(temperatures, dtype=torch.float64),
+        _integers([token for request in requests for token in request.draft_tokens]),
+        _integers(begins),
+        _integers([token for support in supports for token in support.token_ids]),
+        torch.tensor(shares, dtype=torch.float64),
+    )
+
+
+def _integers(values: Sequence[Any]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _kind(sampling: Sampling) -> int:
+    if sampling.greedy:
+        return GREEDY
+    return REJECTION if sampling.mode is Mode.REJECTION else COUPLED
+
+
+_NOTHING = SparseDistribution((), ())
+
+
+def _support(request: Candidate, at: int) -> SparseDistribution:
+    """What a draft token was drawn from, where that is looked at."""
+    if _kind(request.sampling) != REJECTION:
+        return _NOTHING
+    known = request.draft_distributions
+    sparse = known[at] if known else None
+    return sparse if sparse and sparse.token_ids else certain(request.draft_tokens[at])
+
+
+def _rooms(blocks: int, most: int, threads: int) -> tuple[list[int], int]:
+    """Where the parts of the first thread's room lie, and how far the next thread's is."""
+    sizes = [-(-size // _ALIGNED) * _ALIGNED for size in room_sizes(blocks, most).values()]
+    piece = sum(sizes)
+    whole = scratch.take("judged", threads, piece // 4, torch.device("cpu"))
+    return [whole.data_ptr() + before for before in accumulate(sizes[:-1], initial=0)], piece
