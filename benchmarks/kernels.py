@@ -27,7 +27,7 @@ from dspark.kernels.attention import Span
 from dspark.messages import Mode, Sampling, SparseDistribution
 from dspark.models.drafters.heads import MarkovHead
 from dspark.sampling import DraftChooser
-from services.draft.context import ContextKV, KVShape
+from services.draft.context import ContiguousKV, KVShape
 from services.draft.kernels import attention as blocks
 from services.draft.kernels import draft_kernels
 from services.draft.kernels.sequential import SequentialHead
@@ -135,15 +135,17 @@ def block_case(streams: int, context: int) -> Case:
     shape = KVShape(1, KV_HEADS, DIM, BLOCK)
     spans = []
     for _ in range(streams):
-        own = ContextKV(shape, context + BLOCK, dtype=DTYPE, device=CUDA)
+        own = ContiguousKV(shape, context + BLOCK, dtype=DTYPE, device=CUDA)
         own.append([(randn(context, KV_HEADS, DIM), randn(context, KV_HEADS, DIM))], 0, context)
         spans.append(blocks.Span(own, BLOCK))
-    query, keys, values = (randn(rows, n, DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
+    qkv, weight = randn(rows, HEADS + 2 * KV_HEADS, DIM), torch.ones(HEADS + KV_HEADS, DIM, device=CUDA)
+    turn = torch.ones(rows, 1, DIM // 2, device=CUDA)
 
     def run(kernels: Kernels) -> Callable[[], Any]:
         own = draft_kernels(kernels)
+        contexts = own.contexts(shape, DTYPE, CUDA)
         plan = own.plan_block(spans, causal=False, group=HEADS // KV_HEADS)
-        return lambda: own.block_attention(query, keys, values, plan, 0)
+        return lambda: own.attend(qkv, weight, 1e-6, turn, turn, contexts, plan, 0)
 
     return Case("block attention", 2 * streams * (context + BLOCK) * KV_HEADS * DIM * DTYPE.itemsize, run)
 

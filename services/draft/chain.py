@@ -105,20 +105,16 @@ class ChainBlocks:
         plan = stack.plan(spans, causal=True)
         ranges = [range(span.context.length, span.context.length + span.count) for span in spans]
         positions = torch.tensor([position for one in ranges for position in one], device=stack.device)
-        *tables, last = stack.rotary(positions, max(one.stop for one in ranges))
+        rotary = stack.rotary(positions, max(one.stop for one in ranges))
         ids = torch.tensor([token_id for part in parts for token_id in part.next_ids], device=stack.device)
-        x = self._rows_in(ids, torch.cat([part.features for part in parts]))
-        for index, table in enumerate(tables):
-            x = stack.through(index, x, table, plan)
-        index = len(tables)
+        entering = stack.below_last(self._rows_in(ids, torch.cat([part.features for part in parts])), rotary, plan)
         config = stack.config
-        kv = self._last_kv(stack.entering(index, x)).view(len(x), 2, config.num_kv_heads, config.head_dim)
-        keys = stack.keys(index, kv[:, 0], last)
+        kv = self._last_kv(entering).view(len(entering), 2, config.num_kv_heads, config.head_dim)
+        last = config.num_layers - 1
         counts = [span.count for span in spans]
-        for span, own_keys, own_values in zip(
-            spans, torch.split(keys, counts), torch.split(kv[:, 1], counts), strict=True
-        ):
-            span.context.with_rows(index, own_keys.transpose(0, 1), own_values.transpose(0, 1))
+        keys = torch.split(stack.keys(last, kv[:, 0], rotary[last]), counts)
+        for span, own_keys, own_values in zip(spans, keys, torch.split(kv[:, 1], counts), strict=True):
+            span.context.put(last, own_keys, own_values)
             span.context.keep(span.count)
 
     def _rows_in(self, next_ids: Tensor, features: Tensor) -> Tensor:
@@ -140,24 +136,21 @@ class ChainBlocks:
         features = torch.stack([block.context.feature for block in blocks])
         logits, chosen, distributions = [], [], []
         for k in range(count):
-            features = self._step(tokens[-1], features, [block.context.kv for block in blocks], k)
-            logits.append(self._stack.base_logits(self._stack.normed(features)))
+            features, normed = self._step(tokens[-1], features, [block.context.kv for block in blocks], k)
+            logits.append(self._stack.base_logits(normed))
             choice = self._chooser.choose(logits[-1], samplings, committed + k, self._d2t, committed=committed)
             tokens.append(choice.tokens)
             chosen.append(choice.draft_index)
             distributions.append(choice.distributions)
         return Drafted(tokens=torch.stack(tokens[1:], 1), distributions=distributions, logits=logits, chosen=chosen)
 
-    def _step(self, tokens: Tensor, features: Tensor, contexts: Sequence[ContextKV], at: int) -> Tensor:
-        """The next row of each chain, `at` rows behind its context: (b, d), before the final norm."""
+    def _step(self, tokens: Tensor, features: Tensor, contexts: Sequence[ContextKV], at: int) -> tuple[Tensor, Tensor]:
+        """The next row of each chain, `at` rows behind its context: (b, d), before and after the final norm."""
         stack = self._stack
         positions = [context.length + at for context in contexts]
         rotary = stack.rotary(torch.tensor(positions, device=stack.device), max(positions) + 1)
         plan = stack.plan([Span(context, 1, at) for context in contexts])
-        x = self._rows_in(tokens, features)
-        for index, table in enumerate(rotary):
-            x = stack.through(index, x, table, plan)
-        return x
+        return stack.forward(self._rows_in(tokens, features), rotary, plan)
 
 
 def _take(piece: Piece[ChainContext], features: Tensor) -> _Rows:

@@ -1,26 +1,27 @@
 """Room for contexts, and the context K/V of one sequence. Leaves the making of rows to the model.
 
 Each context position becomes one K/V row a draft layer, appended once and never changed. The present block's own rows
-are written right behind the context, where the next ones will land, so attention reads one contiguous tensor and
-nothing is ever copied or rolled back.
+are written right behind the context, where the next ones will land, so that nothing is ever copied or rolled back.
+Contexts have memory of their own here; `pages` has them in common memory, for kernels that find them there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from dspark.errors import OutOfPages
 from services.draft.ngram import NgramContext
 
-__all__ = ["PAGE_SIZE", "ContextKV", "ContextRoom", "KVShape"]
+__all__ = ["PAGE_SIZE", "ContextKV", "ContextRoom", "Contexts", "ContiguousContexts", "ContiguousKV", "KVShape"]
 
-PAGE_SIZE = 16  # positions; only the unit in which room is reported
+PAGE_SIZE = 16  # positions; the unit in which room is reported, and given to contexts in pages
 
 _FIRST_ROOM = 256  # positions; doubled whenever it is full
-_UNIT = 8  # positions that a kernel may read at a time, whether they are there or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +34,26 @@ class KVShape:
     block_rows: int
 
 
-class ContextKV:
-    """K/V of one sequence's context in every draft layer: (layers, 2, kv_heads, room, head_dim).
+class ContextKV(ABC):
+    """K/V of one sequence's context in every draft layer.
 
     `length` counts context rows 0 … length - 1. `limit` is the most it may ever hold, the block's rows included. `ids`:
     the ids behind these positions, for a drafter that takes hints.
     """
 
-    def __init__(self, shape: KVShape, limit: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: KVShape, limit: int) -> None:
         self.length = 0
         self.ids: NgramContext | None = None
         self._shape = shape
         self._limit = limit
-        self._rows = self._allocate(min(limit, _FIRST_ROOM), dtype, device)
 
     def append(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int, count: int) -> None:
         """Take rows first … first + count - 1 of each layer's (K, V), both (n, kv_heads, head_dim)."""
-        end = self.length + count
-        self.require(end)
-        for own, (keys, values) in zip(self._rows, layers, strict=True):
-            own[0, :, self.length : end] = keys[first : first + count].transpose(0, 1)
-            own[1, :, self.length : end] = values[first : first + count].transpose(0, 1)
-        self.length = end
+        self.require(self.length + count)
+        part = slice(first, first + count)
+        for layer, (keys, values) in enumerate(layers):
+            self.put(layer, keys[part], values[part])
+        self.length += count
 
     def keep(self, count: int) -> None:
         """The first `count` rows that every layer was given behind the context belong to it from now on."""
@@ -67,39 +66,88 @@ class ContextKV:
             raise OutOfPages(
                 f"{positions} context positions are over the {self._limit - self._shape.block_rows} reserved"
             )
-        room = self._rows.shape[3]
-        if needed > room:
-            grown = self._allocate(min(self._limit, max(needed, 2 * room)), self._rows.dtype, self._rows.device)
-            grown[:, :, :, : self.length] = self._rows[:, :, :, : self.length]
-            self._rows = grown
+        self._make_room(needed)
+
+    @abstractmethod
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor, at: int = 0) -> None:
+        """Write rows behind a draft layer's context and `at` more, where there is room.
+
+        `keys`, normed and rotated, and `values` are (rows, kv_heads, head_dim).
+        """
+
+    @abstractmethod
+    def layer_rows(self, layer: int = 0) -> torch.Tensor:
+        """K and V of one draft layer, (2, kv_heads, room, head_dim)."""
+
+    @abstractmethod
+    def _make_room(self, positions: int) -> None:
+        """Room for so many positions, if there is not."""
+
+
+class Contexts(Protocol):
+    """Makes contexts of one drafter."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Another one where contexts' memory is another's."""
+        ...
+
+    def open(self, limit: int) -> ContextKV:
+        """An empty context of at most `limit` rows, a block's included."""
+        ...
+
+
+class ContiguousContexts:
+    """Contexts with memory of their own."""
+
+    identity: Hashable = None
+
+    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
+        self._shape, self._dtype, self._device = shape, dtype, device
+
+    def open(self, limit: int) -> ContextKV:
+        """As in `Contexts`."""
+        return ContiguousKV(self._shape, limit, dtype=self._dtype, device=self._device)
+
+
+class ContiguousKV(ContextKV):
+    """Rows of one tensor, (layers, 2, kv_heads, room, head_dim), which is doubled whenever it is full."""
+
+    def __init__(self, shape: KVShape, limit: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(shape, limit)
+        self._rows = self._allocate(min(limit, _FIRST_ROOM), dtype, device)
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor, at: int = 0) -> None:
+        """As in `ContextKV`."""
+        start = self.length + at
+        part = slice(start, start + len(keys))
+        self._rows[layer, 0, :, part] = keys.transpose(0, 1)
+        self._rows[layer, 1, :, part] = values.transpose(0, 1)
 
     def with_rows(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, at: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's context, the first `at` rows behind it, and these rows, which are written there.
+        """The layer's context, the first `at` rows behind it, and these rows, which are `put` there.
 
-        Args:
-            layer: draft layer, from 0.
-            keys: (kv_heads, rows, head_dim), normed and rotated.
-            values: (kv_heads, rows, head_dim).
-            at: how far behind the context the rows go.
-
-        Returns:
-            K and V, (1, kv_heads, length + at + rows, head_dim), views that the next call may overwrite.
+        Returns K and V, (1, kv_heads, length + at + rows, head_dim), views that the next call may overwrite.
         """
-        start = self.length + at
-        end = start + keys.shape[1]
-        own_keys, own_values = self._rows[layer, :, None, :, :end].unbind()
-        own_keys[0, :, start:] = keys
-        own_values[0, :, start:] = values
+        self.put(layer, keys, values, at)
+        own_keys, own_values = self._rows[layer, :, None, :, : self.length + at + len(keys)].unbind()
         return own_keys, own_values
 
     def layer_rows(self, layer: int = 0) -> torch.Tensor:
-        """K and V of one draft layer as they lie now: (2, kv_heads, room, head_dim); layers follow each other."""
+        """As in `ContextKV`, where they lie; layers follow each other."""
         return self._rows[layer]
 
+    def _make_room(self, positions: int) -> None:
+        room = self._rows.shape[3]
+        if positions > room:
+            grown = self._allocate(min(self._limit, max(positions, 2 * room)), self._rows.dtype, self._rows.device)
+            grown[:, :, :, : self.length] = self._rows[:, :, :, : self.length]
+            self._rows = grown
+
     def _allocate(self, room: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        shape, room = self._shape, max(room, _UNIT)
+        shape = self._shape
         return torch.empty(shape.layers, 2, shape.kv_heads, room, shape.head_dim, dtype=dtype, device=device)
 
 

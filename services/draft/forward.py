@@ -90,9 +90,7 @@ class ParallelBlocks(ABC):
         rotary = stack.rotary(_taken(positions.flatten(), at), max(starts) + longest)
         plan = stack.plan([Span(context, count) for context, count in zip(contexts, rows, strict=True)])
         x = _taken(self._inputs(torch.tensor(anchors, device=stack.device), contexts, longest).flatten(0, 1), at)
-        for index, table in enumerate(rotary):
-            x = stack.through(index, x, table, plan)
-        x = stack.normed(x)
+        _, x = stack.forward(x, rotary, plan)
         if at is not None:
             x = x.new_zeros(longest * len(rows), x.shape[-1]).index_copy_(0, at, x)
         return x.view(len(rows), longest, -1)

@@ -7,7 +7,7 @@ than a padded batch as soon as lengths differ, and it copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from dspark.kernels.linear import Linear
 from dspark.models.config import RopeConfig
 from dspark.models.drafters import Drafter
 from dspark.models.drafters.layers import DraftLayer
-from dspark.models.layers import RotaryTable
+from dspark.models.layers import GroupStep, RotaryTable
 from services.draft.context import ContextKV, KVShape
 from services.draft.kernels import draft_kernels
 from services.draft.kernels.attention import Span
@@ -53,7 +53,9 @@ class DraftStack:
         self.own_kernels = draft_kernels(kernels)
         self.dtype = drafter.norm.weight.dtype
         self.device = drafter.norm.weight.device
-        self._shape = KVShape(config.num_layers, config.num_kv_heads, config.head_dim, block_rows)
+        shape = KVShape(config.num_layers, config.num_kv_heads, config.head_dim, block_rows)
+        self._contexts = self.own_kernels.contexts(shape, self.dtype, self.device)
+        self._repeated = kernels.repeated()
         self._embed = drafter.embed_weight
         self._layers = [_arrange(layer, kernels) for layer in draft_layers(drafter)]
         thetas = dict.fromkeys(config.rope_thetas)
@@ -63,7 +65,7 @@ class DraftStack:
 
     def open(self, limit: int) -> ContextKV:
         """An empty context of at most `limit` rows, a block's included."""
-        return ContextKV(self._shape, limit, dtype=self.dtype, device=self.device)
+        return self._contexts.open(limit)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The target's embedding of ids (…,), scaled as the target scales it: (…, d)."""
@@ -79,10 +81,6 @@ class DraftStack:
         weight = self._layers[index].qk_norm[self.config.num_heads :]
         return self.kernels.norm_rotary(keys, weight, self.config.rms_norm_eps, *rotary)
 
-    def entering(self, index: int, x: Tensor) -> Tensor:
-        """Rows (n, d) as the layer's projections read them."""
-        return self.kernels.rms_norm(x, self._layers[index].input_norm, self.config.rms_norm_eps)
-
     def plan(self, spans: Sequence[Span], *, causal: bool = False) -> Any:
         """What all layers of one forward share, for spans that cover its rows.
 
@@ -91,30 +89,51 @@ class DraftStack:
         group = self.config.num_heads // self.config.num_kv_heads
         return self.own_kernels.plan_block(spans, causal=causal, group=group)
 
-    def through(self, index: int, x: Tensor, rotary: Rotary, plan: Any) -> Tensor:
-        """Rows x (n, d) through one layer: (n, d). Their K/V is written behind the contexts of the plan's spans."""
-        layer = self._layers[index]
-        attended = layer.output(self._attend(index, self.entering(index, x), rotary, plan))
-        x, normed = self.kernels.add_norm(x, attended, layer.mlp_norm, self.config.rms_norm_eps)
-        return x + layer.down(layer.gated(normed))
+    def forward(self, x: Tensor, rotary: Sequence[Rotary], plan: Any) -> tuple[Tensor, Tensor]:
+        """Rows x (n, d) through all layers, and what comes out after the final norm, both (n, d).
 
-    def normed(self, x: Tensor) -> Tensor:
-        """The final norm."""
-        return self.kernels.rms_norm(x, self._final_norm, self.config.rms_norm_eps)
+        Their K/V is written behind the contexts of the plan's spans.
+        """
+        out, normed = self._repeated(self._through, x, self._steps(rotary, plan), self._contexts.identity)
+        return out, normed
+
+    def below_last(self, x: Tensor, rotary: Sequence[Rotary], plan: Any) -> Tensor:
+        """Rows (n, d) through all layers but the last, as its projections read them."""
+        return self._run(x, self._steps(rotary, plan), self._layers[:-1], self._layers[-1].input_norm)[1]
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Base logits U in float32, (…, d) -> (…, draft vocabulary)."""
         flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         return self._head(flat).view(*hidden.shape[:-1], -1).float()
 
-    def _attend(self, index: int, normed: Tensor, rotary: Rotary, plan: Any) -> Tensor:
+    def _steps(self, rotary: Sequence[Rotary], plan: Any) -> dict[str, GroupStep]:
+        """What layers of one rotary base share."""
+        return {str(theta): GroupStep(*own, plan) for theta, own in zip(self.config.rope_thetas, rotary, strict=True)}
+
+    def _through(self, x: Tensor, steps: Mapping[str, GroupStep]) -> Sequence[Tensor]:
+        return self._run(x, steps, self._layers, self._final_norm)
+
+    def _run(
+        self, x: Tensor, steps: Mapping[str, GroupStep], layers: Sequence[_Layer], final: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows through some layers, and what comes out after the norm `final`."""
+        eps = self.config.rms_norm_eps
+        following = [*(layer.input_norm for layer in layers[1:]), final]
+        normed = self.kernels.rms_norm(x, layers[0].input_norm if layers else final, eps)
+        for index, (layer, norm) in enumerate(zip(layers, following, strict=False)):
+            step = steps[str(self.config.rope_thetas[index])]
+            attended = layer.output(self._attend(index, layer, normed, step))
+            x, normed = self.kernels.add_norm(x, attended, layer.mlp_norm, eps)
+            x, normed = self.kernels.add_norm(x, layer.down(layer.gated(normed)), norm, eps)
+        return x, normed
+
+    def _attend(self, index: int, layer: _Layer, normed: Tensor, step: GroupStep) -> Tensor:
         """Attention of normed rows (n, d): (n, heads · head_dim)."""
-        layer, config = self._layers[index], self.config
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = layer.qkv(normed).view(len(normed), heads + 2 * kv_heads, dim)
-        qk = self.kernels.norm_rotary(qkv[:, : heads + kv_heads], layer.qk_norm, config.rms_norm_eps, *rotary)
-        keys, values = qk[:, heads:], qkv[:, heads + kv_heads :]
-        return self.own_kernels.block_attention(qk[:, :heads], keys, values, plan, index)
+        config = self.config
+        qkv = layer.qkv(normed).view(len(normed), -1, config.head_dim)
+        return self.own_kernels.attend(
+            qkv, layer.qk_norm, config.rms_norm_eps, step.cos, step.sin, self._contexts, step.plan, index
+        )
 
 
 def draft_layers(drafter: Drafter) -> list[DraftLayer]:

@@ -99,12 +99,12 @@ def launch_draft(dtype: torch.dtype) -> None:
     from dspark.messages import Mode, Sampling
     from dspark.models.drafters.heads import ConfidenceHead, GatedMarkovHead, MarkovHead
     from dspark.sampling import DraftChooser
-    from services.draft.context import ContextKV, KVShape
+    from services.draft.context import ContiguousKV, KVShape
     from services.draft.kernels import attention_triton, sequential_triton
     from services.draft.kernels.attention import Span
     from services.draft.kernels.sequential import ConfidenceRow, SequentialHead
 
-    context = ContextKV(KVShape(1, 2, 64, 8), 1024, dtype=dtype, device=torch.device("cpu"))
+    context = ContiguousKV(KVShape(1, 2, 64, 8), 1024, dtype=dtype, device=torch.device("cpu"))
     context.require(600)
     context.length = 600
     query, keys, values = (torch.zeros(3, n, 64, dtype=dtype) for n in (4, 2, 2))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from services.draft.context import ContextKV, KVShape
+from services.draft.context import Contexts, KVShape
 from services.draft.kernels.attention import Span
 
 LAYERS = 2
@@ -25,14 +25,20 @@ class Blocks:
         self.lengths, self.kv_heads, self.dim, self.dtype = lengths, kv_heads, dim, dtype
         self.group = heads // kv_heads
         total = sum(count for _, _, count in lengths)
-        self.operands = [
-            randn(total, n, dim, seed=seed).to(dtype) for seed, n in enumerate((heads, kv_heads, kv_heads))
-        ]
+        self.qkv = randn(total, heads + 2 * kv_heads, dim).to(dtype)
+        self.weight = 1 + randn(heads + kv_heads, dim, seed=1) / 4
+        angles = randn(total, 1, dim // 2, seed=2)
+        self.cos, self.sin = angles.cos(), angles.sin()
 
-    def spans(self, device: torch.device) -> list[Span]:
-        shape, spans = KVShape(LAYERS, self.kv_heads, self.dim, 40), []
+    def contexts(self, own: Any, device: torch.device) -> Contexts:
+        """Memory for contexts, in the way of an implementation."""
+        made: Contexts = own.contexts(KVShape(LAYERS, self.kv_heads, self.dim, 40), self.dtype, device)
+        return made
+
+    def spans(self, contexts: Contexts, device: torch.device) -> list[Span]:
+        spans = []
         for seed, (length, at, count) in enumerate(self.lengths):
-            context = ContextKV(shape, 2048, dtype=self.dtype, device=device)
+            context = contexts.open(2048)
             filled = length + at
             rows = [randn(filled, self.kv_heads, self.dim, seed=seed + 10).to(device, self.dtype)] * 2
             context.append([(rows[0], rows[1])] * LAYERS, 0, filled)
@@ -40,10 +46,18 @@ class Blocks:
             spans.append(Span(context, count, at))
         return spans
 
+    def attend(self, own: Any, contexts: Contexts, spans: list[Span], rows: slice, *, causal: bool) -> torch.Tensor:
+        """What comes out for some rows, those of the spans, in layer 1."""
+        device = spans[0].context.layer_rows().device
+        plan = own.plan_block(spans, causal=causal, group=self.group)
+        cos, sin, qkv = (t[rows].to(device) for t in (self.cos, self.sin, self.qkv))
+        out: torch.Tensor = own.attend(qkv, self.weight.to(device), 1e-6, cos, sin, contexts, plan, 1)
+        return out.cpu()
+
     def run(self, own: Any, device: torch.device, *, causal: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """What comes out for layer 1, and what lies behind the contexts then."""
-        spans = self.spans(device)
-        plan = own.plan_block(spans, causal=causal, group=self.group)
-        out = own.block_attention(*(t.to(device) for t in self.operands), plan, 1)
+        contexts = self.contexts(own, device)
+        spans = self.spans(contexts, device)
+        out = self.attend(own, contexts, spans, slice(None), causal=causal)
         ends = [(span, span.context.length + span.at + span.count) for span in spans]
-        return out.cpu(), [span.context.layer_rows(1)[:, :, :end].cpu() for span, end in ends]
+        return out, [span.context.layer_rows(1)[:, :, :end].cpu() for span, end in ends]

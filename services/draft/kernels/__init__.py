@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dspark.kernels import Kernels
+from services.draft.context import Contexts, ContiguousContexts, KVShape
 from services.draft.drafting import Drafted
 from services.draft.kernels import attention, sequential
 
@@ -22,12 +24,13 @@ class DraftKernels:
     `services.draft.kernels.attention` and `.sequential` say what each of them means; a plan is read by its maker only.
     """
 
+    contexts: Callable[[KVShape, torch.dtype, torch.device], Contexts]
     plan_block: Callable[..., Any]
-    block_attention: Callable[[Tensor, Tensor, Tensor, Any, int], Tensor]
+    attend: Callable[..., Tensor]
     draft_tokens: Callable[..., Drafted]
 
 
-_TORCH = DraftKernels(attention.plan_block, attention.block_attention, sequential.draft_tokens)
+_TORCH = DraftKernels(ContiguousContexts, attention.plan_block, attention.attend, sequential.draft_tokens)
 
 
 def draft_kernels(shared: Kernels) -> DraftKernels:
@@ -35,9 +38,12 @@ def draft_kernels(shared: Kernels) -> DraftKernels:
     if shared.implementation == "torch":
         return _TORCH
     if shared.implementation == "llvm":
-        from services.draft.kernels import attention_llvm, sequential_llvm  # noqa: PLC0415 - llvmlite is an extra
+        from services.draft.kernels import attention_llvm as own  # noqa: PLC0415 - llvmlite is an extra
+        from services.draft.kernels import sequential_llvm  # noqa: PLC0415
 
-        return DraftKernels(attention_llvm.plan_block, attention_llvm.block_attention, sequential_llvm.draft_tokens)
+        return DraftKernels(own.contexts, own.plan_block, own.attend, sequential_llvm.draft_tokens)
     from services.draft.kernels import attention_triton, sequential_triton  # noqa: PLC0415 - triton is an extra
 
-    return DraftKernels(attention_triton.plan_block, attention_triton.block_attention, sequential_triton.draft_tokens)
+    return DraftKernels(
+        ContiguousContexts, attention_triton.plan_block, attention_triton.attend, sequential_triton.draft_tokens
+    )

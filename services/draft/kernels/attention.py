@@ -5,16 +5,18 @@ On a CPU every sequence attends at its own length, one after another: padding a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from services.draft.context import ContextKV
+from dspark.kernels import reference
+from services.draft.context import ContextKV, Contexts, ContiguousKV
 
-__all__ = ["BlockPlan", "Span", "block_attention", "plan_block"]
+__all__ = ["BlockPlan", "Span", "attend", "block_attention", "plan_block", "turned_attention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,36 @@ def plan_block(spans: Sequence[Span], *, causal: bool, group: int) -> BlockPlan:
     return BlockPlan(spans, causal)
 
 
+def attend(
+    qkv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, contexts: Contexts, plan: BlockPlan, layer: int
+) -> Tensor:
+    """Norm and rotate queries and keys, then `block_attention`.
+
+    `qkv` (n, heads + 2 · kv heads, D), queries first; `weight` (heads + kv heads, D) of the norms; `cos` and `sin` of
+    each row's position (n, 1, D / 2); `contexts` made the spans' ones.
+    """
+    del contexts
+    return turned_attention(reference.norm_rotary, block_attention, qkv, weight, eps, cos, sin, plan, layer)
+
+
+def turned_attention(
+    norm_rotary: Callable[..., Tensor],
+    attention: Callable[..., Tensor],
+    qkv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    plan: Any,
+    layer: int,
+) -> Tensor:
+    """`attend` of two parts."""
+    turned = len(weight)
+    heads = 2 * turned - qkv.shape[1]
+    qk = norm_rotary(qkv[:, :turned], weight, eps, cos, sin)
+    return attention(qk[:, :heads], qk[:, heads:], qkv[:, turned:], plan, layer)
+
+
 def block_attention(query: Tensor, keys: Tensor, values: Tensor, plan: BlockPlan, layer: int) -> Tensor:
     """Write K/V rows behind their contexts, and attend: softmax(q kᵀ / √D) v, (n, heads · D), contiguous.
 
@@ -62,7 +94,8 @@ def _attend(index: int, span: Span, query: Tensor, keys: Tensor, values: Tensor,
     Keys and values are (rows, kv heads, D). Query heads that share a key/value head become rows of one product.
     """
     rows, kv_heads, group, dim = query.shape
-    all_keys, all_values = span.context.with_rows(index, keys.transpose(0, 1), values.transpose(0, 1), span.at)
+    assert isinstance(span.context, ContiguousKV)
+    all_keys, all_values = span.context.with_rows(index, keys, values, span.at)
     folded = query.permute(1, 2, 0, 3).reshape(1, kv_heads, group * rows, dim)
     mask = None
     if causal and rows > 1:

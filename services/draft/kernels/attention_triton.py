@@ -18,9 +18,11 @@ from torch import Tensor
 from dspark.errors import InternalError
 from dspark.kernels.attention_triton import KEY_BLOCK, SPLIT, join_splits, partial_buffers, tile_rows
 from dspark.kernels.parts_triton import block_of, narrow, product, softmax_step
-from services.draft.kernels.attention import Span
+from dspark.kernels.rowwise_triton import norm_rotary
+from services.draft.context import Contexts
+from services.draft.kernels.attention import Span, turned_attention
 
-__all__ = ["TritonBlockPlan", "block_attention", "plan_block"]
+__all__ = ["TritonBlockPlan", "attend", "block_attention", "plan_block"]
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -163,3 +165,12 @@ def block_attention(query: Tensor, keys: Tensor, values: Tensor, plan: TritonBlo
 def _heads_together(x: Tensor) -> Tensor:
     """Rows (n, heads, D) whose heads lie side by side; rows may be any distance apart."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def attend(
+    qkv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, contexts: Contexts, plan: TritonBlockPlan,
+    layer: int,
+) -> Tensor:  # fmt: skip
+    """As `attention.attend`."""
+    del contexts
+    return turned_attention(norm_rotary, block_attention, qkv, weight, eps, cos, sin, plan, layer)
