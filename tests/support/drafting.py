@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dspark.kernels import TORCH
+from dspark.kernels import TORCH, Kernels
 from dspark.messages import AttachSequence, FeatureBlock, ProposeItem, Sampling, SequenceKey
 from dspark.models.drafters import CLASSES, Drafter, DrafterConfig, DSparkDrafter
 from dspark.sampling import DraftChooser
@@ -63,11 +63,16 @@ def make_any(architecture: str, *, seed: int = 3, dtype: torch.dtype = torch.flo
 
 
 def make_engine(
-    drafter: Drafter | PromptLookup, *, positions: int = 1 << 16, top_k: int = 16, lookup: bool = False
+    drafter: Drafter | PromptLookup,
+    *,
+    positions: int = 1 << 16,
+    top_k: int = 16,
+    lookup: bool = False,
+    kernels: Kernels = TORCH,
 ) -> DraftEngine:
     """An engine over it."""
     chooser = DraftChooser(draft_top_k=top_k)
-    return DraftEngine(drafter, chooser, TORCH, context_positions=positions, lookup=lookup)
+    return DraftEngine(drafter, chooser, kernels, context_positions=positions, lookup=lookup)
 
 
 def key_of(name: str = "a", epoch: int = 0) -> SequenceKey:
