@@ -37,8 +37,9 @@ class Corrections:
     """Deviations by bucket. The clock counts steps, of any bucket."""
 
     def __init__(self) -> None:
-        self._values = np.zeros((len(BUCKETS), KEPT))
+        self._values = np.zeros((len(BUCKETS), KEPT + 1))  # the last is "no deviation"
         self._stamps = np.full((len(BUCKETS), KEPT), -np.inf)
+        self._weights = np.full((len(BUCKETS), KEPT + 1), ZEROS)
         self._next = [0] * len(BUCKETS)
 
     def add(self, bucket: int, deviation: float, now: int) -> None:
@@ -53,7 +54,9 @@ class Corrections:
         found = np.zeros(len(BUCKETS))
         used = np.flatnonzero(self._stamps[:, 0] > -np.inf)
         if len(used):
-            found[used] = _centres(self._values[used], np.exp2((self._stamps[used] - now) / HALF_LIFE))
+            weights = self._weights[used]
+            weights[:, :KEPT] = np.exp2((self._stamps[used] - now) / HALF_LIFE)
+            found[used] = _centres(self._values[used], weights)
         return found
 
     @staticmethod
@@ -63,12 +66,11 @@ class Corrections:
 
 
 def _centres(values: Seconds, weights: Seconds) -> Seconds:
-    """(rows,) means of the middle band of the weight, zeros included."""
-    values = np.pad(values, ((0, 0), (0, 1)))
-    weights = np.pad(weights, ((0, 0), (0, 1)), constant_values=ZEROS)
-    order = np.argsort(values, axis=1)
-    values, weights = np.take_along_axis(values, order, 1), np.take_along_axis(weights, order, 1)
-    ends = np.cumsum(weights, axis=1)
+    """(rows,) means of the middle band of the weight."""
+    order = values.argsort(axis=1)
+    rows = np.arange(len(values))[:, None]
+    values, weights = values[rows, order], weights[rows, order]
+    ends = weights.cumsum(axis=1)
     low, high = (share * ends[:, -1:] for share in BAND)
     inside = np.clip(ends, low, high) - np.clip(ends - weights, low, high)
     centres: Seconds = (inside * values).sum(1) / (high - low)[:, 0]
