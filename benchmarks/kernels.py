@@ -143,9 +143,9 @@ def block_case(streams: int, context: int) -> Case:
 
     def run(kernels: Kernels) -> Callable[[], Any]:
         own = draft_kernels(kernels)
-        contexts = own.contexts(shape, DTYPE, CUDA)
+        memory = own.memory(shape, 0, DTYPE, CUDA)
         plan = own.plan_block(spans, causal=False, group=HEADS // KV_HEADS)
-        return lambda: own.attend(qkv, weight, 1e-6, turn, turn, contexts, plan, 0)
+        return lambda: own.attend(qkv, weight, 1e-6, turn, turn, memory, plan, 0)
 
     return Case("block attention", 2 * streams * (context + BLOCK) * KV_HEADS * DIM * DTYPE.itemsize, run)
 

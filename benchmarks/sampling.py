@@ -1,6 +1,6 @@
 """Time of choosing tokens from logits of a large vocabulary, as verification does it.
 
-    python benchmarks/sampling.py [--vocab 262144] [--rows 1 8 48 128] [--threads 2] [--json FILE]
+    python benchmarks/sampling.py [--kernels torch] [--vocab 262144] [--rows 1 8 48 128] [--threads 2] [--json FILE]
 
 Rows carry bfloat16 logits with a peaked head and a long tail. "stand" verifies blocks of 6 rows whose drafts all stand,
 "fall" blocks whose first draft falls; a row of such a block counts whether it had to be judged or not. Least of the
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dspark.kernels import select_kernels
 from dspark.messages import Mode, Sampling, SparseDistribution
-from services.verifier.candidates import Candidate
-from services.verifier.verification import verify
+from services.verifier.candidates import Candidate, Outcome
+from services.verifier.kernels import verifier_kernels
+from services.verifier.verification import verify as reference
+
+Verify = Callable[..., list[Outcome]]
 
 BLOCK = 6
 SAMPLINGS = {
@@ -51,7 +56,7 @@ def blocks(logits: torch.Tensor, mode: Mode, *, stand: bool) -> list[Candidate]:
     """`BLOCK` rows a request, the last without a draft; all its drafts stand or the first falls."""
     tail = logits.shape[1] - 1
     alone = [Candidate(Sampling(seed=i // BLOCK), i, 100 + i) for i in range(len(logits))]
-    chosen = [outcome.token for outcome in verify(logits, alone)]
+    chosen = [outcome.token for outcome in reference(logits, alone)]
     made = []
     for start in range(0, len(logits) - BLOCK + 1, BLOCK):
         drafts = tuple(chosen[start : start + BLOCK - 1]) if stand else (tail,) * (BLOCK - 1)
@@ -61,7 +66,7 @@ def blocks(logits: torch.Tensor, mode: Mode, *, stand: bool) -> list[Candidate]:
     return made
 
 
-def milliseconds(logits: torch.Tensor, requests: list[Candidate], repeats: int) -> float:
+def milliseconds(verify: Verify, logits: torch.Tensor, requests: list[Candidate], repeats: int) -> float:
     """Least wall time of one call."""
     times = []
     for _ in range(repeats + 1):
@@ -79,8 +84,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--kernels", choices=("auto", "torch", "llvm"), default="auto")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    verify = verifier_kernels(select_kernels(arguments.kernels, torch.device("cpu"))).verify
     cases: dict[str, dict[int, float]] = {}
     for rows in arguments.rows:
         logits = make_logits(rows, arguments.vocab)
@@ -90,7 +97,7 @@ def main() -> None:
                 for stand in (True, False):
                     work[f"{mode.value}, {'stand' if stand else 'fall'}"] = blocks(logits, mode, stand=stand)
         for name, requests in work.items():
-            cases.setdefault(name, {})[rows] = milliseconds(logits, requests, arguments.repeats)
+            cases.setdefault(name, {})[rows] = milliseconds(verify, logits, requests, arguments.repeats)
     report(cases, arguments.rows)
     if arguments.json:
         arguments.json.write_text(json.dumps({"threads": arguments.threads, "milliseconds": cases}, indent=1))

@@ -7,7 +7,7 @@ read its pages where they lie: see `attend_llvm`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -61,11 +61,6 @@ class Rows:
         keys = int((last[end - 1] - first[begin]).max()) + 1
         room = (keys // _ROOM_MULTIPLE + 2) * _ROOM_MULTIPLE
         return cls(first, last, begin, end, tables, pages, torch.empty(threads, most, group, room, dtype=torch.float32))
-
-    def tiles(self, first: int, count: int) -> Rows:
-        """The same with some of the tiles only."""
-        part = slice(first, first + count)
-        return replace(self, begin=self.begin[part], end=self.end[part], tables=self.tables[part])
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ __all__ = ["GROUP", "NARROW", "WIDE", "Product", "ProductArguments", "Tiling", "
 GROUP = 4
 """Panels that a thread takes together."""
 
+_LINE = 64  # bytes
 _AHEAD = 4096
 """Bytes of a panel between what the first tile reads and what it asks for; the others find the panel in a cache."""
 
@@ -69,7 +70,7 @@ class Product:
 
 @lru_cache(maxsize=4)
 def compiled(tiling: Tiling | None = None) -> Product:
-    """The products for this processor, or of another tiling; an eighth of a second, once."""
+    """The products for this processor, or of another tiling; a quarter of a second, once."""
     tiling = tiling or (WIDE if host_lanes() == WIDE.lanes else NARROW)
     module = ir.Module("product")
     narrow, wide = (_write_product(module, tiling, weights(tiling.lanes)) for weights in (_Bfloat16, _Float32))
@@ -173,8 +174,9 @@ def _write_tile(module: ir.Module, tiling: Tiling, weights: _Weights, rows: int,
 
     def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
         index = write.times(k, weights.vectors)
-        for start in starts if ahead else ():
-            write.prefetch(write.at(start, index), ahead)
+        for line in range(0, weights.vectors * 4 * tiling.lanes, _LINE) if ahead else ():
+            for start in starts:
+                write.prefetch(write.at(start, index), ahead + line)
         halves = [half for start in starts for half in weights.load(write, write.at(start, index))]
         numbers = [write.broadcast(build.load(write.at(row, k))) for row in x_rows]
         pairs = ((one, half) for one in numbers for half in halves)

@@ -34,17 +34,19 @@ def load(drafter: Path, target: Path | None, *, dtype: torch.dtype, device: torc
     return PromptLookup(_config_of(target).vocab_size)
 
 
-def block_drafter(drafter: Drafter | PromptLookup, chooser: DraftChooser, kernels: Kernels) -> BlockDrafter[Any]:
-    """What serves a drafter. `ConfigError` for one of an architecture that nothing serves."""
+def block_drafter(
+    drafter: Drafter | PromptLookup, chooser: DraftChooser, kernels: Kernels, *, positions: int
+) -> BlockDrafter[Any]:
+    """What serves a drafter, with `positions` of context in all. `ConfigError` where nothing serves its kind."""
     match drafter:
         case PromptLookup():
             return NgramBlocks(drafter)
         case DSparkDrafter():
-            return DSparkBlocks(drafter, chooser, kernels)
+            return DSparkBlocks(drafter, chooser, kernels, positions)
         case DFlashDrafter():
-            return DFlashBlocks(drafter, chooser, kernels)
+            return DFlashBlocks(drafter, chooser, kernels, positions)
         case ChainDrafter():
-            return ChainBlocks(drafter, chooser, kernels)
+            return ChainBlocks(drafter, chooser, kernels, positions)
     raise ConfigError(f"no implementation serves a drafter of kind {type(drafter).__name__}")
 
 

@@ -22,7 +22,7 @@ from services.draft.layers import DraftStack, Span, draft_layers
 
 __all__ = ["ChainBlocks", "ChainContext"]
 
-_PIECE_ROWS = 512  # of one context in one forward: bounds the mask of a long prompt
+_PIECE_ROWS = 512  # of one context in one forward: bounds what a long prompt takes
 
 
 @dataclass(slots=True)
@@ -59,13 +59,14 @@ class _Rows:
 class ChainBlocks:
     """Drafts token by token over a batch. Implements `BlockDrafter`."""
 
-    def __init__(self, drafter: ChainDrafter, chooser: DraftChooser, kernels: Kernels) -> None:
+    def __init__(self, drafter: ChainDrafter, chooser: DraftChooser, kernels: Kernels, positions: int) -> None:
+        """`positions`: of all contexts together."""
         config = drafter.config
         self.vocab_size = config.vocab_size
         self.block_size = self.block_rows = config.block_size
         self.feature_size = config.hidden_size
         self.calibration = config.calibration
-        self._stack = DraftStack(drafter, kernels, self.block_rows)
+        self._stack = DraftStack(drafter, kernels, self.block_rows, positions)
         self._chooser = chooser
         self._d2t = drafter.d2t
         self._embed_norm = drafter.embed_norm.weight.float()

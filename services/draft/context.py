@@ -1,7 +1,7 @@
 """Room for contexts, and the context K/V of one sequence. Leaves the making of rows to the model.
 
 Each context position becomes one K/V row a draft layer, appended once and never changed. The present block's own rows
-are written right behind the context, where the next ones will land, so that nothing is ever copied or rolled back.
+are written right behind the context, where the next ones will land, so that nothing is rolled back.
 Contexts have memory of their own here; `pages` has them in common memory, for kernels that find them there.
 """
 
@@ -17,7 +17,7 @@ import torch
 from dspark.errors import OutOfPages
 from services.draft.ngram import NgramContext
 
-__all__ = ["PAGE_SIZE", "ContextKV", "ContextRoom", "Contexts", "ContiguousContexts", "ContiguousKV", "KVShape"]
+__all__ = ["PAGE_SIZE", "ContextKV", "ContextMemory", "ContextRoom", "ContiguousKV", "KVShape", "OwnMemory"]
 
 PAGE_SIZE = 16  # positions; the unit in which room is reported, and given to contexts in pages
 
@@ -84,12 +84,12 @@ class ContextKV(ABC):
         """Room for so many positions, if there is not."""
 
 
-class Contexts(Protocol):
-    """Makes contexts of one drafter."""
+class ContextMemory(Protocol):
+    """Where one drafter's contexts lie."""
 
     @property
     def identity(self) -> Hashable:
-        """Another one where contexts' memory is another's."""
+        """Equal as long as contexts lie in the same memory: part of what programs over it are remembered by."""
         ...
 
     def open(self, limit: int) -> ContextKV:
@@ -97,16 +97,18 @@ class Contexts(Protocol):
         ...
 
 
-class ContiguousContexts:
-    """Contexts with memory of their own."""
+class OwnMemory:
+    """Contexts with memory of their own each, as it is needed."""
 
     identity: Hashable = None
 
-    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: KVShape, positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        """`positions`, of all contexts together, need no room of their own here."""
+        del positions
         self._shape, self._dtype, self._device = shape, dtype, device
 
     def open(self, limit: int) -> ContextKV:
-        """As in `Contexts`."""
+        """As in `ContextMemory`."""
         return ContiguousKV(self._shape, limit, dtype=self._dtype, device=self._device)
 
 
@@ -152,33 +154,27 @@ class ContiguousKV(ContextKV):
 
 
 class ContextRoom:
-    """Promises room up to a cap on positions: in full at the start, to be filled as it is used."""
+    """Promises room up to a cap on positions, in whole pages: in full at the start, to be filled as it is used."""
 
     def __init__(self, positions: int, block_rows: int) -> None:
         """`positions` of all contexts together; `block_rows` go to each context beside its own."""
-        self._positions = positions
+        self.total_pages = -(-positions // PAGE_SIZE)
+        self.free_pages = self.total_pages
+        """Unreserved, of PAGE_SIZE positions each."""
         self._block_rows = block_rows
-        self._reserved = 0
 
     def reserve(self, max_len: int) -> int:
         """Room for a context of up to max_len positions, and its limit. `OutOfPages` if that is not free."""
-        limit = max_len + self._block_rows
-        free = self._positions - self._reserved
-        if limit > free:
-            raise OutOfPages(f"max_len {max_len} needs room for {limit} context positions, {free} are free")
-        self._reserved += limit
-        return limit
+        pages = self._pages(max_len)
+        if pages > self.free_pages:
+            needed, free = PAGE_SIZE * pages, PAGE_SIZE * self.free_pages
+            raise OutOfPages(f"max_len {max_len} needs room for {needed} context positions, {free} are free")
+        self.free_pages -= pages
+        return max_len + self._block_rows
 
     def release(self, max_len: int) -> None:
         """Give back what `reserve(max_len)` took."""
-        self._reserved -= max_len + self._block_rows
+        self.free_pages += self._pages(max_len)
 
-    @property
-    def free_pages(self) -> int:
-        """Unreserved room in pages of PAGE_SIZE positions."""
-        return (self._positions - self._reserved) // PAGE_SIZE
-
-    @property
-    def total_pages(self) -> int:
-        """All room in pages of PAGE_SIZE positions."""
-        return self._positions // PAGE_SIZE
+    def _pages(self, max_len: int) -> int:
+        return -(-(max_len + self._block_rows) // PAGE_SIZE)

@@ -20,8 +20,9 @@ __all__ = ["DFlashBlocks"]
 class DFlashBlocks(ParallelBlocks):
     """Drafts blocks without a sequential head; it has no confidences."""
 
-    def __init__(self, drafter: DFlashDrafter, chooser: DraftChooser, kernels: Kernels) -> None:
-        super().__init__(drafter, kernels)
+    def __init__(self, drafter: DFlashDrafter, chooser: DraftChooser, kernels: Kernels, positions: int) -> None:
+        """`positions`: of all contexts together."""
+        super().__init__(drafter, kernels, positions)
         self._chooser = chooser
         self._d2t = drafter.d2t
 

@@ -20,8 +20,9 @@ __all__ = ["DSparkBlocks"]
 class DSparkBlocks(ParallelBlocks):
     """Drafts blocks whose tokens know the one before them."""
 
-    def __init__(self, drafter: DSparkDrafter, chooser: DraftChooser, kernels: Kernels) -> None:
-        super().__init__(drafter, kernels)
+    def __init__(self, drafter: DSparkDrafter, chooser: DraftChooser, kernels: Kernels, positions: int) -> None:
+        """`positions`: of all contexts together."""
+        super().__init__(drafter, kernels, positions)
         self._head = SequentialHead(
             head=drafter.head,
             bias=kernels.linear(drafter.head.markov_w2.weight),

@@ -90,7 +90,7 @@ class DraftEngine:
 
         With `lookup`, what repeats is copied, whatever the drafter.
         """
-        own = block_drafter(drafter, chooser, kernels)
+        own = block_drafter(drafter, chooser, kernels, positions=context_positions)
         self._blocks: BlockDrafter[Any] = WithLookup(own) if lookup and not isinstance(own, NgramBlocks) else own
         self._confidences = Confidences(self._blocks.calibration, self._blocks.block_size)
         self._room = ContextRoom(context_positions, self._blocks.block_rows)

@@ -26,14 +26,15 @@ __all__ = ["ParallelBlocks"]
 class ParallelBlocks(ABC):
     """What parallel drafters share; `choose` is each one's own. Implements `BlockDrafter`."""
 
-    def __init__(self, drafter: ParallelDrafter, kernels: Kernels) -> None:
+    def __init__(self, drafter: ParallelDrafter, kernels: Kernels, positions: int) -> None:
+        """`positions`: of all contexts together."""
         config = drafter.config
         self.vocab_size = config.vocab_size
         self.block_size = config.block_size
         self.block_rows = drafter.block_rows
         self.feature_size = config.hidden_size
         self.calibration = config.calibration
-        self.stack = DraftStack(drafter, kernels, drafter.block_rows)
+        self.stack = DraftStack(drafter, kernels, drafter.block_rows, positions)
         self._first_row = drafter.first_row
         self._masks = _mask_rows(drafter)
         self._hints = None if drafter.hints is None else ServedHints(drafter, drafter.hints, kernels)

@@ -1,8 +1,8 @@
 """Draft layers and output head as they are served: a drafter's weights, arranged for speed (DSpark §2.2).
 
 The same functions as the modules' own. What differs: weights are packed once, projections that read the same input are
-one product, and every sequence attends to its own context where it lies, at its own length. On a CPU that is faster
-than a padded batch as soon as lengths differ, and it copies nothing.
+one product, every sequence attends to its own context where it lies, at its own length, and what layers do may be
+remembered from one block to the next.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class _Layer:
 class DraftStack:
     """A drafter's layers, embedding, final norm and head. For one thread."""
 
-    def __init__(self, drafter: Drafter, kernels: Kernels, block_rows: int) -> None:
-        """`block_rows`: most rows that lie behind a context at once."""
+    def __init__(self, drafter: Drafter, kernels: Kernels, block_rows: int, positions: int) -> None:
+        """`block_rows`: most rows that lie behind a context at once; `positions`: of all contexts together."""
         config = self.config = drafter.config
         self.kernels = kernels
         self.own_kernels = draft_kernels(kernels)
         self.dtype = drafter.norm.weight.dtype
         self.device = drafter.norm.weight.device
         shape = KVShape(config.num_layers, config.num_kv_heads, config.head_dim, block_rows)
-        self._contexts = self.own_kernels.contexts(shape, self.dtype, self.device)
+        self._memory = self.own_kernels.memory(shape, positions, self.dtype, self.device)
         self._repeated = kernels.repeated()
         self._embed = drafter.embed_weight
         self._layers = [_arrange(layer, kernels) for layer in draft_layers(drafter)]
@@ -65,7 +65,7 @@ class DraftStack:
 
     def open(self, limit: int) -> ContextKV:
         """An empty context of at most `limit` rows, a block's included."""
-        return self._contexts.open(limit)
+        return self._memory.open(limit)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The target's embedding of ids (…,), scaled as the target scales it: (…, d)."""
@@ -94,7 +94,7 @@ class DraftStack:
 
         Their K/V is written behind the contexts of the plan's spans.
         """
-        out, normed = self._repeated(self._through, x, self._steps(rotary, plan), self._contexts.identity)
+        out, normed = self._repeated(self._through, x, self._steps(rotary, plan), self._memory.identity)
         return out, normed
 
     def below_last(self, x: Tensor, rotary: Sequence[Rotary], plan: Any) -> Tensor:
@@ -132,7 +132,7 @@ class DraftStack:
         config = self.config
         qkv = layer.qkv(normed).view(len(normed), -1, config.head_dim)
         return self.own_kernels.attend(
-            qkv, layer.qk_norm, config.rms_norm_eps, step.cos, step.sin, self._contexts, step.plan, index
+            qkv, layer.qk_norm, config.rms_norm_eps, step.cos, step.sin, self._memory, step.plan, index
         )
 
 

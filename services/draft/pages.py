@@ -1,7 +1,7 @@
 """Contexts in pages of common memory, which compiled kernels are told of once: `services.draft.kernels.attention_llvm`.
 
-Pages come with the first positions that need them and go back when a context is gone. Memory is doubled, and moved,
-when none is free: how much all contexts may take is `context.ContextRoom`'s affair.
+Pages come with the first positions that need them and go back when a context is gone. Room for all that contexts may
+take together is there from the start; memory is taken as it is written.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from collections.abc import Hashable, Iterable
 
 import torch
 
+from dspark.errors import OutOfPages
 from services.draft.context import PAGE_SIZE, ContextKV, KVShape
 
 __all__ = ["ContextPages", "PagedKV"]
 
-_FIRST_PAGES = 256
-
 
 class ContextPages:
-    """Memory of all contexts of a drafter. Implements `context.Contexts`; for one thread, in float32 on a CPU."""
+    """Memory of all contexts of a drafter, in float32 on a CPU. Implements `context.ContextMemory`.
 
-    def __init__(self, shape: KVShape) -> None:
+    For one thread, but pages may come back in any: where the last reference to a context goes.
+    """
+
+    def __init__(self, shape: KVShape, positions: int) -> None:
+        """`positions`: of all contexts together, each counted in whole pages."""
         self.shape = shape
-        self._identity: Hashable = object()
-        self._rows = self._allocate(_FIRST_PAGES)
-        self._free = list(range(_FIRST_PAGES - 1, -1, -1))
-
-    @property
-    def identity(self) -> Hashable:
-        """As in `Contexts`."""
-        return self._identity
+        self.identity: Hashable = object()
+        count = -(-positions // PAGE_SIZE)
+        with torch.inference_mode(False):  # usable inside and outside inference mode
+            self._rows = torch.empty(shape.layers, 2 * shape.kv_heads, count * PAGE_SIZE, shape.head_dim)
+        self._free = list(range(count - 1, -1, -1))
 
     def open(self, limit: int) -> ContextKV:
-        """As in `Contexts`."""
+        """As in `ContextMemory`."""
         return PagedKV(self, limit)
 
     def layer(self, index: int) -> torch.Tensor:
@@ -41,25 +41,14 @@ class ContextPages:
         return self._rows[index]
 
     def take(self) -> int:
-        """A page."""
+        """A page. `OutOfPages` where more positions are needed than there were to be."""
         if not self._free:
-            self._grow()
+            raise OutOfPages(f"all {self._rows.shape[2]} context positions are taken")
         return self._free.pop()
 
     def give_back(self, pages: Iterable[int]) -> None:
         """Nobody needs these any more; what was freed last is given out first, its memory is there already."""
         self._free.extend(pages)
-
-    def _grow(self) -> None:
-        before = self._rows.shape[2] // PAGE_SIZE
-        rows = self._allocate(2 * before)
-        rows[:, :, : before * PAGE_SIZE] = self._rows
-        self._rows, self._identity = rows, object()
-        self._free = list(range(2 * before - 1, before - 1, -1))
-
-    def _allocate(self, pages: int) -> torch.Tensor:
-        shape = self.shape
-        return torch.empty(shape.layers, 2 * shape.kv_heads, pages * PAGE_SIZE, shape.head_dim)
 
 
 class PagedKV(ContextKV):

@@ -178,5 +178,6 @@ def _warm_up(engine: DraftEngine, feature_size: int) -> None:
         engine.attach(AttachSequence(key, "", Sampling(), 8))
         engine.extend(key, torch.zeros(4, feature_size), [0] * 4)
     for count in (1, 2):
-        engine.propose([ProposeItem(key, 5, 0, 1024) for key in keys[:count]])
+        for _ in range(3):  # what layers do is noted the second time, and repeated from the third
+            engine.propose([ProposeItem(key, 5, 0, 1024) for key in keys[:count]])
     engine.detach(keys)

@@ -45,10 +45,10 @@ def test_blocks_keep_their_bits_in_company(device: torch.device) -> None:
     lengths = [(5, 0, 7), (600, 0, 7), (130, 0, 7)]
     whole = Blocks(lengths)
     together, _ = whole.run(TRITON_OWN, device, causal=False)
-    contexts = whole.contexts(TRITON_OWN, device)
-    for number, span in enumerate(whole.spans(contexts, device)):
+    memory = whole.memory(TRITON_OWN, device)
+    for number, span in enumerate(whole.spans(memory, device)):
         rows = slice(7 * number, 7 * number + 7)
-        assert torch.equal(whole.attend(TRITON_OWN, contexts, [span], rows, causal=False), together[rows])
+        assert torch.equal(whole.attend(TRITON_OWN, memory, [span], rows, causal=False), together[rows])
 
 
 # ---- the sequential head

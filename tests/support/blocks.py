@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from services.draft.context import Contexts, KVShape
+from services.draft.context import ContextMemory, KVShape
 from services.draft.kernels.attention import Span
 
 LAYERS = 2
@@ -30,15 +30,16 @@ class Blocks:
         angles = randn(total, 1, dim // 2, seed=2)
         self.cos, self.sin = angles.cos(), angles.sin()
 
-    def contexts(self, own: Any, device: torch.device) -> Contexts:
-        """Memory for contexts, in the way of an implementation."""
-        made: Contexts = own.contexts(KVShape(LAYERS, self.kv_heads, self.dim, 40), self.dtype, device)
+    def memory(self, own: Any, device: torch.device) -> ContextMemory:
+        """For contexts, in the way of an implementation."""
+        shape = KVShape(LAYERS, self.kv_heads, self.dim, 40)
+        made: ContextMemory = own.memory(shape, 1 << 14, self.dtype, device)
         return made
 
-    def spans(self, contexts: Contexts, device: torch.device) -> list[Span]:
+    def spans(self, memory: ContextMemory, device: torch.device) -> list[Span]:
         spans = []
         for seed, (length, at, count) in enumerate(self.lengths):
-            context = contexts.open(2048)
+            context = memory.open(2048)
             filled = length + at
             rows = [randn(filled, self.kv_heads, self.dim, seed=seed + 10).to(device, self.dtype)] * 2
             context.append([(rows[0], rows[1])] * LAYERS, 0, filled)
@@ -46,18 +47,18 @@ class Blocks:
             spans.append(Span(context, count, at))
         return spans
 
-    def attend(self, own: Any, contexts: Contexts, spans: list[Span], rows: slice, *, causal: bool) -> torch.Tensor:
+    def attend(self, own: Any, memory: ContextMemory, spans: list[Span], rows: slice, *, causal: bool) -> torch.Tensor:
         """What comes out for some rows, those of the spans, in layer 1."""
         device = spans[0].context.layer_rows().device
         plan = own.plan_block(spans, causal=causal, group=self.group)
         cos, sin, qkv = (t[rows].to(device) for t in (self.cos, self.sin, self.qkv))
-        out: torch.Tensor = own.attend(qkv, self.weight.to(device), 1e-6, cos, sin, contexts, plan, 1)
+        out: torch.Tensor = own.attend(qkv, self.weight.to(device), 1e-6, cos, sin, memory, plan, 1)
         return out.cpu()
 
     def run(self, own: Any, device: torch.device, *, causal: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """What comes out for layer 1, and what lies behind the contexts then."""
-        contexts = self.contexts(own, device)
-        spans = self.spans(contexts, device)
-        out = self.attend(own, contexts, spans, slice(None), causal=causal)
+        memory = self.memory(own, device)
+        spans = self.spans(memory, device)
+        out = self.attend(own, memory, spans, slice(None), causal=causal)
         ends = [(span, span.context.length + span.at + span.count) for span in spans]
         return out, [span.context.layer_rows(1)[:, :, :end].cpu() for span, end in ends]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark.kernels import Kernels
-from services.draft.context import Contexts, ContiguousContexts, KVShape
+from services.draft.context import ContextMemory, KVShape, OwnMemory
 from services.draft.drafting import Drafted
 from services.draft.kernels import attention, sequential
 
@@ -21,16 +21,17 @@ __all__ = ["DraftKernels", "draft_kernels"]
 class DraftKernels:
     """One implementation of what drafting computes beyond `dspark.kernels`.
 
-    `services.draft.kernels.attention` and `.sequential` say what each of them means; a plan is read by its maker only.
+    `services.draft.kernels.attention` and `.sequential` say what each of them means, `services.draft.context` what
+    `memory` does; a plan is read by its maker only.
     """
 
-    contexts: Callable[[KVShape, torch.dtype, torch.device], Contexts]
+    memory: Callable[[KVShape, int, torch.dtype, torch.device], ContextMemory]
     plan_block: Callable[..., Any]
     attend: Callable[..., Tensor]
     draft_tokens: Callable[..., Drafted]
 
 
-_TORCH = DraftKernels(ContiguousContexts, attention.plan_block, attention.attend, sequential.draft_tokens)
+_TORCH = DraftKernels(OwnMemory, attention.plan_block, attention.attend, sequential.draft_tokens)
 
 
 def draft_kernels(shared: Kernels) -> DraftKernels:
@@ -41,9 +42,7 @@ def draft_kernels(shared: Kernels) -> DraftKernels:
         from services.draft.kernels import attention_llvm as own  # noqa: PLC0415 - llvmlite is an extra
         from services.draft.kernels import sequential_llvm  # noqa: PLC0415
 
-        return DraftKernels(own.contexts, own.plan_block, own.attend, sequential_llvm.draft_tokens)
+        return DraftKernels(own.memory, own.plan_block, own.attend, sequential_llvm.draft_tokens)
     from services.draft.kernels import attention_triton, sequential_triton  # noqa: PLC0415 - triton is an extra
 
-    return DraftKernels(
-        ContiguousContexts, attention_triton.plan_block, attention_triton.attend, sequential_triton.draft_tokens
-    )
+    return DraftKernels(OwnMemory, attention_triton.plan_block, attention_triton.attend, sequential_triton.draft_tokens)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dspark.kernels import reference
-from services.draft.context import ContextKV, Contexts, ContiguousKV
+from services.draft.context import ContextKV, ContextMemory, ContiguousKV
 
 __all__ = ["BlockPlan", "Span", "attend", "block_attention", "plan_block", "turned_attention"]
 
@@ -46,14 +46,21 @@ def plan_block(spans: Sequence[Span], *, causal: bool, group: int) -> BlockPlan:
 
 
 def attend(
-    qkv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, contexts: Contexts, plan: BlockPlan, layer: int
+    qkv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    memory: ContextMemory,
+    plan: BlockPlan,
+    layer: int,
 ) -> Tensor:
     """Norm and rotate queries and keys, then `block_attention`.
 
     `qkv` (n, heads + 2 · kv heads, D), queries first; `weight` (heads + kv heads, D) of the norms; `cos` and `sin` of
-    each row's position (n, 1, D / 2); `contexts` made the spans' ones.
+    each row's position (n, 1, D / 2); `memory` is where the spans' contexts lie.
     """
-    del contexts
+    del memory
     return turned_attention(reference.norm_rotary, block_attention, qkv, weight, eps, cos, sin, plan, layer)
 
 
@@ -68,7 +75,7 @@ def turned_attention(
     plan: Any,
     layer: int,
 ) -> Tensor:
-    """`attend` of two parts."""
+    """`attend` by two functions, the norm with its rotation and the attention proper."""
     turned = len(weight)
     heads = 2 * turned - qkv.shape[1]
     qk = norm_rotary(qkv[:, :turned], weight, eps, cos, sin)

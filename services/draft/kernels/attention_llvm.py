@@ -14,17 +14,19 @@ from torch import Tensor
 
 from dspark.kernels.attention_llvm import RowPlan, Rows, paged_attention
 from dspark.kernels.rowwise_llvm import norm_rotary, norm_rotary_write
-from services.draft.context import PAGE_SIZE, Contexts, ContiguousContexts, KVShape
+from services.draft.context import PAGE_SIZE, ContextMemory, KVShape, OwnMemory
 from services.draft.kernels import attention as plain
 from services.draft.kernels.attention import BlockPlan, Span
 from services.draft.pages import ContextPages, PagedKV
 
-__all__ = ["attend", "contexts", "plan_block"]
+__all__ = ["attend", "memory", "plan_block"]
 
 
-def contexts(shape: KVShape, dtype: torch.dtype, device: torch.device) -> Contexts:
-    """Memory that these kernels read."""
-    return ContextPages(shape) if dtype == torch.float32 else ContiguousContexts(shape, dtype, device)
+def memory(shape: KVShape, positions: int, dtype: torch.dtype, device: torch.device) -> ContextMemory:
+    """What these kernels read."""
+    if dtype == torch.float32:
+        return ContextPages(shape, positions)
+    return OwnMemory(shape, positions, dtype, device)
 
 
 def plan_block(spans: Sequence[Span], *, causal: bool, group: int) -> RowPlan | BlockPlan:
@@ -45,13 +47,13 @@ def plan_block(spans: Sequence[Span], *, causal: bool, group: int) -> RowPlan | 
 
 
 def attend(
-    qkv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, contexts: Contexts, plan: RowPlan | BlockPlan,
+    qkv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, memory: ContextMemory, plan: RowPlan | BlockPlan,
     layer: int,
 ) -> Tensor:  # fmt: skip
     """As `attention.attend`."""
     if isinstance(plan, BlockPlan):
         return plain.turned_attention(norm_rotary, plain.block_attention, qkv, weight, eps, cos, sin, plan, layer)
-    assert isinstance(contexts, ContextPages)
-    storage = contexts.layer(layer)
+    assert isinstance(memory, ContextPages)
+    storage = memory.layer(layer)
     query = norm_rotary_write(qkv, weight, eps, cos, sin, storage, plan)
     return paged_attention(query, storage, plan, query.shape[2] ** -0.5)

@@ -19,7 +19,7 @@ from dspark.errors import InternalError
 from dspark.kernels.attention_triton import KEY_BLOCK, SPLIT, join_splits, partial_buffers, tile_rows
 from dspark.kernels.parts_triton import block_of, narrow, product, softmax_step
 from dspark.kernels.rowwise_triton import norm_rotary
-from services.draft.context import Contexts
+from services.draft.context import ContextMemory, ContiguousKV
 from services.draft.kernels.attention import Span, turned_attention
 
 __all__ = ["TritonBlockPlan", "attend", "block_attention", "plan_block"]
@@ -52,6 +52,7 @@ def plan_block(spans: Sequence[Span], *, causal: bool, group: int) -> TritonBloc
     tiles: list[tuple[int, ...]] = []
     places, items, joined, partials, first_row = [], [], [], 0, 0
     for span in spans:
+        assert isinstance(span.context, ContiguousKV)
         rows = span.context.layer_rows()
         before = span.context.length + span.at
         if before + span.count > rows.shape[2]:
@@ -168,9 +169,9 @@ def _heads_together(x: Tensor) -> Tensor:
 
 
 def attend(
-    qkv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, contexts: Contexts, plan: TritonBlockPlan,
+    qkv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, memory: ContextMemory, plan: TritonBlockPlan,
     layer: int,
 ) -> Tensor:  # fmt: skip
     """As `attention.attend`."""
-    del contexts
+    del memory
     return turned_attention(norm_rotary, block_attention, qkv, weight, eps, cos, sin, plan, layer)

@@ -2,7 +2,8 @@
 
 The same law as `dspark.sampling.processed`: the greatest tokens exactly, in float64, all others in float32 with a sum
 for each block. What is compared are integers in the order of the logits, so that the head is found by counting and
-nothing is sorted: first blocks whose greatest number is among the best, then tokens inside them. A row is read twice.
+nothing is sorted: first blocks whose greatest number is among the best, then tokens inside them. Measuring a row
+reads it twice.
 
 Knows one row. Whom it judges is `judge_llvm`'s affair.
 """
@@ -29,8 +30,8 @@ from services.verifier.kernels.numbers_llvm import (
 
 __all__ = ["FIGURES", "Law", "Room", "Row", "declare"]
 
-FIGURES = 8  # float64s of a room
-_GREATEST, _HEAD, _REST, _EDGE, _LAST = range(5)  # of the figures
+_GREATEST, _HEAD, _REST, _EDGE, _LAST = range(5)  # places of a room's figures
+FIGURES = 5
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,8 @@ def _tables(requests: Sequence[Candidate]) -> tuple[torch.Tensor, ...]:
     temperatures = [request.sampling.temperature or 1.0 for request in requests]
     supports = [_support(request, at) for request in requests for at in range(len(request.draft_tokens))]
     begins = list(accumulate((len(support.token_ids) for support in supports), initial=0))
-    shares = [p / sum(s.probabilities) for s in supports for p in s.probabilities]
+    totals = [sum(support.probabilities) for support in supports]
+    shares = [p / total for s, total in zip(supports, totals, strict=True) for p in s.probabilities]
     return (
         _integers(rows),
         torch.tensor(temperatures, dtype=torch.float64),

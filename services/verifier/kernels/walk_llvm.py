@@ -146,16 +146,20 @@ class Walk:
         build.store(build.fdiv(build.fsub(build.load(self.aim), build.load(self._running)), own), self.aim)
 
     def pick(self) -> None:
-        """The token inside the block whose weights are in `inner`, the aim being a share of them."""
+        """The token inside the block whose weights are in `inner`, the aim being a share of them.
+
+        None, and the token that is there stays, where all are 0: a block's sum may have been rounding.
+        """
         write, build, inner = self.write, self.build, self.room.inner
 
         def add(place: ir.Value, total: list[ir.Value]) -> list[ir.Value]:
             return [build.fadd(total[0], build.load(write.at(inner, place)))]
 
         total = write.summing(number(0), number(BLOCK), [ZERO], add)[0]
-        build.store(build.fmul(build.load(self.aim), total), self.aim)
-        self._cumulate(inner, number(0), number(BLOCK), self._place)
-        build.store(build.add(write.times(build.load(self.block), BLOCK), build.load(self._place)), self.token)
+        with build.if_then(build.fcmp_ordered(">", total, ZERO)):
+            build.store(build.fmul(build.load(self.aim), total), self.aim)
+            self._cumulate(inner, number(0), number(BLOCK), self._place)
+            build.store(build.add(write.times(build.load(self.block), BLOCK), build.load(self._place)), self.token)
 
     def _cumulate(self, numbers: ir.Value, start: ir.Value, end: ir.Value, place: ir.Value) -> None:
         """`place`: the last of the positive numbers before which the sum, left in `_running`, is not above the aim."""

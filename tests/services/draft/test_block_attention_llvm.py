@@ -29,14 +29,14 @@ def test_equal_to_torch(heads: int, kv_heads: int, dim: int, causal: bool) -> No
 def test_blocks_keep_their_bits_in_company() -> None:
     whole = Blocks([(5, 0, 7), (600, 0, 7), (130, 0, 7)])
     together, _ = whole.run(LLVM_OWN, CPU, causal=False)
-    contexts = whole.contexts(LLVM_OWN, CPU)
-    for number, span in enumerate(whole.spans(contexts, CPU)):
+    memory = whole.memory(LLVM_OWN, CPU)
+    for number, span in enumerate(whole.spans(memory, CPU)):
         rows = slice(7 * number, 7 * number + 7)
-        assert torch.equal(whole.attend(LLVM_OWN, contexts, [span], rows, causal=False), together[rows])
+        assert torch.equal(whole.attend(LLVM_OWN, memory, [span], rows, causal=False), together[rows])
 
 
 def test_bfloat16_stays_with_torch() -> None:
     blocks = Blocks(LENGTHS, dtype=torch.bfloat16)
-    spans = blocks.spans(blocks.contexts(LLVM_OWN, CPU), CPU)
+    spans = blocks.spans(blocks.memory(LLVM_OWN, CPU), CPU)
     assert isinstance(LLVM_OWN.plan_block(spans, causal=False, group=2), BlockPlan)
     assert torch.equal(blocks.run(LLVM_OWN, CPU, causal=False)[0], blocks.run(TORCH_OWN, CPU, causal=False)[0])

@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.drafting import attach, feed, item, key_of, make_any, make_drafter, make_engine, make_features
 
+from dspark.kernels import Kernels
+
 CUTS: dict[str, Any] = {"block_size": 7, "cut_lengths": (1, 3), "learned_mask": True}
 
 
@@ -17,7 +19,7 @@ def test_the_shortest_that_holds_as_many() -> None:
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("architecture", ["dspark", "dflash"])
-def test_a_cut_block_is_that_of_a_drafter_with_shorter_ones(architecture: str, wanted: int) -> None:
+def test_a_cut_block_is_that_of_a_drafter_with_shorter_ones(architecture: str, wanted: int, kernels: Kernels) -> None:
     drafter = make_any(architecture, **CUTS)
     length = drafter.config.cut(wanted)
     whole = make_any(architecture, **{**CUTS, "cut_lengths": ()})
@@ -25,7 +27,7 @@ def test_a_cut_block_is_that_of_a_drafter_with_shorter_ones(architecture: str, w
     features, key = make_features(40), key_of()
     found = []
     for one in (drafter, short, whole):
-        engine = make_engine(one)
+        engine = make_engine(one, kernels=kernels)
         attach(engine, key)
         feed(engine, key, features)
         found.append(engine.draft([item(key, 41, max_tokens=wanted)]))
@@ -49,8 +51,8 @@ def test_a_copied_block_beside_a_shorter_one() -> None:
     assert together == [engine.propose([one]).proposals[0].tokens for one in items]
 
 
-def test_a_block_does_not_know_how_long_the_others_are() -> None:
-    engine = make_engine(make_drafter(**CUTS, hint_lengths=(1, 2)))
+def test_a_block_does_not_know_how_long_the_others_are(kernels: Kernels) -> None:
+    engine = make_engine(make_drafter(**CUTS, hint_lengths=(1, 2)), kernels=kernels)
     items = []
     for number, wanted in enumerate((1, 7, 2, 3, 5, 1)):
         key = key_of(str(number))

@@ -10,6 +10,7 @@ from support.drafting import attach, item, key_of, make_any, make_engine
 from torch import Tensor
 
 from dspark.errors import InvalidRequest
+from dspark.kernels import Kernels
 from dspark.messages import FeatureBlock, Mode, Sampling, SequenceKey
 from dspark.models.drafters import ChainDrafter, Drafter, DSparkDrafter
 from services.draft import chain
@@ -82,19 +83,21 @@ def assert_is_the_modules(drafter: Drafter, text: Text, length: int, drafted: Dr
 
 @of_every_architecture
 @pytest.mark.parametrize("length", [1, 2, 37, 300])
-def test_a_served_block_is_the_training_forwards(architecture: str, changes: dict[str, Any], length: int) -> None:
+def test_a_served_block_is_the_training_forwards(
+    architecture: str, changes: dict[str, Any], length: int, kernels: Kernels
+) -> None:
     drafter, text = make_any(architecture, **changes), Text.random(length + 1, length)
-    engine = make_engine(drafter)
+    engine = make_engine(drafter, kernels=kernels)
     attach(engine, key_of())
     text.give(engine, drafter, key_of(), 0, length)
     assert_is_the_modules(drafter, text, length, block_of(engine, text, key_of(), length))
 
 
 @of_every_architecture
-def test_rounds_of_a_growing_context(architecture: str, changes: dict[str, Any]) -> None:
+def test_rounds_of_a_growing_context(architecture: str, changes: dict[str, Any], kernels: Kernels) -> None:
     """A block after every piece: its own rows must neither count nor harm what lands where they were."""
     drafter, text = make_any(architecture, **changes), Text.random(301, 5)
-    engine = make_engine(drafter)
+    engine = make_engine(drafter, kernels=kernels)
     attach(engine, key_of())
     done = 0
     for length in (1, 2, 3, 8, 9, 60, 254, 255, 262, 300):
@@ -107,9 +110,9 @@ def test_rounds_of_a_growing_context(architecture: str, changes: dict[str, Any])
 
 
 @of_each_once
-def test_a_ragged_batch(architecture: str) -> None:
+def test_a_ragged_batch(architecture: str, kernels: Kernels) -> None:
     drafter = make_any(architecture)
-    engine = make_engine(drafter)
+    engine = make_engine(drafter, kernels=kernels)
     lengths = [1, 2, 7, 40, 41, 290]
     texts = [Text.random(length + 1, length) for length in lengths]
     keys = [key_of(str(number)) for number in range(len(texts))]
@@ -124,10 +127,10 @@ def test_a_ragged_batch(architecture: str) -> None:
 
 
 @of_each_once
-def test_blocks_of_many_sequences_over_the_wire(architecture: str) -> None:
+def test_blocks_of_many_sequences_over_the_wire(architecture: str, kernels: Kernels) -> None:
     """Messages of several sequences in one call, overlapping and out of step, in bfloat16 as they come."""
     drafter = make_any(architecture)
-    engine, whole = make_engine(drafter), make_engine(drafter)
+    engine, whole = make_engine(drafter, kernels=kernels), make_engine(drafter, kernels=kernels)
     texts = {key_of(str(number)): Text.random(70, number) for number in range(3)}
     messages = []
     for key, text in texts.items():
@@ -193,14 +196,14 @@ def test_a_sequence_of_one_token_is_drafted_for(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_long_prompts_go_through_in_pieces(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_go_through_in_pieces(layers: int, monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
     drafter, text = make_any("eagle3", num_layers=layers, rope_thetas=(1e4,) * layers), Text.random(104, 3)
     lengths = {key_of("a"): 103, key_of("b"): 16, key_of("c"): 17, key_of("d"): 1}
     messages = [message(drafter, key, text, 0, length) for key, length in lengths.items()]
     drafted = []
     for rows in (512, 16):
         monkeypatch.setattr(chain, "_PIECE_ROWS", rows)
-        engine = make_engine(drafter)
+        engine = make_engine(drafter, kernels=kernels)
         for key in lengths:
             attach(engine, key)
         assert engine.append_features(messages) == []

@@ -9,6 +9,7 @@ from support import drafters
 from support.drafting import attach, feed, item, key_of, make_drafter, make_engine, make_features
 from torch import Tensor
 
+from dspark.kernels import Kernels
 from dspark.models.drafters import DSparkDrafter, load_drafter
 
 VARIANTS: list[dict[str, Any]] = [
@@ -40,9 +41,9 @@ def module_block(drafter: DSparkDrafter, features: Tensor, anchor: int) -> tuple
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("length", [0, 1, 37, 600])
-def test_a_served_block_is_the_modules(variant: dict[str, Any], length: int) -> None:
+def test_a_served_block_is_the_modules(variant: dict[str, Any], length: int, kernels: Kernels) -> None:
     drafter = make_drafter(**variant)
-    engine, key, features = make_engine(drafter), key_of(), make_features(length).float()
+    engine, key, features = make_engine(drafter, kernels=kernels), key_of(), make_features(length).float()
     attach(engine, key, max_len=700)
     if length:
         engine.extend(key, features)

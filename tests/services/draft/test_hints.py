@@ -5,6 +5,7 @@ import torch
 from support.drafting import attach, feed, item, key_of, make_drafter, make_engine, make_features, token_at
 
 from dspark.errors import InvalidRequest
+from dspark.kernels import Kernels
 from dspark.models.drafters import Hints
 from services.draft.hints import hints_along, hints_of
 from services.draft.ngram import NgramContext
@@ -38,9 +39,9 @@ def test_hints_along_a_text_are_those_of_its_beginnings() -> None:
 
 
 @pytest.mark.parametrize("length", [2, 37, 300])
-def test_served_hints_are_the_modules(length: int) -> None:
+def test_served_hints_are_the_modules(length: int, kernels: Kernels) -> None:
     drafter = make_drafter(hint_lengths=LENGTHS, learned_mask=True)
-    engine, key, features = make_engine(drafter), key_of(), make_features(length)
+    engine, key, features = make_engine(drafter, kernels=kernels), key_of(), make_features(length)
     # Positions repeat every 64: from there on, text that was there before is what follows.
     ids = [token_at(place % 64) for place in range(length + 1)]
     attach(engine, key)

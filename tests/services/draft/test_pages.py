@@ -10,9 +10,10 @@ from support import kernels as choices
 from support.drafting import attach, block_of, feed, item, key_of, make_any, make_engine, make_features
 from torch import Tensor
 
+from dspark.errors import OutOfPages
 from dspark.kernels import team
 from dspark.kernels.repeated import AtOnce, Layers
-from services.draft.context import PAGE_SIZE, KVShape
+from services.draft.context import PAGE_SIZE, ContextRoom, KVShape
 from services.draft.drafting import Drafted
 from services.draft.engine import DraftEngine
 from services.draft.pages import ContextPages, PagedKV
@@ -23,7 +24,14 @@ if not team.available():
 from dspark.kernels.repeated_llvm import Programs
 
 SHAPE = KVShape(layers=2, kv_heads=2, head_dim=4, block_rows=8)
-WHOLE: dict[str, Any] = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "intermediate_size": 128}
+WHOLE: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 64,
+    "intermediate_size": 128,
+}
+"""Products of whole groups of panels, as real drafters have."""
 
 
 def rows(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -31,35 +39,47 @@ def rows(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(made[0], made[1]), (made[2], made[3])]
 
 
-def test_contexts_keep_their_rows_as_memory_grows() -> None:
-    memory, wanted = ContextPages(SHAPE), rows(100, 0)
+def test_contexts_keep_their_rows_beside_each_other() -> None:
+    memory, wanted = ContextPages(SHAPE, 8_192), rows(100, 0)
     first = memory.open(1000)
     first.append(wanted, 0, 37)
-    first.append(wanted, 37, 63)
-    identities = {memory.identity}
     others = [memory.open(1000) for _ in range(8)]
     for number, other in enumerate(others):
         other.append(rows(900, number + 1), 0, 900)
-        identities.add(memory.identity)
-    assert len(identities) > 1
+    first.append(wanted, 37, 63)
     for layer, (keys, values) in enumerate(wanted):
         found = first.layer_rows(layer)[:, :, :100]
         assert torch.equal(found, torch.stack((keys, values)).transpose(1, 2))
 
 
 def test_pages_of_a_context_that_is_gone_are_used_again() -> None:
-    memory = ContextPages(SHAPE)
+    memory = ContextPages(SHAPE, 2_016)
     context = memory.open(10_000)
     assert isinstance(context, PagedKV)
     context.require(2_000)
-    pages, identity = set(context.pages), memory.identity
-    assert len(pages) == -(-2_008 // PAGE_SIZE)
+    pages = set(context.pages)
+    assert len(pages) == 2_008 // PAGE_SIZE + 1
+    with pytest.raises(OutOfPages, match="all 2016 context positions"):
+        memory.open(10_000)
     del context
     again = memory.open(10_000)
     assert isinstance(again, PagedKV)
     again.require(2_000)
     assert set(again.pages) == pages
-    assert memory.identity == identity
+
+
+@pytest.mark.parametrize("block_rows", [1, 8, 15])
+def test_what_is_promised_is_there(block_rows: int) -> None:
+    """Contexts of any length, each in whole pages, until the room is full."""
+    shape, room = replace(SHAPE, block_rows=block_rows), ContextRoom(500, block_rows)
+    memory, held = ContextPages(shape, 500), []
+    for max_len in (1, 16, 17, 100, 3, 250, 64, 1, 1, 1, 1):
+        try:
+            held.append(memory.open(room.reserve(max_len)))
+        except OutOfPages:
+            continue
+        held[-1].require(max_len)
+    assert room.free_pages == 0
 
 
 def engine_of(architecture: str, *, repeated: bool) -> DraftEngine:
@@ -75,9 +95,9 @@ def same(one: Drafted, other: Drafted) -> bool:
 
 
 @pytest.mark.parametrize("architecture", ["dspark", "dflash", "eagle3", "mtp"])
-def test_drafts_keep_their_bits_while_others_come_go_and_make_memory_grow(architecture: str) -> None:
+def test_drafts_keep_their_bits_while_others_come_and_go(architecture: str) -> None:
     engines = [engine_of(architecture, repeated=repeated) for repeated in (True, False)]
-    features, own = make_features(900), key_of("own")
+    features, own = make_features(900, hidden=128), key_of("own")
     for engine in engines:
         attach(engine, own)
         feed(engine, own, features[:40])
@@ -107,7 +127,7 @@ def test_a_block_s_layers_are_written_out_twice_and_repeated_from_then_on() -> N
 
     engine = make_engine(make_any("dspark", **WHOLE), kernels=replace(choices.named("llvm"), repeated=Counting))
     attach(engine, key_of())
-    feed(engine, key_of(), make_features(40))
+    feed(engine, key_of(), make_features(40, hidden=128))
     for _ in range(6):
         engine.draft([item(key_of(), 41)])
     assert written == 2

@@ -1,6 +1,7 @@
 """Compiled walks: verdicts equal to the reference's on awkward rows, whatever the modes, settings and company."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -45,7 +46,16 @@ def make_request(chance: random.Random, logits: torch.Tensor, mode: Mode, length
     return Candidate(sampling, first, chance.randrange(1, 2000), tuple(token for token, _ in drafts), known)
 
 
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @MODES
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("vocab", "candidates"), [(2, 4), (63, 16), (64, 64), (1025, 3), (20_032, 256)])
 def test_walks_of_any_length(vocab: int, candidates: int, dtype: torch.dtype, mode: Mode) -> None:
@@ -95,6 +105,17 @@ def test_tokens_that_are_ruled_out(mode: Mode) -> None:
     assert tokens == {7, 450}
 
 
+def test_what_is_left_of_nothing_but_rounding_is_no_token() -> None:
+    """All that has any weight was drafted as the target has it: what is left is rounding; token 0 is impossible."""
+    logits = make_logits(1, 64, spread=0.1).repeat(2, 1)
+    logits[:, 0] = -torch.inf
+    shares = logits[0].double().softmax(-1)
+    sparse = SparseDistribution(tuple(range(1, 64)), tuple(shares[1:].tolist()))
+    requests = [Candidate(Sampling(seed=s, mode=Mode.REJECTION), 0, 9, (1 + s % 63,), (sparse,)) for s in range(2_000)]
+    own = verifier_kernels(choices.named("llvm")).verify(logits, requests, noise_candidates=1)
+    assert min(o.token for o in own) > 0
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-3, 40.0, 1e30])
 def test_temperatures_at_both_ends(temperature: float) -> None:
     logits = make_logits(5, 700)
@@ -122,6 +143,7 @@ def test_rows_that_do_not_lie_beside_each_other() -> None:
     compare(wide.T.contiguous().T, requests)
 
 
+@pytest.mark.usefixtures("threads")
 def test_simple_requests_share_a_call_with_others() -> None:
     logits = make_logits(4, 640)
     settings = [Sampling(), Sampling(top_k=5), GREEDY, Sampling(logprobs=2), Sampling(mode=Mode.REJECTION)]
