@@ -62,8 +62,9 @@ def whom_to_draft(
     order = _by_gain(predicted[able], price)
     place = np.argsort(order)
     tried = {count: goodput(place, count)[0] for count in _counts(len(able))}
-    best = max(tried, key=tried.__getitem__)
-    tried |= {count: goodput(place, count)[0] for count in _between(sorted(tried), best)}
+    if len(able) > EXHAUSTIVE:
+        best = max(tried, key=tried.__getitem__)
+        tried |= {count: goodput(place, count)[0] for count in _between(sorted(tried), best)}
     chosen[able[order[: max(tried, key=lambda count: (tried[count], -count))]]] = True
     return chosen
 

@@ -46,9 +46,7 @@ class _Judging:
         write, build = self._write, self._build
         with write.taking(self._walk.fields["next"], number(1), self._walk.given["tasks"]) as (task, _):
             request = self._request(task)
-            build.store(number(0), self._walk.at)
-            build.store(number(-1), self._walk.token)
-            build.store(number(1), self._walk.sound)
+            self._walk.begin()
             for kind, walk in ((GREEDY, self._greedy), (COUPLED, self._coupled), (REJECTION, self._trial.follow)):
                 with build.if_then(build.icmp_signed("==", request.kind, number(kind))):
                     walk(request)
@@ -66,14 +64,14 @@ class _Judging:
 
     def _greedy(self, request: Request) -> None:
         """The greatest logit's token, the lowest of equal ones, row by row."""
-        self._along(request, self._greatest)
+        self._along(request, lambda at: self._greatest(self._walk.row(request, at)))
 
     def _coupled(self, request: Request) -> None:
         """The target's own choice, row by row."""
 
-        def choose(x: ir.Value) -> None:
-            with self._walk.measured(request, x) as row:
-                self._walk.choose(request, row, x)
+        def choose(at: ir.Value) -> None:
+            with self._walk.measured(request, at) as row:
+                self._walk.choose(request, row)
 
         self._along(request, choose)
 
@@ -83,7 +81,7 @@ class _Judging:
         build.store(number(1), walk.going)
         with write.counting(number(0), build.add(request.count, number(1))), build.if_then(walk.is_set(walk.going)):
             at = build.load(walk.at)
-            choose(walk.row(request, at))
+            choose(at)
             build.store(number(0), walk.going)
             further = build.and_(build.icmp_signed("<", at, request.count), walk.is_set(walk.sound))
             with build.if_then(further):

@@ -89,7 +89,7 @@ class Row:
 
     def __init__(self, write: Writer, element: Element, x: ir.Value, temperature: ir.Value, room: Room) -> None:
         self._write, self._build = write, write.build
-        self._element, self._x, self._temperature, self._room = element, x, temperature, room
+        self._element, self.x, self._temperature, self._room = element, x, temperature, room
 
     @property
     def greatest(self) -> ir.Value:
@@ -114,7 +114,7 @@ class Row:
     def weight(self, token: ir.Value) -> ir.Value:
         """A token's weight, float64: exactly what it counts for in head or rest."""
         write, build = self._write, self._build
-        value = self._element.one(write, write.at(self._x, token))
+        value = self._element.one(write, write.at(self.x, token))
         exact = write.double("exp", log_weight(build, value, self.greatest, self._temperature))
         vector = self.weighing().of(write.broadcast(value))
         rough = build.fpext(build.extract_element(vector, ir.Constant(INT32, 0)), DOUBLE)

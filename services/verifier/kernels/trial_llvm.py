@@ -25,7 +25,7 @@ class TrialWalk:
     def __init__(self, walk: Walk) -> None:
         self._walk, self._write, self._build, self._room = walk, walk.write, walk.build, walk.room
         build = walk.build
-        self._w, self._left, self._p, self._q, self._shared = (build.alloca(DOUBLE) for _ in range(5))
+        self._w, self._left, self._p, self._shared = (build.alloca(DOUBLE) for _ in range(4))
         self._stood = build.alloca(INT)
 
     def follow(self, request: Request) -> None:
@@ -36,18 +36,17 @@ class TrialWalk:
         with write.counting(number(0), request.count) as at, build.if_then(walk.is_set(walk.going)):
             build.store(number(0), walk.going)
             build.store(at, walk.at)
-            with walk.measured(request, walk.row(request, at)) as row:
+            with walk.measured(request, at) as row:
                 self._meet(request, row, at)
                 self._go_on(request, at)
         sound, stand = walk.is_set(walk.sound), walk.is_set(walk.going)
         with build.if_then(sound):
-            build.store(build.select(stand, request.count, build.load(self._stood)), walk.at)
-            at = build.load(walk.at)
-            x = walk.row(request, at)
-            with walk.measured(request, x) as row:
-                walk.choose(request, row, x)  # where all stand, and where nothing is left of a fallen one
+            at = build.select(stand, request.count, build.load(self._stood))
+            build.store(at, walk.at)
+            with walk.measured(request, at) as row:
+                walk.choose(request, row)  # where all stand, and where nothing is left of a fallen one
                 with build.if_then(build.not_(stand)):
-                    self._draw_left(request, row, x, at)
+                    self._draw_left(request, row, at)
 
     def _support(self, request: Request, at: ir.Value) -> tuple[ir.Value, ir.Value]:
         begins = self._write.integers(self._walk.given["begins"])
@@ -63,7 +62,7 @@ class TrialWalk:
             yield build.load(write.at(ids, index)), build.load(write.at(shares, index))
 
     def _meet(self, request: Request, row: Row, at: ir.Value) -> None:
-        """Find p and q of the draft token, and the sum of min(w p, q)."""
+        """Find p of the draft token, and the sum of min(w p, q)."""
         build, draft = self._build, self._walk.draft(request, at)
         build.store(ZERO, self._shared)
         with self._drafted(request, at) as (token, q):
@@ -72,10 +71,9 @@ class TrialWalk:
             build.store(build.fadd(build.load(self._shared), least), self._shared)
             with build.if_then(build.icmp_signed("==", token, draft)):
                 build.store(p, self._p)
-                build.store(q, self._q)
 
     def _go_on(self, request: Request, at: ir.Value) -> None:
-        """As `Trial.goes_on`."""
+        """As `Trial.goes_on`; it also ends where nothing behind can stand."""
         build, w = self._build, self._build.load(self._w)
         left = build.fsub(w, build.load(self._shared))
         left = build.select(build.fcmp_ordered(">", left, ZERO), left, ZERO)
@@ -85,15 +83,29 @@ class TrialWalk:
             with build.if_then(build.fcmp_ordered("<", most, left)):
                 build.store(at, self._stood)
                 build.store(w, self._left)
-        following = build.fdiv(build.fmul(w, build.load(self._p)), build.load(self._q))
-        following = self._walk.smaller(following, _ONE)
-        last = build.icmp_signed("==", build.add(at, number(1)), request.count)
-        fell = build.fcmp_ordered(">=", self._number(request, at, Stream.ACCEPT), following)
-        ends = build.or_(build.fcmp_ordered("==", following, ZERO), build.and_(last, fell))
-        build.store(following, self._w)
-        build.store(build.zext(build.not_(ends), INT), self._walk.going)
+        following = build.fdiv(build.fmul(w, build.load(self._p)), self._own(request, at))
+        build.store(self._walk.smaller(following, _ONE), self._w)
+        self._hope(request, at)
 
-    def _draw_left(self, request: Request, row: Row, x: ir.Value, at: ir.Value) -> None:
+    def _hope(self, request: Request, at: ir.Value) -> None:
+        """Go on where some j > `at` tokens may stand: h_j <= w_j <= w_i / (q_{i+1} … q_j), whatever p is there."""
+        write, build, walk = self._write, self._build, self._walk
+
+        def reach(k: ir.Value, bound: list[ir.Value]) -> list[ir.Value]:
+            below = build.fcmp_ordered("<", self._number(request, k, Stream.ACCEPT), bound[0])
+            with build.if_then(below):
+                build.store(number(1), walk.going)
+            following = write.least(build.add(k, number(1)), build.sub(request.count, number(1)))
+            return [build.fdiv(bound[0], self._own(request, following))]
+
+        write.summing(at, request.count, [build.load(self._w)], reach)
+
+    def _own(self, request: Request, at: ir.Value) -> ir.Value:
+        """Share q of the draft token itself."""
+        owns = self._write.doubles(self._walk.given["owns"])
+        return self._build.load(self._write.at(owns, request.drafts, at))
+
+    def _draw_left(self, request: Request, row: Row, at: ir.Value) -> None:
         """A token from max(0, w p - q), by inverse cumulation; the one that is there stays where nothing is left."""
         write, build, room = self._write, self._build, self._room
         worth = build.fdiv(row.total, build.load(self._left))  # of a share of q, in weights
@@ -112,7 +124,7 @@ class TrialWalk:
         with build.if_then(build.fcmp_ordered(">", total, ZERO)):
             build.store(build.fmul(self._number(request, at, Stream.RESIDUAL), total), self._walk.aim)
             self._walk.find_block()
-            self._walk.fill(request, x)
+            self._walk.fill(request, row)
             self._fill_left(request, row, at, worth)
             self._walk.pick()
 

@@ -103,15 +103,22 @@ def _tables(requests: Sequence[Candidate]) -> tuple[torch.Tensor, ...]:
     supports = [_support(request, at) for request in requests for at in range(len(request.draft_tokens))]
     begins = list(accumulate((len(support.token_ids) for support in supports), initial=0))
     totals = [sum(support.probabilities) for support in supports]
-    shares = [p / total for s, total in zip(supports, totals, strict=True) for p in s.probabilities]
+    drafts = [token for request in requests for token in request.draft_tokens]
+    known = [dict(zip(support.token_ids, support.probabilities, strict=True)) for support in supports]
+    owns = [q.get(token, 0.0) / (total or 1.0) for token, q, total in zip(drafts, known, totals, strict=True)]
     return (
         _integers(rows),
-        torch.tensor(temperatures, dtype=torch.float64),
-        _integers([token for request in requests for token in request.draft_tokens]),
+        _doubles(temperatures),
+        _integers(drafts),
         _integers(begins),
         _integers([token for support in supports for token in support.token_ids]),
-        torch.tensor(shares, dtype=torch.float64),
+        _doubles([p / total for s, total in zip(supports, totals, strict=True) for p in s.probabilities]),
+        _doubles(owns),
     )
+
+
+def _doubles(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _integers(values: Sequence[Any]) -> torch.Tensor:

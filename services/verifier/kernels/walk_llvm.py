@@ -30,16 +30,16 @@ class JudgeArguments(ctypes.Structure):
 
     `logits` (any, blocks · BLOCK), rows `stride` numbers apart; `requests` (tasks, FIELDS) int64, `temperatures`
     (tasks,) float64. Request r's drafts are `tokens[drafts]` … ; draft d was drawn from `ids` and `shares` (float64)
-    `begins[d]` … `begins[d + 1]` - 1. `out` (tasks, 3). A law's head has `most` tokens. `rooms`: of each part of
-    `room_sizes` the place of the first thread's, then how many bytes a thread has.
+    `begins[d]` … `begins[d + 1]` - 1, itself with `owns[d]` (float64). `out` (tasks, 3). A law's head has `most`
+    tokens. `rooms`: of each part of `room_sizes` the place of the first thread's, then how many bytes a thread has.
     """
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             "logits", "stride", "blocks", "most", "requests", "temperatures", "tokens", "begins", "ids", "shares",
-            "out", "figures", "sums", "weights", "inner", "peaks", "room_ids", "keys", "piece", "next_room", "tasks",
-            "next",
+            "owns", "out", "figures", "sums", "weights", "inner", "peaks", "room_ids", "keys", "piece", "next_room",
+            "tasks", "next",
         )
     ]  # fmt: skip
 
@@ -77,6 +77,7 @@ class Walk:
         build, self.fields = write.build, write.fields(JudgeArguments)
         self.given = {name: build.load(at) for name, at in self.fields.items()}
         self.at, self.token, self.going, self.sound = (build.alloca(INT) for _ in range(4))
+        self._held = build.alloca(INT)  # the row whose law is in the room
         self.block, self._place = (build.alloca(INT) for _ in range(2))
         self._best, self.aim, self._sum, self._running = (build.alloca(DOUBLE) for _ in range(4))
         mine = build.mul(write.take(self.fields["next_room"], number(1)), self.given["piece"])
@@ -96,19 +97,26 @@ class Walk:
         tokens = self.write.integers(self.given["tokens"])
         return self.build.load(self.write.at(tokens, request.drafts, at))
 
+    def begin(self) -> None:
+        """Start a request's walk."""
+        for value, start in ((self.at, 0), (self.token, -1), (self.sound, 1), (self._held, -1)):
+            self.build.store(number(start), value)
+
     @contextmanager
-    def measured(self, request: Request, x: ir.Value) -> Iterator[Row]:
-        """What is done where the row is sound; `sound` becomes 0 where it is not."""
-        arguments = [x, self.given["blocks"], self.given["most"], request.temperature, *self.room.pointers()]
-        count = self.build.call(self.law.measure, arguments)
-        sound = self.build.icmp_signed(">", count, number(0))
-        self.build.store(self.build.zext(sound, INT), self.sound)
-        with self.build.if_then(sound):
+    def measured(self, request: Request, at: ir.Value) -> Iterator[Row]:
+        """What is done where the row behind `at` drafts is sound; `sound` becomes 0 where it is not."""
+        build, x = self.build, self.row(request, at)
+        with build.if_then(build.icmp_signed("!=", build.load(self._held), at)):
+            arguments = [x, self.given["blocks"], self.given["most"], request.temperature, *self.room.pointers()]
+            found = build.icmp_signed(">", build.call(self.law.measure, arguments), number(0))
+            build.store(build.zext(found, INT), self.sound)
+            build.store(at, self._held)
+        with build.if_then(self.is_set(self.sound)):
             yield Row(self.write, self.element, x, request.temperature, self.room)
 
     # ------------------------------------------------------------ the target's choice
 
-    def choose(self, request: Request, row: Row, x: ir.Value) -> None:
+    def choose(self, request: Request, row: Row) -> None:
         """As `dspark.sampling.choice.choose`: of the head by noise, all others as one, and only then among them."""
         write, build, room = self.write, self.build, self.room
         position = build.add(request.position, build.load(self.at))
@@ -126,17 +134,17 @@ class Walk:
             u = uniform(build, request.seed, number(0), position, Stream.REST_PICK)
             build.store(build.fmul(u, row.rest), self.aim)
             self.find_block()
-            self.fill(request, x)
+            self.fill(request, row)
             self.pick()
 
     def heads(self) -> ir.Value:
         """Tokens of a head."""
         return self.write.least(self.given["most"], self.write.times(self.given["blocks"], BLOCK))
 
-    def fill(self, request: Request, x: ir.Value) -> None:
+    def fill(self, request: Request, row: Row) -> None:
         """Weights of the block found, but those of the head, into `inner`."""
         block = self.build.load(self.block)
-        self.build.call(self.law.fill, [x, block, request.temperature, *self.room.pointers()])
+        self.build.call(self.law.fill, [row.x, block, request.temperature, *self.room.pointers()])
 
     def find_block(self) -> None:
         """The block in which the running sum passes the aim, the last of any weight at the most; the aim inside it."""
