@@ -118,9 +118,9 @@ class DraftStack:
     ) -> tuple[Tensor, Tensor]:
         """Rows through some layers, and what comes out after the norm `final`."""
         eps = self.config.rms_norm_eps
-        following = [*(layer.input_norm for layer in layers[1:]), final]
-        normed = self.kernels.rms_norm(x, layers[0].input_norm if layers else final, eps)
-        for index, (layer, norm) in enumerate(zip(layers, following, strict=False)):
+        norms = [*(layer.input_norm for layer in layers), final]
+        normed = self.kernels.rms_norm(x, norms[0], eps)
+        for index, (layer, norm) in enumerate(zip(layers, norms[1:], strict=True)):
             step = steps[str(self.config.rope_thetas[index])]
             attended = layer.output(self._attend(index, layer, normed, step))
             x, normed = self.kernels.add_norm(x, attended, layer.mlp_norm, eps)

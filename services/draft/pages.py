@@ -58,8 +58,8 @@ class PagedKV(ContextKV):
         super().__init__(memory.shape, limit)
         self.pages: list[int] = []
         self._memory = memory
+        weakref.finalize(self, memory.give_back, self.pages).atexit = False  # before any page: there may be too few
         self._make_room(min(limit, memory.shape.block_rows))
-        weakref.finalize(self, memory.give_back, self.pages).atexit = False
 
     def slots(self, start: int, count: int) -> torch.Tensor:
         """Places of positions in a layer's memory, (count,) int64."""

@@ -33,12 +33,13 @@ _TORCH = VerifierKernels(verify, features.tap_inputs, features.tap_outputs)
 
 def verifier_kernels(shared: Kernels) -> VerifierKernels:
     """Those that go with the shared kernels."""
+    reference = partial(verify, bits=shared.keyed_bits, passes=shared.logits)
     if shared.implementation == "torch":
-        return replace(_TORCH, verify=partial(verify, bits=shared.keyed_bits, passes=shared.logits))
+        return replace(_TORCH, verify=reference)
     if shared.implementation == "llvm":
         from services.verifier.kernels import verify_llvm  # noqa: PLC0415 - llvmlite is an extra
 
-        return replace(_TORCH, verify=partial(verify_llvm.verify, bits=shared.keyed_bits, passes=shared.logits))
+        return replace(_TORCH, verify=partial(verify_llvm.verify, reference=reference))
     from services.verifier.kernels import features_triton, verify_triton  # noqa: PLC0415 - triton is an extra
 
     return VerifierKernels(verify_triton.verify, features_triton.tap_inputs, features_triton.tap_outputs)

@@ -64,24 +64,19 @@ class _Judging:
 
     def _greedy(self, request: Request) -> None:
         """The greatest logit's token, the lowest of equal ones, row by row."""
-        self._along(request, lambda at: self._greatest(self._walk.row(request, at)))
+        self._along(request, self._greatest)
 
     def _coupled(self, request: Request) -> None:
         """The target's own choice, row by row."""
+        self._along(request, self._chosen)
 
-        def choose(at: ir.Value) -> None:
-            with self._walk.measured(request, at) as row:
-                self._walk.choose(request, row)
-
-        self._along(request, choose)
-
-    def _along(self, request: Request, choose: Callable[[ir.Value], None]) -> None:
+    def _along(self, request: Request, choose: Callable[[Request, ir.Value], None]) -> None:
         """Chooses at one row after another for as long as the choice is the draft token there."""
         write, build, walk = self._write, self._build, self._walk
         build.store(number(1), walk.going)
         with write.counting(number(0), build.add(request.count, number(1))), build.if_then(walk.is_set(walk.going)):
             at = build.load(walk.at)
-            choose(at)
+            choose(request, at)
             build.store(number(0), walk.going)
             further = build.and_(build.icmp_signed("<", at, request.count), walk.is_set(walk.sound))
             with build.if_then(further):
@@ -89,9 +84,14 @@ class _Judging:
                 build.store(same, walk.going)
                 build.store(build.add(at, same), walk.at)
 
-    def _greatest(self, x: ir.Value) -> None:
+    def _chosen(self, request: Request, at: ir.Value) -> None:
+        with self._walk.measured(request, at) as row:
+            self._walk.choose(request, row)
+
+    def _greatest(self, request: Request, at: ir.Value) -> None:
         """The first token of the greatest logit."""
         write, build, walk = self._write, self._build, self._walk
+        x = walk.row(request, at)
         greatest = build.call(walk.law.peaks, [x, walk.given["blocks"], *walk.room.pointers()])
         build.store(build.zext(finite(build, greatest), INT), walk.sound)
         build.store(number(-1), walk.token)

@@ -5,7 +5,7 @@ Requests with filters or log-probabilities, and rules that are not exact, are th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from dspark.errors import InternalError
 from dspark.kernels import team
-from dspark.kernels.logits import BLOCK, LogitKernels
-from dspark.kernels.noise import KeyedBits, signed_seed
+from dspark.kernels.logits import BLOCK
+from dspark.kernels.noise import signed_seed
 from dspark.messages import Mode, Sampling, SparseDistribution
 from dspark.sampling.drafted import certain
 from dspark.sampling.scratch import scratch
@@ -39,11 +39,10 @@ def verify(
     *,
     noise_candidates: int = 256,
     rules: AcceptanceRules = EXACT,
-    bits: KeyedBits,
-    passes: LogitKernels,
+    reference: Callable[..., list[Outcome]] = verification.verify,
 ) -> list[Outcome]:
-    """As `verification.verify`; `bits` and `passes` are for what is left to it."""
-    own = partial(verification.verify, noise_candidates=noise_candidates, rules=rules, bits=bits, passes=passes)
+    """As `verification.verify`; `reference`, the same with its own kernels, takes what is left to it."""
+    own = partial(reference, noise_candidates=noise_candidates, rules=rules)
     if rules is not EXACT or logits.dtype not in _DTYPES:
         return own(logits, requests)
     simple = [_simple(request.sampling) for request in requests]

@@ -1,5 +1,6 @@
 """Contexts in pages of common memory, and layers over them as one program: the same drafts, whatever memory does."""
 
+import gc
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -66,6 +67,16 @@ def test_pages_of_a_context_that_is_gone_are_used_again() -> None:
     assert isinstance(again, PagedKV)
     again.require(2_000)
     assert set(again.pages) == pages
+
+
+def test_a_context_that_there_is_no_room_for_keeps_no_page() -> None:
+    memory = ContextPages(replace(SHAPE, block_rows=20), 48)
+    first = memory.open(100)
+    with pytest.raises(OutOfPages):
+        memory.open(100)  # takes the last page, and lacks another
+    del first
+    gc.collect()
+    memory.open(100).require(28)
 
 
 @pytest.mark.parametrize("block_rows", [1, 8, 15])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support import kernels as choices
+from support.judging import assert_same, make_draft, make_logits
 
 from dspark.messages import Mode, Sampling, SparseDistribution
 from services.verifier.candidates import Candidate, Outcome
@@ -19,23 +20,8 @@ MODES = pytest.mark.parametrize("mode", list(Mode))
 def compare(logits: torch.Tensor, requests: list[Candidate], candidates: int = 16) -> list[Outcome]:
     found = verifier_kernels(choices.named("llvm")).verify(logits, requests, noise_candidates=candidates)
     expected = verify(logits, requests, noise_candidates=candidates)
-    assert [(o.accepted, o.token, str(o.error)) for o in found] == [
-        (o.accepted, o.token, str(o.error)) for o in expected
-    ]
+    assert_same(found, expected)
     return expected
-
-
-def make_logits(rows: int, vocab: int, dtype: torch.dtype = torch.float32, spread: float = 2.0) -> torch.Tensor:
-    return (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)) * spread).to(dtype)
-
-
-def make_draft(chance: random.Random, row: torch.Tensor) -> tuple[int, SparseDistribution]:
-    """A likely token most of the time, and something it can have been drawn from."""
-    likely = row.float().topk(6).indices.tolist()
-    token = chance.choice([likely[0], likely[0], *likely, chance.randrange(len(row))])
-    others = [x for x in likely if x != token][: chance.randint(0, 5)]
-    weights = [chance.random() + 0.01 for _ in (token, *others)]
-    return token, SparseDistribution((token, *others), tuple(w / sum(weights) for w in weights))
 
 
 def make_request(chance: random.Random, logits: torch.Tensor, mode: Mode, length: int) -> Candidate:
