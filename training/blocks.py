@@ -15,7 +15,7 @@ from torch.nn import functional
 from dspark.models.drafters import Drafter, Hints
 from training.states import Batch
 
-__all__ = ["BlockRows", "arithmetic_of", "block_rows", "sample_anchors"]
+__all__ = ["BlockRows", "anchors_at", "arithmetic_of", "block_rows", "sample_anchors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,13 @@ class BlockRows:
 
 def sample_anchors(batch: Batch, count: int, generator: torch.Generator) -> Tensor:
     """(s, count) anchor positions, uniform over the response but its last token."""
+    return anchors_at(batch, torch.rand(len(batch.lengths), count, generator=generator))
+
+
+def anchors_at(batch: Batch, shares: Tensor) -> Tensor:
+    """(s, a) anchor positions, as far into each response but its last token as `shares` (s, a) in [0, 1) say."""
     first, last = batch.prompt_lengths[:, None], batch.lengths[:, None] - 1
-    uniform = torch.rand(len(batch.lengths), count, generator=generator).to(first.device)
-    return (first + (uniform * (last - first)).long()).minimum(batch.lengths[:, None] - 2)
+    return (first + (shares.to(first.device) * (last - first)).long()).minimum(batch.lengths[:, None] - 2)
 
 
 def arithmetic_of(drafter: Drafter) -> torch.autocast:

@@ -39,7 +39,7 @@ from training.initialise import (
 )
 from training.plan import RunPlan
 from training.state import SETUP_FILE, load_setup, save_setup
-from training.state_cache import StateCache, StateCaches
+from training.state_cache import StateCache, StateCaches, StateMemory, States
 from training.states import Hinted, TargetStates
 from training.trainer import Exchange
 
@@ -88,11 +88,13 @@ def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[
             )
     config = drafter_config(target.config, plan.shape, name=plan.name)
     layers = config.target_layer_ids
-    numerics = f"{dtype} {target.kernels.name} {device.type}"
-    caches = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size, numerics)))
     joined = functools.reduce(operator.add, texts)
     hinted = Hinted(config.hint_lengths, config.block_size) if config.hint_lengths else None
-    return TargetStates(joined, target, layers, caches, normalise=not plan.shape.plain_tap, hinted=hinted)
+    cache: States = StateMemory(plan.cache_gb)
+    if device.type == "cpu":
+        numerics = f"{dtype} {target.kernels.name} {device.type}"
+        cache = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size, numerics)))
+    return TargetStates(joined, target, layers, cache, normalise=not plan.shape.plain_tap, hinted=hinted)
 
 
 def _caches(

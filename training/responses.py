@@ -22,7 +22,8 @@ from training.prompts import Prompt
 
 __all__ = ["Responder"]
 
-_STEP_ROWS = 1024
+_STEP_ROWS = 1024  # and at least so many a text that runs, so that new prompts hold nobody up
+_ROWS_A_TEXT = 4
 _PAGE_SIZE = 16
 
 
@@ -50,7 +51,8 @@ class Responder:
             )
         pages = batch * (-(-room // _PAGE_SIZE) + 1)
         cache = KVCache(target.config, pages=pages, dtype=target.dtype, device=target.device, prefix_cache=False)
-        self._engine = VerifyEngine(target, cache, EngineSettings(max_step_tokens=_STEP_ROWS))
+        self._rows = max(_STEP_ROWS, _ROWS_A_TEXT * batch)
+        self._engine = VerifyEngine(target, cache, EngineSettings(max_step_tokens=self._rows))
         self._eos = frozenset(target.config.eos_token_ids)
         self._max_new = max_new
         self._batch = batch
@@ -94,7 +96,7 @@ class Responder:
 
     def _step(self, running: Sequence[_Running]) -> int:
         """One step over what each text lacks, as far as rows go round; a long prompt takes several. Tokens it gave."""
-        items, served, left, given = [], [], _STEP_ROWS, 0
+        items, served, left, given = [], [], self._rows, 0
         for one in sorted(running, key=lambda one: one.missing):
             count = min(one.missing, left)
             if count:

@@ -1,8 +1,9 @@
-"""Hidden states of a data set's texts on disk, never more than a given size.
+"""Hidden states of a data set's texts, never more than a given size: on disk, or in the memory of a card.
 
-One file of fixed places: a text whose place lies under the bound is kept once computed, the others never. An entry
-counts only with its checksum, written after it, so that a killed process leaves nothing that another would believe.
-Several processes may share a cache; they write the same bytes. A cache of other texts or layers is thrown away.
+On disk it is one file of fixed places: a text whose place lies under the bound is kept once computed, the others never.
+An entry counts only with its checksum, written after it, so that a killed process leaves nothing that another would
+believe. Several processes may share a cache; they write the same bytes. A cache of other texts or layers is thrown
+away. A card computes states in less time than it takes to read them back to it, and keeps what fits where it is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from dspark.errors import ConfigError
 
-__all__ = ["StateCache", "StateCaches", "TextStates"]
+__all__ = ["StateCache", "StateCaches", "StateMemory", "States", "TextStates"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,40 @@ class TextStates:
     captured: Tensor
     hidden: Tensor
     logz: Tensor
+
+
+class States(Protocol):
+    """States of texts by number, as far as there is room for them."""
+
+    @property
+    def bytes(self) -> int:
+        """What they take, or will."""
+
+    def get(self, text: int) -> TextStates | None:
+        """The text's states, if they are here and whole."""
+
+    def put(self, text: int, states: TextStates) -> None:
+        """Keep them, if the text has a place."""
+
+
+class StateMemory:
+    """States where they were computed, of the texts that come first, at most `gigabytes` of them."""
+
+    def __init__(self, gigabytes: float) -> None:
+        self.bytes = 0
+        self._most = gigabytes * 1e9
+        self._states: dict[int, TextStates] = {}
+
+    def get(self, text: int) -> TextStates | None:
+        """As `States.get`."""
+        return self._states.get(text)
+
+    def put(self, text: int, states: TextStates) -> None:
+        """As `States.put`."""
+        size = states.captured.nbytes + states.hidden.nbytes + states.logz.nbytes
+        if self.bytes + size <= self._most:
+            self.bytes += size
+            self._states[text] = TextStates(states.captured.clone(), states.hidden.clone(), states.logz)
 
 
 class StateCache:
@@ -76,7 +111,7 @@ class StateCache:
         if text >= self.kept:
             return
         rows = torch.cat([states.captured.flatten(1), states.hidden], 1).view(torch.int16)
-        words = torch.cat([rows, states.logz[:, None].contiguous().view(torch.int16)], 1).numpy()
+        words = torch.cat([rows, states.logz[:, None].contiguous().view(torch.int16)], 1).cpu().numpy()
         self._sums[text] = 0
         self._words[self._starts[text] : self._ends[text]] = words
         self._sums[text] = _checksum(words)

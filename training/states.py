@@ -1,7 +1,8 @@
 """The target's hidden states of texts, computed while training and served as batches (DSpark §3.3, §5.1).
 
-Kept are the captured layers, the final hidden state and log Z of the target's logits, in a bounded `StateCache`; what
-does not fit is computed again each time. Logits are never kept: the loss makes those it needs from the hidden state.
+Kept are the captured layers, the final hidden state and log Z of the target's logits, in bounded `States`: on disk, or
+on a card in its own memory. What does not fit is computed again each time. Logits are never kept: the loss makes those
+it needs from the hidden state.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
 from services.draft.hints import hints_along
 from training.dataset import Texts
-from training.state_cache import StateCache, StateCaches, TextStates
+from training.state_cache import States, TextStates
 
 __all__ = ["Batch", "Hinted", "TargetStates", "rms_normalise"]
 
 _PAGE_SIZE = 16
 _HEAD_ROWS = 128
+_SUMMED_ROWS = {"cpu": 8}  # of logits, summed while they are in its caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class TargetStates:
         texts: Texts,
         target: TargetModel,
         layer_ids: Sequence[int],
-        cache: StateCache | StateCaches | None = None,
+        cache: States | None = None,
         *,
         normalise: bool = True,
         hinted: Hinted | None = None,
@@ -73,12 +75,13 @@ class TargetStates:
         self._normalise = normalise
         self._hinted = hinted
         self._kv: KVCache | None = None
+        self._hints: dict[int, Hints] = {}
         self.computed = 0
         """Texts whose states were computed rather than found."""
 
     @property
     def cache_bytes(self) -> int:
-        """What the cache takes on disk."""
+        """What the cache takes."""
         return self._cache.bytes if self._cache else 0
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -95,12 +98,16 @@ class TargetStates:
             lengths=lengths.to(device),
             prompt_lengths=torch.tensor([self.texts.prompt_lengths[row] for row in rows], device=device),
             temperatures=torch.tensor([self.texts.temperatures[row] for row in rows], device=device),
-            hints=None if self._hinted is None else self._hints_of(rows, self._hinted).to(device),
+            hints=None if self._hinted is None else self._hints_of(rows, self._hinted),
         )
 
     def _hints_of(self, rows: Sequence[int], hinted: Hinted) -> Hints:
-        texts = [(self.texts.token_ids[row].tolist(), self.texts.prompt_lengths[row]) for row in rows]
-        own = [hints_along(ids, first, hinted.lengths, hinted.tokens) for ids, first in texts]
+        """Looked up once a text, and kept."""
+        for row in rows:
+            if row not in self._hints:
+                ids, first = self.texts.token_ids[row].tolist(), self.texts.prompt_lengths[row]
+                self._hints[row] = hints_along(ids, first, hinted.lengths, hinted.tokens).to(self._target.device)
+        own = [self._hints[row] for row in rows]
         return Hints(_padded([one.tokens for one in own]), _padded([one.kinds for one in own]))
 
     def _states(self, rows: Sequence[int]) -> list[TextStates]:
@@ -129,8 +136,8 @@ class TargetStates:
         spans = zip(batch.first_rows[:-1], batch.first_rows[1:], firsts, strict=True)
         return [
             TextStates(
-                captured[start:end].cpu(),
-                forward.hidden[start:end].bfloat16().cpu(),
+                captured[start:end],
+                forward.hidden[start:end].bfloat16(),
                 self._logz(forward.hidden[start:end], first),
             )
             for start, end, first in spans
@@ -138,10 +145,11 @@ class TargetStates:
 
     def _logz(self, hidden: Tensor, first: int) -> Tensor:
         """Log Z (t,) of the rows from `first` on, 0 before."""
-        parts = [torch.zeros(first)]
+        parts = [torch.zeros(first, device=hidden.device)]
+        at_once = _SUMMED_ROWS.get(hidden.device.type, _HEAD_ROWS)
         for rows in torch.split(hidden[first:], _HEAD_ROWS):
             logits = self._target.logits(rows)
-            parts += [torch.logsumexp(some.float(), -1).cpu() for some in torch.split(logits, 8)]
+            parts += [torch.logsumexp(some.float(), -1) for some in torch.split(logits, at_once)]
         return torch.cat(parts)
 
     def _room(self, ids: Sequence[Sequence[int]]) -> KVCache:

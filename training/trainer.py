@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 
 from dspark.errors import ConfigError
 from dspark.models.drafters import Drafter
-from training.blocks import arithmetic_of, block_rows, sample_anchors
+from training.blocks import anchors_at, arithmetic_of, block_rows
 from training.initialise import Standardisation
 from training.losses import EAGER, block_loss, compiled, position_weights
 from training.state import Progress
@@ -190,7 +190,7 @@ class Trainer:
             batch = self.states.batch([self._rows[chosen[n]] for n in part])
             self.standardisation.apply_(batch.captured)
             # Anchors are drawn text by text, so that they do not depend on how the texts are shared out.
-            yield batch, _anchors(batch, anchors, [seeds[n] for n in part]), length
+            yield batch, anchors_at(batch, _shares(anchors, [seeds[n] for n in part])), length
 
     def _cut(self, generator: torch.Generator) -> tuple[int, int]:
         """How long this step's blocks are, and how many of each text."""
@@ -240,9 +240,8 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
 
 
-def _anchors(batch: Batch, count: int, seeds: Sequence[int]) -> Tensor:
-    drawn = [sample_anchors(batch, count, torch.Generator().manual_seed(seed))[row] for row, seed in enumerate(seeds)]
-    return torch.stack(drawn)
+def _shares(count: int, seeds: Sequence[int]) -> Tensor:
+    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -24,7 +24,10 @@ from services.verifier.sequences import Work
 
 __all__ = ["Computed", "Stepper", "split", "warm_up"]
 
-SAMPLED_BYTES = 24 << 20  # of logits at a time: 24 rows in float32 over 262k tokens; memory is kept for up to 32 MiB
+SAMPLED_BYTES = {
+    "cpu": 24 << 20,  # of logits at a time: 24 rows in float32 over 262k tokens; memory is kept for up to 32 MiB
+    "cuda": 512 << 20,
+}
 
 T = TypeVar("T")
 
@@ -85,7 +88,8 @@ class Stepper:
         """What the items that reach their anchor came to."""
         anchored = [(own, first + own.count - 1) for own, first in _first_rows(work) if own.reaches_anchor]
         outcomes: dict[Work, Outcome] = {}
-        most = max(1, SAMPLED_BYTES // (self._model.config.vocab_size * hidden.element_size()))
+        row = self._model.config.vocab_size * hidden.element_size()
+        most = max(1, SAMPLED_BYTES.get(hidden.device.type, SAMPLED_BYTES["cpu"]) // row)
         for part in split(anchored, most, lambda entry: 1 + len(entry[0].draft_tokens)):
             rows = [row for own, first in part for row in range(first, first + 1 + len(own.draft_tokens))]
             logits = self._model.logits(hidden[torch.tensor(rows, device=hidden.device)])

@@ -78,7 +78,7 @@ def command(
     ] = "",
     seed: Annotated[int, typer.Option(min=0, help="Of the start and of every step's choice.")] = 0,
     cache: Annotated[Path | None, typer.Option(help="Where the target's states are kept [DATA/states each].")] = None,
-    cache_gb: Annotated[float, typer.Option(min=0, help="Most disk that they may take.")] = 8.0,
+    cache_gb: Annotated[float, typer.Option(min=0, help="Most that they may take: of the disk, on a card of its memory.")] = 8.0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 500,
     validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 1000,
     warm_start: Annotated[bool, typer.Option(help="Start from the target's last layers.")] = True,
@@ -169,7 +169,7 @@ def _print(plan: RunPlan, outcome: Outcome, *, as_json: bool) -> None:
         ("1 - TV", " ".join(f"{value:.3f}" for value in found.acceptance)),
         ("tokens a round", f"{found.tau:.2f} at temperature 1, {found.greedy_tau:.2f} at 0 (held-out texts)"),
         ("peak memory", f"{outcome.peak_bytes / 1e9:.2f} GB"),
-        ("cached states", f"{outcome.cache_bytes / 1e9:.2f} GB on disk, at most {plan.cache_gb:g}"),
+        ("cached states", f"{outcome.cache_bytes / 1e9:.2f} GB, at most {plan.cache_gb:g}"),
     )
     for label, value in rows:
         typer.echo(f"{label:<16}{value}")
