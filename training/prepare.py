@@ -39,7 +39,8 @@ from training.initialise import (
 )
 from training.plan import RunPlan
 from training.state import SETUP_FILE, load_setup, save_setup
-from training.state_cache import StateCache, StateCaches, StateMemory, States
+from training.state_cache import StateCache, StateCaches, States
+from training.state_memory import StateMemory
 from training.states import Hinted, TargetStates
 from training.trainer import Exchange
 
@@ -90,10 +91,13 @@ def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[
     layers = config.target_layer_ids
     joined = functools.reduce(operator.add, texts)
     hinted = Hinted(config.hint_lengths, config.block_size) if config.hint_lengths else None
-    cache: States = StateMemory(plan.cache_gb)
+    cache: States
     if device.type == "cpu":
         numerics = f"{dtype} {target.kernels.name} {device.type}"
         cache = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size, numerics)))
+    else:
+        lengths, width = [len(ids) for ids in joined.token_ids], target.config.hidden_size
+        cache = StateMemory(lengths, layers=len(layers), width=width, gigabytes=plan.cache_gb, device=device)
     return TargetStates(joined, target, layers, cache, normalise=not plan.shape.plain_tap, hinted=hinted)
 
 

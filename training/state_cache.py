@@ -1,9 +1,8 @@
-"""Hidden states of a data set's texts, never more than a given size: on disk, or in the memory of a card.
+"""Hidden states of a data set's texts on disk, never more than a given size.
 
-On disk it is one file of fixed places: a text whose place lies under the bound is kept once computed, the others never.
-An entry counts only with its checksum, written after it, so that a killed process leaves nothing that another would
-believe. Several processes may share a cache; they write the same bytes. A cache of other texts or layers is thrown
-away. A card computes states in less time than it takes to read them back to it, and keeps what fits where it is.
+One file of fixed places: a text whose place lies under the bound is kept once computed, the others never. An entry
+counts only with its checksum, written after it, so that a killed process leaves nothing that another would believe.
+Several processes may share a cache; they write the same bytes. A cache of other texts or layers is thrown away.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,11 +20,10 @@ from torch import Tensor
 
 from dspark.errors import ConfigError
 
-__all__ = ["StateCache", "StateCaches", "StateMemory", "States", "TextStates"]
+__all__ = ["StateCache", "StateCaches", "States", "TextStates"]
 
 
-@dataclass(frozen=True, slots=True)
-class TextStates:
+class TextStates(NamedTuple):
     """Of one text: `captured` (t, m, d) and `hidden` (t, d) bfloat16, `logz` (t,) float32."""
 
     captured: Tensor
@@ -46,26 +43,6 @@ class States(Protocol):
 
     def put(self, text: int, states: TextStates) -> None:
         """Keep them, if the text has a place."""
-
-
-class StateMemory:
-    """States where they were computed, of the texts that come first, at most `gigabytes` of them."""
-
-    def __init__(self, gigabytes: float) -> None:
-        self.bytes = 0
-        self._most = gigabytes * 1e9
-        self._states: dict[int, TextStates] = {}
-
-    def get(self, text: int) -> TextStates | None:
-        """As `States.get`."""
-        return self._states.get(text)
-
-    def put(self, text: int, states: TextStates) -> None:
-        """As `States.put`."""
-        size = states.captured.nbytes + states.hidden.nbytes + states.logz.nbytes
-        if self.bytes + size <= self._most:
-            self.bytes += size
-            self._states[text] = TextStates(states.captured.clone(), states.hidden.clone(), states.logz)
 
 
 class StateCache:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dspark.models.batch import RaggedBatch
 from dspark.models.drafters import Hints
@@ -21,6 +22,7 @@ from dspark.models.target import TargetModel
 from services.draft.hints import hints_along
 from training.dataset import Texts
 from training.state_cache import States, TextStates
+from training.state_memory import StateMemory
 
 __all__ = ["Batch", "Hinted", "TargetStates", "rms_normalise"]
 
@@ -33,6 +35,7 @@ _SUMMED_ROWS = {"cpu": 8}  # of logits, summed while they are in its caches
 class Batch:
     """Some texts padded to t tokens: `captured` (s, t, m, d), `hidden` (s, t, d), `logz` and `token_ids` (s, t).
 
+    On a card t is always that of the longest text, and what a text is continued with is any.
     Captured layers are divided by their root mean square unless told otherwise. `logz` is float32, log of the sum of
     exp(logits), and means something at positions from `prompt_lengths` on only. `hints`: (s, t, n) and (s, t), for
     blocks anchored at each of these positions, where they are asked for.
@@ -76,6 +79,7 @@ class TargetStates:
         self._hinted = hinted
         self._kv: KVCache | None = None
         self._hints: dict[int, Hints] = {}
+        self._width = 0 if target.device.type == "cpu" else max(map(len, texts.token_ids), default=0)
         self.computed = 0
         """Texts whose states were computed rather than found."""
 
@@ -86,19 +90,19 @@ class TargetStates:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The texts at `rows`, padded at the end to the longest of them, on the target's device."""
-        states = self._states(rows)
-        captured = _padded([one.captured for one in states]).to(self._target.device, self._target.dtype)
+        states = self._together(rows)
+        captured = states.captured.to(self._target.device, self._target.dtype)
         lengths = torch.tensor([len(self.texts.token_ids[row]) for row in rows])
         device = self._target.device
         return Batch(
             captured=captured if not self._normalise else rms_normalise(captured, self._target.config.rms_norm_eps),
-            hidden=_padded([one.hidden for one in states]).to(device, self._target.dtype),
-            logz=_padded([one.logz for one in states]).to(device),
-            token_ids=_padded([self.texts.token_ids[row].long() for row in rows]).to(device),
+            hidden=states.hidden.to(device, self._target.dtype),
+            logz=states.logz.to(device),
+            token_ids=self._padded([self.texts.token_ids[row].long() for row in rows]).to(device),
             lengths=lengths.to(device),
             prompt_lengths=torch.tensor([self.texts.prompt_lengths[row] for row in rows], device=device),
             temperatures=torch.tensor([self.texts.temperatures[row] for row in rows], device=device),
-            hints=None if self._hinted is None else self._hints_of(rows, self._hinted),
+            hints=None if self._hinted is None else self._hints_of(rows, self._hinted).to(device),
         )
 
     def _hints_of(self, rows: Sequence[int], hinted: Hinted) -> Hints:
@@ -106,9 +110,21 @@ class TargetStates:
         for row in rows:
             if row not in self._hints:
                 ids, first = self.texts.token_ids[row].tolist(), self.texts.prompt_lengths[row]
-                self._hints[row] = hints_along(ids, first, hinted.lengths, hinted.tokens).to(self._target.device)
-        own = [self._hints[row] for row in rows]
-        return Hints(_padded([one.tokens for one in own]), _padded([one.kinds for one in own]))
+                self._hints[row] = hints_along(ids, first, hinted.lengths, hinted.tokens)
+        return Hints(*(self._padded(column) for column in zip(*(self._hints[row] for row in rows), strict=True)))
+
+    def _together(self, rows: Sequence[int]) -> TextStates:
+        """The texts' states (s, t, …)."""
+        states, memory = self._states(rows), self._cache
+        if isinstance(memory, StateMemory) and all(memory.has(row) for row in rows):
+            return memory.together(rows, self._width or max(len(self.texts.token_ids[row]) for row in rows))
+        return TextStates(*(self._padded(column) for column in zip(*states, strict=True)))
+
+    def _padded(self, rows: Sequence[Tensor]) -> Tensor:
+        """(t_i, …) tensors as one (s, t, …), filled up with zeros."""
+        padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        missing = max(0, self._width - padded.shape[1])
+        return functional.pad(padded, (0, 0) * (padded.dim() - 2) + (0, missing)) if missing else padded
 
     def _states(self, rows: Sequence[int]) -> list[TextStates]:
         found = {row: self._cache.get(row) if self._cache else None for row in rows}
@@ -173,8 +189,3 @@ def rms_normalise(captured: Tensor, eps: float) -> Tensor:
     """Every (…, d) row divided by its root mean square, in the rows' dtype."""
     wide = captured.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(captured.dtype)
-
-
-def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """(t_i, …) tensors as one (s, t, …), filled up with zeros."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)

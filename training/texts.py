@@ -19,6 +19,7 @@ from dspark.models.batch import RaggedBatch
 from dspark.models.drafters import Drafter
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import Forward, TargetModel
+from services.verifier.step import split
 from services.verifier.taps import Tap, check_info
 from training.prompts import Prompt
 from training.responses import Responder
@@ -27,6 +28,7 @@ __all__ = ["Observed", "Text", "answer", "loops", "numbered_prompts", "observe"]
 
 _PAGE_SIZE = 16
 _LAW_ROWS = 64  # rows of logits at a time
+_STEP_ROWS = {"cpu": 512, "cuda": 8192}  # of one forward: a card is idle with the rows of one text
 _TAIL, _PERIOD = 48, 24
 
 
@@ -114,21 +116,25 @@ def observe(
     drafters: Iterable[Drafter] = (),
     *,
     laws: bool = False,
-    step_rows: int = 512,
+    step_rows: int | None = None,
     observed: Callable[[int], None] = lambda _: None,
 ) -> list[Observed]:
     """Run the target along texts for the drafters given; `laws` also asks for `log_z`.
+
+    `step_rows`: most rows of one forward, by default as many as suit the device.
 
     Raises:
         Mismatch: a drafter's tap does not fit this target.
         ConfigError: a text is longer than the model's context.
     """
     taps = [_tap(target, drafter) for drafter in drafters]
-    watch = _Watch(target, {tap.info.tap_id: tap for tap in taps}, texts, step_rows)
-    found = []
-    for number, text in enumerate(texts):
-        found.append(watch.along(text, laws=laws))
-        observed(number)
+    rows = step_rows or _STEP_ROWS.get(target.device.type, _STEP_ROWS["cpu"])
+    groups = list(split(texts, rows, lambda text: len(text) - 1))
+    watch = _Watch(target, {tap.info.tap_id: tap for tap in taps}, groups, rows)
+    found: list[Observed] = []
+    for group in groups:
+        found += watch.along(group, laws=laws)
+        observed(len(found) - 1)
     return found
 
 
@@ -138,17 +144,19 @@ def _tap(target: TargetModel, drafter: Drafter) -> Tap:
 
 
 class _Watch:
-    """A target with room for one text at a time."""
+    """A target with room for one group of texts at a time: several in one forward, or one that takes several."""
 
-    def __init__(self, target: TargetModel, taps: dict[str, Tap], texts: Sequence[Text], step_rows: int) -> None:
-        longest = max(map(len, texts), default=1)
+    def __init__(
+        self, target: TargetModel, taps: dict[str, Tap], groups: Sequence[Sequence[Text]], step_rows: int
+    ) -> None:
+        longest = max((len(text) for group in groups for text in group), default=1)
         if longest > target.config.max_context:
             raise ConfigError(f"a text of {longest} tokens is over the model's {target.config.max_context}")
         self._target, self._taps, self._step_rows = target, taps, step_rows
         self._layers = frozenset(layer for tap in taps.values() for layer in tap.info.layer_ids)
         self._cache = KVCache(
             target.config,
-            pages=-(-longest // _PAGE_SIZE) + 2,
+            pages=max((sum(len(text) // _PAGE_SIZE + 3 for text in group) for group in groups), default=1),
             page_size=_PAGE_SIZE,
             dtype=target.dtype,
             device=target.device,
@@ -156,23 +164,34 @@ class _Watch:
             prefix_cache=False,
         )
 
-    def along(self, text: Text, *, laws: bool) -> Observed:
-        pieces = list(self._pieces(text))
-        hidden = torch.cat([piece.hidden for piece in pieces])[text.prompt_length - 1 :].clone()
-        features = {tap_id: self._features(tap, pieces) for tap_id, tap in self._taps.items()}
-        log_z = self._log_z(hidden, text.temperature) if laws and text.temperature > 0 else None
-        return Observed(text, hidden, self._target.head_weight, features, log_z)
+    def along(self, group: Sequence[Text], *, laws: bool) -> list[Observed]:
+        pieces, lengths = list(self._pieces(group)), [len(text) - 1 for text in group]
+        hidden = torch.split(torch.cat([piece.hidden for piece in pieces]), lengths)
+        features = {tap_id: torch.split(self._features(tap, pieces), lengths) for tap_id, tap in self._taps.items()}
+        return [
+            self._observed(text, hidden[n], {tap_id: rows[n] for tap_id, rows in features.items()}, laws=laws)
+            for n, text in enumerate(group)
+        ]
 
-    def _pieces(self, text: Text) -> Iterator[Forward]:
-        """Forwards over all tokens but the last, a bounded number of rows each."""
-        ids = text.token_ids[:-1]
-        sequence = self._cache.open(ids, len(ids))
-        for start in range(0, len(ids), self._step_rows):
-            piece = ids[start : start + self._step_rows]
-            batch = RaggedBatch.build([(sequence, piece, start)])
+    def _observed(self, text: Text, hidden: Tensor, features: dict[str, Tensor], *, laws: bool) -> Observed:
+        answered = hidden[text.prompt_length - 1 :].clone()
+        log_z = self._log_z(answered, text.temperature) if laws and text.temperature > 0 else None
+        return Observed(text, answered, self._target.head_weight, features, log_z)
+
+    def _pieces(self, group: Sequence[Text]) -> Iterator[Forward]:
+        """Forwards over all tokens but each text's last, a bounded number of rows each."""
+        ids = [text.token_ids[:-1] for text in group]
+        sequences = [self._cache.open(own, len(own)) for own in ids]
+        for start in range(0, max(map(len, ids)), self._step_rows):
+            pieces = [own[start : start + self._step_rows] for own in ids]
+            batch = RaggedBatch.build(
+                [(sequence, piece, start) for sequence, piece in zip(sequences, pieces, strict=True)]
+            )
             yield self._target.forward(batch, self._cache, capture=self._layers)
-            self._cache.commit(sequence, ids, start + len(piece))
-        self._cache.close(sequence)
+            for sequence, own, piece in zip(sequences, ids, pieces, strict=True):
+                self._cache.commit(sequence, own, start + len(piece))
+        for sequence in sequences:
+            self._cache.close(sequence)
 
     def _features(self, tap: Tap, pieces: Sequence[Forward]) -> Tensor:
         device = self._target.device

@@ -20,6 +20,7 @@ from torch import Tensor, distributed
 from dspark.errors import ConfigError
 from dspark.models.drafters import Drafter
 from training.blocks import anchors_at, arithmetic_of, block_rows
+from training.graphed import Graphed
 from training.initialise import Standardisation
 from training.losses import EAGER, block_loss, compiled, position_weights
 from training.state import Progress
@@ -150,6 +151,8 @@ class Trainer:
         self.standardisation = standardisation
         self._weights = position_weights(drafter.config.block_size, settings.decay, device=drafter.embed_weight.device)
         self._arithmetic = compiled() if settings.compile else EAGER
+        graphed = drafter.embed_weight.device.type == "cuda" and settings.accumulate == 1
+        self._graphed = Graphed(self._backward, self.parameters) if graphed else None
 
     @property
     def finished(self) -> bool:
@@ -160,9 +163,7 @@ class Trainer:
         """One optimiser step. `ConfigError` where the loss is no number any more; nothing was updated then."""
         started = time.monotonic()
         rate = learning_rate(self.settings, self.progress.step / self.settings.steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = [self._backward(*drawn) for drawn in self._draw()]
-        shared = torch.stack(parts).mean(0)
+        shared = self._gradients()
         self.exchange.mean_(shared)
         loss, cross_entropy, distance, confidence, *acceptance = shared.tolist()
         if not math.isfinite(loss):
@@ -175,6 +176,13 @@ class Trainer:
         return StepReport(
             self.progress.step, self.progress.seconds, rate, loss, cross_entropy, distance, confidence, norm, acceptance
         )
+
+    def _gradients(self) -> Tensor:
+        """Those of this step, left with the parameters; its figures, averaged over parts."""
+        if self._graphed is not None:
+            return self._graphed(*next(self._draw()))
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack([self._backward(*drawn) for drawn in self._draw()]).mean(0)
 
     def _draw(self) -> Iterator[tuple[Batch, Tensor, int]]:
         """This process's texts, anchors and block length of this step, in `accumulate` parts."""

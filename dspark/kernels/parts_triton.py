@@ -9,6 +9,7 @@ place on some processors: in float64 they differ by less than float32 keeps.
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,6 +21,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in {"1
 """As Triton itself reads it when a kernel is declared."""
 
 
+@lru_cache
 def block_of(size: int, least: int = 16) -> int:
     """The power of two that holds `size` elements: blocks have no other sizes."""
     return max(least, int(triton.next_power_of_2(size)))

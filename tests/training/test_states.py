@@ -12,6 +12,7 @@ from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
 from training.dataset import Texts, read_texts
 from training.state_cache import StateCache, StateCaches, TextStates
+from training.state_memory import StateMemory
 from training.states import TargetStates, rms_normalise
 
 LAYERS = (0, 2, 4)
@@ -113,3 +114,27 @@ def test_caches_of_several_data_sets_count_on(data_set: Path, tmp_path: Path) ->
     assert parts[1].get(1) is not None
     assert caches.get(len(texts) + 1) is not None
     assert caches.get(1) is None
+
+
+def test_memory_gives_back_what_it_was_given(target: TargetModel, data_set: Path) -> None:
+    texts = read_texts(data_set)
+    lengths = [len(ids) for ids in texts.token_ids]
+    bytes_a_token = 2 * 4 * 64 + 4
+    room = (sum(lengths[:10]) * bytes_a_token + 100) / 1e9
+    memory = StateMemory(lengths, layers=3, width=64, gigabytes=room, device=torch.device("cpu"))
+    assert memory.bytes == sum(lengths[:10]) * bytes_a_token
+    assert memory.get(3) is None
+    states = TargetStates(texts, target, LAYERS, memory)
+    plain = TargetStates(texts, target, LAYERS)
+    wide = max(lengths) + 3
+    for rows in ([3, 0, 7], [3, 7, 11], [11, 12]):
+        found, expected = states.batch(rows), plain.batch(rows)
+        for name in ("captured", "hidden", "logz", "token_ids"):
+            for row, text in enumerate(rows):
+                ours, theirs = (getattr(batch, name)[row, : lengths[text]] for batch in (found, expected))
+                assert torch.equal(ours, theirs)
+    assert states.computed == 3 + 1 + 2  # texts 11 and 12 have no place
+    assert not memory.has(11)
+    together = memory.together([7, 3], wide)
+    assert together.captured.shape == (2, wide, 3, 64)
+    assert torch.equal(together.logz[1, : lengths[3]], plain.batch([3]).logz[0])

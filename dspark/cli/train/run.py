@@ -78,7 +78,7 @@ def command(
     ] = "",
     seed: Annotated[int, typer.Option(min=0, help="Of the start and of every step's choice.")] = 0,
     cache: Annotated[Path | None, typer.Option(help="Where the target's states are kept [DATA/states each].")] = None,
-    cache_gb: Annotated[float, typer.Option(min=0, help="Most that they may take: of the disk, on a card of its memory.")] = 8.0,
+    cache_gb: Annotated[float, typer.Option(min=0, help="Most disk that they may take; of a card, memory.")] = 8.0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 500,
     validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 1000,
     warm_start: Annotated[bool, typer.Option(help="Start from the target's last layers.")] = True,
@@ -86,7 +86,8 @@ def command(
         Path | None, typer.Option(help="Run directory or checkpoint: begin with its drafter and draft vocabulary.")
     ] = None,
     compile_: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile the loss [for 2,000 steps and more].")
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the loss [on a CPU, for 2,000 steps and more]."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as torch takes.")] = 0,
@@ -109,8 +110,8 @@ def command(
     settings = TrainSettings(
         blocks, sequences, anchors, accumulate, learning_rate, warmup, clip, decay, seed=seed, lengths=cut
     )
-    fused = settings.steps >= COMPILED_STEPS if compile_ is None else compile_
     where = pick_device(own_device(str(pick_device(device))))
+    fused = where.type == "cpu" and settings.steps >= COMPILED_STEPS if compile_ is None else compile_
     plan = RunPlan(
         target=resolve_model(model),
         data=tuple(data),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dspark.errors import InternalError
-from dspark.kernels.attention_triton import KEY_BLOCK, SPLIT, join_splits, partial_buffers, tile_rows
+from dspark.kernels.attention_triton import KEY_BLOCK, SPLIT, join_splits, partial_buffers, stages_of, tile_rows
 from dspark.kernels.parts_triton import block_of, narrow, product, softmax_step
 from dspark.kernels.rowwise_triton import norm_rotary
 from services.draft.context import ContextMemory, ContiguousKV
@@ -154,7 +154,7 @@ def block_attention(query: Tensor, keys: Tensor, values: Tensor, plan: TritonBlo
     _block_attention_kernel[(len(plan.items), kv_heads)](
         query, keys, values, out, *partials, plan.tiles, plan.places, plan.items, dim**-0.5, layer,
         query.stride(0), keys.stride(0), values.stride(0), kv_heads, causal=plan.causal, dtype=_TYPES[query.dtype],
-        **shape, block_keys=KEY_BLOCK, split_keys=SPLIT,
+        **shape, block_keys=KEY_BLOCK, split_keys=SPLIT, num_stages=stages_of(query.dtype, dim),
     )  # fmt: skip
     if plan.partials:
         join_splits[(len(plan.joined), kv_heads)](

@@ -1,0 +1,79 @@
+"""A step's forward and backward as one launch on a card.
+
+A drafter is small: a step of it is some thousand kernels of a few microseconds each, and launching them one by one
+takes several times as long as running them. Recorded once as a CUDA graph for each shape, they are launched together.
+Batches must keep their shape (`training.states` pads every one of a card's to the longest text). Leaves what a step
+computes to `training.trainer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from training.states import Batch
+
+__all__ = ["Graphed"]
+
+_WARM_UPS = 3
+
+Work = Callable[[Batch, Tensor, int], Tensor]
+"""Adds a batch's gradients to the parameters', and gives the step's figures."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """A graph, and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: Batch
+    anchors: Tensor
+    figures: Tensor
+
+
+class Graphed:
+    """`work` with gradients that begin at zero, recorded at the first call with each block length."""
+
+    def __init__(self, work: Work, parameters: Sequence[Tensor]) -> None:
+        self._work = work
+        self._parameters = parameters
+        self._recorded: dict[int, _Recorded] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch: Batch, anchors: Tensor, length: int) -> Tensor:
+        """The figures; they are overwritten by the next call, and so are the gradients."""
+        if length not in self._recorded:
+            self._recorded[length] = self._record(batch, anchors, length)
+        recorded = self._recorded[length]
+        for held, given in zip(_tensors(recorded.batch), _tensors(batch), strict=True):
+            held.copy_(given)
+        recorded.anchors.copy_(anchors)
+        recorded.graph.replay()
+        return recorded.figures
+
+    def _record(self, batch: Batch, anchors: Tensor, length: int) -> _Recorded:
+        for parameter in self._parameters:
+            if parameter.grad is None:  # one place for all graphs
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UPS):
+                self._work(batch, anchors, length)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            torch._foreach_zero_(gradients)
+            figures = self._work(batch, anchors, length)
+        return _Recorded(graph, batch, anchors, figures)
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if value is not None:
+            yield from (value,) if isinstance(value, Tensor) else value
