@@ -17,7 +17,10 @@ __all__ = ["pick_device", "pick_dtype", "processor_name", "usage_of"]
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by its torch name; "auto" is a GPU where there is one. `ConfigError` for one that is not here."""
+    """A device by its torch name; "auto" is a GPU where there is one. `ConfigError` for one that is not here.
+
+    A card with a number becomes the process's present one: kernels and graphs are launched there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -26,6 +29,10 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r}: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: this torch sees no GPU")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"device {name!r}: this torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+        torch.cuda.set_device(device)
     return device
 
 

@@ -1,9 +1,8 @@
 """A step's forward and backward as one launch on a card.
 
 A drafter is small: a step of it is some thousand kernels of a few microseconds each, and launching them one by one
-takes several times as long as running them. Recorded once as a CUDA graph for each shape, they are launched together.
-Batches must keep their shape (`training.states` pads every one of a card's to the longest text). Leaves what a step
-computes to `training.trainer`.
+takes several times as long as running them. Recorded once as a CUDA graph for each shape, they are launched together;
+so batches should have few shapes. Leaves what a step computes to `training.trainer`.
 """
 
 from __future__ import annotations
@@ -35,19 +34,24 @@ class _Recorded:
 
 
 class Graphed:
-    """`work` with gradients that begin at zero, recorded at the first call with each block length."""
+    """`work` with gradients that begin at zero, recorded at the first call with each block length and shape.
+
+    Gradients keep their places: who changes them does so in place.
+    """
 
     def __init__(self, work: Work, parameters: Sequence[Tensor]) -> None:
         self._work = work
         self._parameters = parameters
-        self._recorded: dict[int, _Recorded] = {}
+        self._gradients: list[Tensor] = []
+        self._recorded: dict[tuple[int, ...], _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Batch, anchors: Tensor, length: int) -> Tensor:
         """The figures; they are overwritten by the next call, and so are the gradients."""
-        if length not in self._recorded:
-            self._recorded[length] = self._record(batch, anchors, length)
-        recorded = self._recorded[length]
+        key = (length, *batch.captured.shape, *anchors.shape)
+        if key not in self._recorded:
+            self._recorded[key] = self._record(batch, anchors, length)
+        recorded = self._recorded[key]
         for held, given in zip(_tensors(recorded.batch), _tensors(batch), strict=True):
             held.copy_(given)
         recorded.anchors.copy_(anchors)
@@ -55,10 +59,10 @@ class Graphed:
         return recorded.figures
 
     def _record(self, batch: Batch, anchors: Tensor, length: int) -> _Recorded:
-        for parameter in self._parameters:
-            if parameter.grad is None:  # one place for all graphs
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if not self._gradients:  # one place for all graphs
+            self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                parameter.grad = gradient
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -66,8 +70,9 @@ class Graphed:
                 self._work(batch, anchors, length)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            torch._foreach_zero_(gradients)
+        # Other threads, such as those that watch over several processes, go on as they like.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            torch._foreach_zero_(self._gradients)
             figures = self._work(batch, anchors, length)
         return _Recorded(graph, batch, anchors, figures)
 

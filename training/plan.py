@@ -22,7 +22,8 @@ class RunPlan:
     """What and where: target (directory or .gguf), data sets, the run's own directory, the finished checkpoint.
 
     `cache` (by default a place in each data set) holds at most `cache_gb` of the target's states in all; runs over the
-    same data may share it. `save_every` and `validate_every` are in steps. Without `warm_start` layers begin at random;
+    same data may share it. On a card they are in its memory instead, at most half of what is free. `save_every` and
+    `validate_every` are in steps. Without `warm_start` layers begin at random;
     with `begin_with` the drafter begins as another run's ended or as a finished checkpoint, over its draft vocabulary.
     """
 
@@ -50,7 +51,9 @@ class RunPlan:
         shape = asdict(self.shape)
         if not self.shape.hint_lengths:  # as in the plans of runs that were begun before there were any
             del shape["hint_lengths"]
-        facts = {"settings": asdict(self.settings), "shape": shape, "warm_start": self.warm_start}
+        settings = asdict(self.settings)
+        del settings["compile"]  # changes how fast a step is, and differs between devices
+        facts = {"settings": settings, "shape": shape, "warm_start": self.warm_start}
         if self.begin_with is not None:
             facts["begin_with"] = str(self.begin_with)
         return dict(json.loads(json.dumps({**facts, "data": [manifest.identity for manifest in manifests]})))
@@ -64,6 +67,7 @@ def claim(plan: RunPlan, manifests: Sequence[Manifest]) -> None:
         write_json(path, facts)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
+    found.get("settings", {}).pop("compile", None)  # in plans of earlier versions
     differing = sorted(key for key in facts.keys() | found.keys() if found.get(key) != facts.get(key))
     if differing:
         raise ConfigError(f"{plan.run} was begun with other {', '.join(differing)}; choose an empty run directory")

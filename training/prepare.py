@@ -97,7 +97,8 @@ def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[
         cache = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size, numerics)))
     else:
         lengths, width = [len(ids) for ids in joined.token_ids], target.config.hidden_size
-        cache = StateMemory(lengths, layers=len(layers), width=width, gigabytes=plan.cache_gb, device=device)
+        room = min(plan.cache_gb, torch.cuda.mem_get_info(device)[0] / 2e9)
+        cache = StateMemory(lengths, layers=len(layers), width=width, gigabytes=room, device=device)
     return TargetStates(joined, target, layers, cache, normalise=not plan.shape.plain_tap, hinted=hinted)
 
 

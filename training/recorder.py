@@ -86,7 +86,7 @@ def _flat(event: str, figures: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _scalars(run: Path) -> Any:
-    """A TensorBoard writer, where there is a TensorBoard that loads: it brings a protobuf version of its own."""
+    """A TensorBoard writer, where there is a TensorBoard that loads: it may want another protobuf than is here."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra
     except Exception:  # noqa: BLE001  # the log has everything that it would show

@@ -22,7 +22,7 @@ from training.prompts import Prompt
 
 __all__ = ["Responder"]
 
-_STEP_ROWS = 1024  # and at least so many a text that runs, so that new prompts hold nobody up
+_STEP_ROWS = 1024  # at least, and so many a text: prompts get in beside the texts that run
 _ROWS_A_TEXT = 4
 _PAGE_SIZE = 16
 

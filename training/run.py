@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import distributed
 
 from dspark.errors import ConfigError
@@ -49,8 +48,6 @@ def joined_processes(device: str) -> Iterator[Exchange]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Alone()
         return
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)  # where NCCL meets
     distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Joined()

@@ -59,7 +59,7 @@ class StateMemory:
             ours.copy_(theirs)
 
     def together(self, texts: Sequence[int], width: int) -> TextStates:
-        """Texts that are all here, each cut or continued to `width` rows: (s, width, …). What continues one is any."""
+        """Texts that are all here, each as `width` rows: (s, width, …). Rows past a text's end hold anything."""
         rows = torch.tensor(texts, device=self._starts.device)
         within = torch.arange(width, device=rows.device).minimum(self._lengths[rows][:, None] - 1)
         at = self._starts[rows][:, None] + within

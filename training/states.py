@@ -35,7 +35,7 @@ _SUMMED_ROWS = {"cpu": 8}  # of logits, summed while they are in its caches
 class Batch:
     """Some texts padded to t tokens: `captured` (s, t, m, d), `hidden` (s, t, d), `logz` and `token_ids` (s, t).
 
-    On a card t is always that of the longest text, and what a text is continued with is any.
+    Rows past a text's end hold anything.
     Captured layers are divided by their root mean square unless told otherwise. `logz` is float32, log of the sum of
     exp(logits), and means something at positions from `prompt_lengths` on only. `hints`: (s, t, n) and (s, t), for
     blocks anchored at each of these positions, where they are asked for.
@@ -79,7 +79,7 @@ class TargetStates:
         self._hinted = hinted
         self._kv: KVCache | None = None
         self._hints: dict[int, Hints] = {}
-        self._width = 0 if target.device.type == "cpu" else max(map(len, texts.token_ids), default=0)
+        self._kv_pages = 0
         self.computed = 0
         """Texts whose states were computed rather than found."""
 
@@ -88,9 +88,15 @@ class TargetStates:
         """What the cache takes."""
         return self._cache.bytes if self._cache else 0
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The texts at `rows`, padded at the end to the longest of them, on the target's device."""
-        states = self._together(rows)
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(map(len, self.texts.token_ids), default=0)
+
+    def batch(self, rows: Sequence[int], *, width: int = 0) -> Batch:
+        """The texts at `rows`, padded at the end to the longest of them or to `width`, on the target's device."""
+        width = max(width, *(len(self.texts.token_ids[row]) for row in rows))
+        states = self._together(rows, width)
         captured = states.captured.to(self._target.device, self._target.dtype)
         lengths = torch.tensor([len(self.texts.token_ids[row]) for row in rows])
         device = self._target.device
@@ -98,33 +104,29 @@ class TargetStates:
             captured=captured if not self._normalise else rms_normalise(captured, self._target.config.rms_norm_eps),
             hidden=states.hidden.to(device, self._target.dtype),
             logz=states.logz.to(device),
-            token_ids=self._padded([self.texts.token_ids[row].long() for row in rows]).to(device),
+            token_ids=_padded([self.texts.token_ids[row].long() for row in rows], width).to(device),
             lengths=lengths.to(device),
             prompt_lengths=torch.tensor([self.texts.prompt_lengths[row] for row in rows], device=device),
             temperatures=torch.tensor([self.texts.temperatures[row] for row in rows], device=device),
-            hints=None if self._hinted is None else self._hints_of(rows, self._hinted).to(device),
+            hints=None if self._hinted is None else self._hints_of(rows, self._hinted, width).to(device),
         )
 
-    def _hints_of(self, rows: Sequence[int], hinted: Hinted) -> Hints:
-        """Looked up once a text, and kept."""
+    def _hints_of(self, rows: Sequence[int], hinted: Hinted, width: int) -> Hints:
+        """Looked up once a text, and kept: for blocks of seven 29 bytes a token."""
         for row in rows:
             if row not in self._hints:
                 ids, first = self.texts.token_ids[row].tolist(), self.texts.prompt_lengths[row]
-                self._hints[row] = hints_along(ids, first, hinted.lengths, hinted.tokens)
-        return Hints(*(self._padded(column) for column in zip(*(self._hints[row] for row in rows), strict=True)))
+                found = hints_along(ids, first, hinted.lengths, hinted.tokens)
+                self._hints[row] = Hints(found.tokens.int(), found.kinds.to(torch.uint8))
+        columns = zip(*(self._hints[row] for row in rows), strict=True)
+        return Hints(*(_padded(column, width).long() for column in columns))
 
-    def _together(self, rows: Sequence[int]) -> TextStates:
-        """The texts' states (s, t, …)."""
+    def _together(self, rows: Sequence[int], width: int) -> TextStates:
+        """The texts' states (s, width, …)."""
         states, memory = self._states(rows), self._cache
         if isinstance(memory, StateMemory) and all(memory.has(row) for row in rows):
-            return memory.together(rows, self._width or max(len(self.texts.token_ids[row]) for row in rows))
-        return TextStates(*(self._padded(column) for column in zip(*states, strict=True)))
-
-    def _padded(self, rows: Sequence[Tensor]) -> Tensor:
-        """(t_i, …) tensors as one (s, t, …), filled up with zeros."""
-        padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        missing = max(0, self._width - padded.shape[1])
-        return functional.pad(padded, (0, 0) * (padded.dim() - 2) + (0, missing)) if missing else padded
+            return memory.together(rows, width)
+        return TextStates(*(_padded(column, width) for column in zip(*states, strict=True)))
 
     def _states(self, rows: Sequence[int]) -> list[TextStates]:
         found = {row: self._cache.get(row) if self._cache else None for row in rows}
@@ -172,8 +174,8 @@ class TargetStates:
         """K/V pages for one forward, kept for the next."""
         pages = sum(len(text) // _PAGE_SIZE + 2 for text in ids) + len(ids)
         pages = max(pages, len(ids) * (max(map(len, ids)) // _PAGE_SIZE + 3))
-        if self._kv is None or self._kv.total_pages < pages:
-            target = self._target
+        if self._kv is None or self._kv_pages < pages:
+            target, self._kv_pages = self._target, pages
             self._kv = KVCache(
                 target.config,
                 pages=pages,
@@ -189,3 +191,10 @@ def rms_normalise(captured: Tensor, eps: float) -> Tensor:
     """Every (…, d) row divided by its root mean square, in the rows' dtype."""
     wide = captured.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(captured.dtype)
+
+
+def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
+    """(t_i, …) tensors as one (s, width, …), filled up with zeros."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    missing = width - padded.shape[1]
+    return functional.pad(padded, (0, 0) * (padded.dim() - 2) + (0, missing)) if missing else padded

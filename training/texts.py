@@ -117,7 +117,6 @@ def observe(
     *,
     laws: bool = False,
     step_rows: int | None = None,
-    observed: Callable[[int], None] = lambda _: None,
 ) -> list[Observed]:
     """Run the target along texts for the drafters given; `laws` also asks for `log_z`.
 
@@ -131,11 +130,7 @@ def observe(
     rows = step_rows or _STEP_ROWS.get(target.device.type, _STEP_ROWS["cpu"])
     groups = list(split(texts, rows, lambda text: len(text) - 1))
     watch = _Watch(target, {tap.info.tap_id: tap for tap in taps}, groups, rows)
-    found: list[Observed] = []
-    for group in groups:
-        found += watch.along(group, laws=laws)
-        observed(len(found) - 1)
-    return found
+    return [one for group in groups for one in watch.along(group, laws=laws)]
 
 
 def _tap(target: TargetModel, drafter: Drafter) -> Tap:

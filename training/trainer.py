@@ -153,6 +153,7 @@ class Trainer:
         self._arithmetic = compiled() if settings.compile else EAGER
         graphed = drafter.embed_weight.device.type == "cuda" and settings.accumulate == 1
         self._graphed = Graphed(self._backward, self.parameters) if graphed else None
+        self._width = states.longest if graphed else 0
 
     @property
     def finished(self) -> bool:
@@ -195,7 +196,7 @@ class Trainer:
         size = settings.sequences // (world * settings.accumulate)
         for first in range(0, len(mine), size):
             part = mine[first : first + size]
-            batch = self.states.batch([self._rows[chosen[n]] for n in part])
+            batch = self.states.batch([self._rows[chosen[n]] for n in part], width=self._width)
             self.standardisation.apply_(batch.captured)
             # Anchors are drawn text by text, so that they do not depend on how the texts are shared out.
             yield batch, anchors_at(batch, _shares(anchors, [seeds[n] for n in part])), length
@@ -235,7 +236,9 @@ class Trainer:
             for parameter, grad in zip(
                 self.parameters, torch.split(flat, [p.numel() for p in self.parameters]), strict=True
             ):
-                parameter.grad = grad.view_as(parameter)
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                parameter.grad.copy_(grad.view_as(parameter))  # in its place: a recorded step writes there
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

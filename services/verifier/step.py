@@ -26,7 +26,7 @@ __all__ = ["Computed", "Stepper", "split", "warm_up"]
 
 SAMPLED_BYTES = {
     "cpu": 24 << 20,  # of logits at a time: 24 rows in float32 over 262k tokens; memory is kept for up to 32 MiB
-    "cuda": 512 << 20,
+    "cuda": 128 << 20,
 }
 
 T = TypeVar("T")

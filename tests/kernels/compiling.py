@@ -23,6 +23,8 @@ TYPES = {
     torch.int32: "*i32",
 }
 DONE: dict[tuple[str, str], None] = {}
+SHARED = {torch.bfloat16: 101_376, torch.float32: 166_912}
+"""Bytes of shared memory that a kernel may take at heads of 256: those of small cards, and of an A100."""
 
 
 def type_of(value: Any) -> str:
@@ -39,7 +41,7 @@ def is_one(value: Any) -> bool:
     return isinstance(value, int) and value == 1
 
 
-def compile_launch(target: GPUTarget) -> Any:
+def compile_launch(target: GPUTarget, dtype: torch.dtype) -> Any:
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
         del grid, warmup
         names = [parameter.name for parameter in self.params]
@@ -50,7 +52,9 @@ def compile_launch(target: GPUTarget) -> Any:
         if (key := (self.__name__, f"{signature} {constants}")) in DONE:
             return
         options = {name: named[name] for name in named if name not in names}
-        triton.compile(ASTSource(self, signature, constants), target=target, options=options)
+        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if "*" in signature[name]}
+        compiled = triton.compile(ASTSource(self, signature, constants, aligned), target=target, options=options)
+        assert compiled.metadata.shared <= SHARED[dtype], (self.__name__, compiled.metadata.shared)
         DONE[key] = None
 
     return run
@@ -80,6 +84,27 @@ def launch_shared(dtype: torch.dtype) -> None:
         qkv = torch.zeros(2, 8, 64, dtype=dtype)
         q = TRITON.norm_rotary_write(qkv, torch.zeros(6, 64), 1e-6, turn, turn, storage, plan)
         TRITON.paged_attention(q, storage, plan, 0.125)
+
+
+def launch_attention(dtype: torch.dtype) -> None:
+    """Heads of 256, four to a group, as Gemma 3 has them."""
+    from dspark.kernels.attention import Span
+    from dspark.kernels.triton_kernels import TRITON
+    from services.draft.context import ContiguousKV, KVShape
+    from services.draft.kernels import attention_triton
+    from services.draft.kernels.attention import Span as BlockSpan
+
+    cpu = torch.device("cpu")
+    plan = TRITON.plan_attention(
+        [Span(0, 600, 2, list(range(1, 40)))], page_size=16, window=None, group=4, dtype=dtype, device=cpu
+    )
+    TRITON.paged_attention(torch.zeros(2, 4, 256, dtype=dtype), torch.zeros(2, 40, 16 * 256, dtype=dtype), plan, 0.1)
+    context = ContiguousKV(KVShape(1, 1, 256, 8), 1024, dtype=dtype, device=cpu)
+    context.require(600)
+    context.length = 600
+    query, keys, values = (torch.zeros(3, heads, 256, dtype=dtype) for heads in (4, 1, 1))
+    block = attention_triton.plan_block([BlockSpan(context, 3)], causal=False, group=4)
+    attention_triton.block_attention(query, keys, values, block, 0)
 
 
 def launch_verifier(dtype: torch.dtype) -> None:
@@ -123,7 +148,8 @@ def launch_draft(dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    JITFunction.run = compile_launch(GPUTarget("cuda", int(sys.argv[1]), 32))
-    for launch in (launch_shared, launch_verifier, launch_draft):
-        launch(getattr(torch, sys.argv[2] if len(sys.argv) > 2 else "bfloat16"))
+    of = getattr(torch, sys.argv[2] if len(sys.argv) > 2 else "bfloat16")
+    JITFunction.run = compile_launch(GPUTarget("cuda", int(sys.argv[1]), 32), of)
+    for launch in (launch_shared, launch_attention, launch_verifier, launch_draft):
+        launch(of)
     print(*sorted({name for name, _ in DONE}), len(DONE))

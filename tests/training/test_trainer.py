@@ -83,6 +83,22 @@ def test_stopped_run_goes_on_as_if_never_stopped(plan: RunPlan, architecture: st
     assert same_parameters(whole.drafter, second.drafter)
 
 
+def test_averaged_gradients_stay_in_their_places(plan: RunPlan) -> None:
+    """Where a recorded step writes them."""
+
+    class Two(Alone):
+        world = 2
+
+    begun = begin(plan)
+    trainer = Trainer(begun.drafter, begun.states, range(8), begun.standardisation, plan.settings, exchange=Two())
+    trainer._gradients()
+    places = [parameter.grad for parameter in trainer.parameters]
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    trainer._update(1e-3)
+    assert all(parameter.grad is place for parameter, place in zip(trainer.parameters, places, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+
+
 def test_another_seed_takes_other_texts(plan: RunPlan) -> None:
     losses = {begin(replace(plan, settings=replace(SETTINGS, seed=seed))).step().loss for seed in (0, 1, 2)}
     assert len(losses) == 3

@@ -77,8 +77,10 @@ def command(
         str, typer.Option(help="1,2,7: cut each step's blocks to one of these, and take more of them [all whole].")
     ] = "",
     seed: Annotated[int, typer.Option(min=0, help="Of the start and of every step's choice.")] = 0,
-    cache: Annotated[Path | None, typer.Option(help="Where the target's states are kept [DATA/states each].")] = None,
-    cache_gb: Annotated[float, typer.Option(min=0, help="Most disk that they may take; of a card, memory.")] = 8.0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the target's states are kept [DATA/states each]; not on a card.")
+    ] = None,
+    cache_gb: Annotated[float, typer.Option(min=0, help="Most disk, or memory of the card, that they may take.")] = 8.0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 500,
     validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 1000,
     warm_start: Annotated[bool, typer.Option(help="Start from the target's last layers.")] = True,
