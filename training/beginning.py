@@ -7,6 +7,7 @@ to `training.state`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from training.initialise import Standardisation
 from training.state import SETUP_FILE, STATE_FILE, load_setup
 
 __all__ = ["begin_with", "beginning_of", "check_beginning"]
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def check_beginning(path: Path) -> None:
@@ -43,6 +46,9 @@ def begin_with(path: Path, drafter: Drafter, standardisation: Standardisation) -
     tensors = _tensors(path / (STATE_FILE if run else WEIGHTS_FILE))
     if any("hints." in name for name in tensors) and not drafter.config.hint_lengths:
         raise ConfigError(f"the drafter of {path} takes hints, and would be another without them")
+    layers = {found[1] for name in tensors if (found := _LAYER.search(name))}
+    if len(layers) != drafter.config.num_layers:
+        raise ConfigError(f"the drafter of {path} has another shape: {len(layers)} layers (--layers)")
     try:
         for name, parameter in drafter.named_parameters():
             stored = f"parameter.{name}" if run else name

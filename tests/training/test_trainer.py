@@ -113,6 +113,9 @@ def test_run_begins_with_the_drafter_of_another(plan: RunPlan, tmp_path: Path) -
     assert train(more, Alone(), lambda _: None).validation.tau > first.validation.tau - 0.05
     with pytest.raises(ConfigError, match="no run to go on from"):
         train(replace(more, run=tmp_path / "other", begin_with=tmp_path / "nowhere"), Alone(), lambda _: None)
+    shallow = replace(more, run=tmp_path / "shallow", shape=replace(SHAPE, layers=1))
+    with pytest.raises(ConfigError, match=r"another shape: 2 layers \(--layers\)"):
+        train(shallow, Alone(), lambda _: None)
     wider = replace(more, run=tmp_path / "wide", shape=replace(SHAPE, markov_rank=16))
     with pytest.raises(ConfigError, match="another shape"):
         train(wider, Alone(), lambda _: None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dspark.cli.common import AsJson, notes
+from dspark.cli.common import AsJson, Model, notes
 from dspark.cli.offline import open_target, open_tokenizer
 from dspark.cluster import DEFAULT_MODEL
 
@@ -31,7 +31,7 @@ def command(
     prompts: Annotated[
         list[Path] | None, typer.Option(help='File with a {"turns": ["…"]} a line. May be given several times.')
     ] = None,
-    model: Annotated[str, typer.Option(help="The target: a known name, a directory or a GGUF file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     template: Annotated[TemplateName, typer.Option(help="Put file prompts between `Question:` and `Answer:`.")] = (
         TemplateName.qa
     ),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dspark.cli.common import notes
+from dspark.cli.common import Model, notes
 from dspark.cluster import DEFAULT_MODEL
 
 
@@ -21,7 +21,7 @@ class FormatName(StrEnum):
 def command(
     drafter: Annotated[Path, typer.Option(help="The drafter's directory.")],
     out: Annotated[Path, typer.Option(help="An empty or new directory.")],
-    model: Annotated[str, typer.Option(help="The target: a known name, a directory or a GGUF file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     layout: Annotated[FormatName, typer.Option("--format", help="Layout to write.")] = FormatName.deepspec,
 ) -> None:
     """Write a drafter in the published layout, with the target's embedding and output head, and read it back.

@@ -12,7 +12,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from dspark.cli.common import notes, results
+from dspark.cli.common import Model, notes, results
 from dspark.cli.offline import open_drafter, open_target, open_tokenizer
 from dspark.cli.train.data import TemplateName
 from dspark.cluster import DEFAULT_MODEL, find_drafter
@@ -35,7 +35,7 @@ def command(
     prompts: Annotated[
         list[str], typer.Option(help='NAME=FILE with a {"turns": ["…"]} a line. May be given several times.')
     ],
-    model: Annotated[str, typer.Option(help="The target: a known name, a directory or a GGUF file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     template: Annotated[TemplateName, typer.Option(help="qa: `Question: …\\nAnswer:`.")] = TemplateName.qa,
     limit: Annotated[int | None, typer.Option(min=1, help="Only N prompts of each file.")] = None,
     skip: Annotated[int, typer.Option(min=0, help="Leave out the first N prompts of each file.")] = 0,

@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dspark import program
-from dspark.cli.common import AsJson, notes
+from dspark.cli.common import AsJson, Model, notes
 from dspark.cluster import DEFAULT_MODEL
 from dspark.errors import ConfigError
 
@@ -48,7 +48,7 @@ def command(
     run: Annotated[
         Path, typer.Option("--run-dir", help="The run's state and logs; a run found there is gone on with.")
     ],
-    model: Annotated[str, typer.Option(help="The target: a known name, a directory or a GGUF file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     architecture: Annotated[Architecture, typer.Option(help="Kind of drafter.")] = Architecture.dspark,
     name: Annotated[str, typer.Option(help="The drafter's name [the directory's].")] = "",
     layers: Annotated[int, typer.Option(min=1, help="Draft layers; Eagle3 has one.")] = 2,
