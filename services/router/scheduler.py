@@ -150,6 +150,8 @@ class Scheduler:
             round_.base_rows,
             base_tokens=round_.base_tokens,
         )
+        if not chosen.any() and self._payoff.wins:
+            chosen = able
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
         if able.any() and round_.decodes and self._looks.due(pays=bool(chosen.any())):
             chosen = able if self._looks.first else _most_promising(predicted, able, LOOKED)

@@ -25,6 +25,7 @@ MOST_PROBES = 12  # undecided after as many: it hardly pays
 FIRST_WAIT, LONGEST_WAIT = 32, 1024  # rounds between probes
 LASTING = 512  # rounds of a level after which its past is forgiven
 LIGHTER = 0.7  # of the load at which a level was left: probe at once
+HEAVIER = 1.5  # times the load at which rounds won: nothing is known
 PLAIN_PACE = 1 / 16  # of the correction of plain costs
 ODD = 4.0  # a round that took this many times what it saved, or the reverse, counts no further
 
@@ -90,6 +91,7 @@ class Payoff:
     _lasted: int = 0  # rounds at this level
     _load: float = 0.0
     _left_at: float = 0.0  # the load at which the longer level was left
+    _seen_at: float = 0.0  # the load of the last settled round with drafts
     _plain: float = 1.0  # observed over predicted seconds of plain rounds
     changes: int = 0
 
@@ -107,6 +109,15 @@ class Payoff:
     def advantage(self) -> float:
         """Of the settled level over plain decoding, recently: tokens for a time, less 1. 0 where it is plain."""
         return self._settled.mean if self.limit else 0.0
+
+    @property
+    def wins(self) -> bool:
+        """Whether rounds with drafts have lately beaten plain decoding beyond the noise, at no lighter a load.
+
+        Costs that say otherwise are then wrong: what rounds really gave goes before what they should have given.
+        """
+        enough = self.limit > 0 and self._settled.rounds >= ENOUGH
+        return enough and self._settled.wins and self._load <= HEAVIER * self._seen_at
 
     def decide(self, load: int) -> Decision:
         """The limit for the next round, which has `load` rows before any drafts. Called once a round."""
@@ -156,6 +167,7 @@ class Payoff:
                 self._judge_probes()
         elif decision.limit and decision.limit == self.limit:
             self._settled.add(saved)
+            self._seen_at = self._load
             self._judge_settled()
 
     def _calibrate(self, ratio: float) -> None:

@@ -37,6 +37,33 @@ def test_where_it_pays_nothing_is_done() -> None:
     assert payoff.advantage == pytest.approx(0.4, abs=0.1)
 
 
+def test_it_says_that_drafts_win_once_rounds_have_shown_it() -> None:
+    payoff = Payoff(7)
+    assert not payoff.wins
+    run(payoff, 11, lambda _: 1.3)
+    assert not payoff.wins  # too few
+    run(payoff, 30, lambda _: 1.3, seed=1)
+    assert payoff.wins
+
+
+@pytest.mark.parametrize("gain", [0.8, 1.0, 1.02])
+def test_it_does_not_say_so_where_they_hardly_do(gain: float) -> None:
+    payoff = Payoff(7)
+    run(payoff, 200, lambda _: gain)
+    assert not payoff.wins
+
+
+def test_what_was_won_says_nothing_of_a_heavier_load() -> None:
+    payoff = Payoff(7)
+    run(payoff, 100, lambda _: 1.3, load=4)
+    assert payoff.wins
+    for _ in range(40):  # rounds in which nobody is drafted for
+        payoff.observe(payoff.decide(16), drafted=False, tokens=16, seconds=0.1, plain_tokens=16, plain_seconds=0.1)
+    assert not payoff.wins
+    run(payoff, 40, lambda _: 0.7, load=16)
+    assert not payoff.wins
+
+
 def test_it_backs_off_to_none_and_probes_rarely() -> None:
     payoff = Payoff(7)
     run(payoff, 300, lambda _: 0.7)
