@@ -150,7 +150,7 @@ class Scheduler:
             round_.base_rows,
             base_tokens=round_.base_tokens,
         )
-        if not chosen.any() and self._payoff.wins:
+        if not chosen.any() and self._payoff.wins:  # rounds say otherwise than costs
             chosen = able
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
         if able.any() and round_.decodes and self._looks.due(pays=bool(chosen.any())):

@@ -25,7 +25,7 @@ MOST_PROBES = 12  # undecided after as many: it hardly pays
 FIRST_WAIT, LONGEST_WAIT = 32, 1024  # rounds between probes
 LASTING = 512  # rounds of a level after which its past is forgiven
 LIGHTER = 0.7  # of the load at which a level was left: probe at once
-HEAVIER = 1.5  # times the load at which rounds won: nothing is known
+HEAVIER = 1.5  # times the load of the last rounds with drafts: what they won says nothing here
 PLAIN_PACE = 1 / 16  # of the correction of plain costs
 ODD = 4.0  # a round that took this many times what it saved, or the reverse, counts no further
 
@@ -112,7 +112,7 @@ class Payoff:
 
     @property
     def wins(self) -> bool:
-        """Whether rounds with drafts have lately beaten plain decoding beyond the noise, at no lighter a load.
+        """Whether rounds with drafts have lately beaten plain decoding beyond the noise, at a load not much lighter.
 
         Costs that say otherwise are then wrong: what rounds really gave goes before what they should have given.
         """
