@@ -234,12 +234,17 @@ class Attached:
 
 @dataclass(frozen=True, slots=True)
 class ProposeItem:
-    """Draft at most max_tokens after the anchor at position committed_len - 1."""
+    """Draft at most max_tokens after the anchor at position committed_len - 1.
+
+    With `stay` as many are drafted again, unasked, behind whatever features come next, until the sequence is asked for
+    anew; an item of max_tokens 0 only ends that.
+    """
 
     key: SequenceKey
     committed_len: int
     anchor: int
     max_tokens: int
+    stay: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +252,7 @@ class Proposal:
     """One drafted block: the k-th token is for position committed_len - 1 + k.
 
     `confidences[k-1]` is c_k, the probability that token k survives given that all before it did (DSpark §3.1).
+    `stays`: further blocks of this sequence will come unasked.
     """
 
     key: SequenceKey
@@ -255,6 +261,7 @@ class Proposal:
     confidences: tuple[float, ...] = ()
     distributions: tuple[SparseDistribution, ...] = ()
     error: DSparkError | None = None
+    stays: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from dspark.kernels.tiles_llvm import GROUP, Product, ProductArguments, compiled
 __all__ = ["StreamedGated", "StreamedLinear", "gated", "linear"]
 
 _SHARES = 8  # that a thread takes of a product one by one, so that a disturbed thread leaves its rest to the others
+_ALONE = 16 << 20  # rows times bytes of weights that one thread has done before a sleeping team would begin
 _PART = 1 << 14  # outputs looked at together
 
 
@@ -66,7 +67,8 @@ class StreamedLinear:
         assert x.shape[1:] == (self._inputs,)
         share = max(1, self._groups // (_SHARES * torch.get_num_threads()))
         at = x.data_ptr(), self._weight.data_ptr(), out.data_ptr()
-        team.run(self._function, ProductArguments(*at, len(x), self._inputs, out.shape[1], self._groups, share, 0))
+        run = team.alone if len(x) * self.weight_bytes <= _ALONE else team.run
+        run(self._function, ProductArguments(*at, len(x), self._inputs, out.shape[1], self._groups, share, 0))
         return out
 
 

@@ -46,6 +46,8 @@ class Session(Generic[RequestT, ReplyT]):
         self._pending: dict[int, asyncio.Future[ReplyT]] = {}
         self._outbox: asyncio.Queue[RequestT] = asyncio.Queue()
         self._failure: Unavailable | None = None
+        self.on_unasked: Callable[[ReplyT], None] = _dropped
+        """Given replies to no call, whose call_id is 0."""
         self.broken = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -96,6 +98,9 @@ class Session(Generic[RequestT, ReplyT]):
     async def _read(self) -> None:
         try:
             async for reply in self._stream:
+                if reply.call_id == 0:
+                    self.on_unasked(reply)
+                    continue
                 future = self._pending.get(reply.call_id)
                 if future is not None and not future.done():
                     future.set_result(reply)
@@ -111,6 +116,10 @@ class Session(Generic[RequestT, ReplyT]):
             if not future.done():
                 future.set_exception(Unavailable(str(self._failure)))
         self.broken.set()
+
+
+def _dropped(_reply: object) -> None:
+    """Nobody wants them."""
 
 
 async def answer(

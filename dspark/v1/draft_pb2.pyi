@@ -186,6 +186,7 @@ class ProposeItem(google.protobuf.message.Message):
     COMMITTED_LEN_FIELD_NUMBER: builtins.int
     ANCHOR_FIELD_NUMBER: builtins.int
     MAX_TOKENS_FIELD_NUMBER: builtins.int
+    STAY_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
     committed_len: builtins.int
@@ -194,6 +195,10 @@ class ProposeItem(google.protobuf.message.Message):
     """the token at position N - 1"""
     max_tokens: builtins.int
     """at most this many of the block are wanted"""
+    stay: builtins.bool
+    """And as many again, unasked, behind whatever features come next, until the sequence is asked for anew: in replies of
+    their own with call_id 0. An item of max_tokens 0 only ends that.
+    """
     def __init__(
         self,
         *,
@@ -202,8 +207,9 @@ class ProposeItem(google.protobuf.message.Message):
         committed_len: builtins.int = ...,
         anchor: builtins.int = ...,
         max_tokens: builtins.int = ...,
+        stay: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["anchor", b"anchor", "committed_len", b"committed_len", "epoch", b"epoch", "max_tokens", b"max_tokens", "sequence_id", b"sequence_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["anchor", b"anchor", "committed_len", b"committed_len", "epoch", b"epoch", "max_tokens", b"max_tokens", "sequence_id", b"sequence_id", "stay", b"stay"]) -> None: ...
 
 global___ProposeItem = ProposeItem
 
@@ -238,9 +244,12 @@ class Proposal(google.protobuf.message.Message):
     CONFIDENCES_FIELD_NUMBER: builtins.int
     DISTRIBUTIONS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    STAYS_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
     committed_len: builtins.int
+    stays: builtins.bool
+    """further blocks of this sequence will come unasked"""
     @property
     def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """the k-th is for position N - 1 + k"""
@@ -265,9 +274,10 @@ class Proposal(google.protobuf.message.Message):
         confidences: collections.abc.Iterable[builtins.float] | None = ...,
         distributions: collections.abc.Iterable[dspark.v1.types_pb2.SparseDistribution] | None = ...,
         error: dspark.v1.types_pb2.ItemError | None = ...,
+        stays: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["committed_len", b"committed_len", "confidences", b"confidences", "distributions", b"distributions", "epoch", b"epoch", "error", b"error", "sequence_id", b"sequence_id", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["committed_len", b"committed_len", "confidences", b"confidences", "distributions", b"distributions", "epoch", b"epoch", "error", b"error", "sequence_id", b"sequence_id", "stays", b"stays", "tokens", b"tokens"]) -> None: ...
 
 global___Proposal = Proposal
 
@@ -395,6 +405,7 @@ class DraftReply(google.protobuf.message.Message):
     DETACHED_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     call_id: builtins.int
+    """0: unasked, `proposed` of sequences that stay"""
     @property
     def load(self) -> dspark.v1.types_pb2.WorkerLoad: ...
     @property

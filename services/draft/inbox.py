@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dspark.messages import FeatureBlock, SequenceKey
@@ -30,6 +30,7 @@ class FeatureInbox:
         """`arrived` is called whenever there is something to take."""
         self._arrived = arrived
         self._lengths: dict[SequenceKey, int] = {}
+        self._anchors: dict[SequenceKey, int] = {}
         self._blocks: list[FeatureBlock] = []
         self._positions = 0
         self.pressing = False
@@ -43,6 +44,7 @@ class FeatureInbox:
     def close(self, key: SequenceKey) -> None:
         """Forget a sequence; nobody waits for it any longer."""
         self._lengths.pop(key, None)
+        self._anchors.pop(key, None)
         for wait in self._waits.pop(key, set()):
             _reached(wait, key)
 
@@ -50,10 +52,15 @@ class FeatureInbox:
         """Positions 0 … length - 1 are here; None for a sequence that is not open."""
         return self._lengths.get(key)
 
+    def anchor(self, key: SequenceKey) -> int | None:
+        """The token behind these positions, at position `length`; None where none has come."""
+        return self._anchors.get(key)
+
     def rewind(self, key: SequenceKey, length: int) -> None:
         """The engine has only this much: what came after it was lost."""
         if key in self._lengths:
             self._lengths[key] = length
+            self._anchors.pop(key, None)
 
     def feed(self, block: FeatureBlock) -> None:
         """Take a block from a verifier; one that leaves a gap is handed on for the engine to refuse."""
@@ -66,6 +73,8 @@ class FeatureInbox:
         self.pressing |= block.start > length
         if block.start <= length:
             self._lengths[block.key] = end
+            if block.token_ids:
+                self._anchors[block.key] = block.token_ids[-1]
             self._wake(block.key, end)
         self._arrived()
 
@@ -73,6 +82,11 @@ class FeatureInbox:
         """Everything that came since the last call, oldest first."""
         blocks, self._blocks, self._positions, self.pressing = self._blocks, [], 0, False
         return blocks
+
+    @property
+    def keys(self) -> Iterator[SequenceKey]:
+        """Sequences of what waits to be taken, one for each block."""
+        return (block.key for block in self._blocks)
 
     def __len__(self) -> int:
         """Positions waiting to be taken."""

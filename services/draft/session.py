@@ -1,5 +1,7 @@
 """One router's stream of calls, served side by side: a block that waits for its features holds nothing else up.
 
+Replies to no call, with call_id 0, are the blocks of sequences that stay (`ProposeItem.stay`).
+
 The session owns what it attached: when the stream ends, however it ends, its sequences are detached.
 """
 
@@ -83,7 +85,8 @@ class RouterSession:
     async def _serve(self, request: pb.DraftRequest) -> Result:
         match request.WhichOneof("call"):
             case "propose":
-                return await self._worker.propose(decode(request.propose), request.propose.wait_seconds)
+                items, wait = decode(request.propose), request.propose.wait_seconds
+                return await self._worker.propose(items, wait, self._deliver)
             case "attach":
                 return await self._attach(decode(request.attach))
             case "detach":
@@ -93,6 +96,9 @@ class RouterSession:
                 return None
             case _:
                 raise InvalidRequest("the request holds no call: one of attach, propose, detach")
+
+    def _deliver(self, unasked: ProposeResult) -> None:
+        self._replies.put_nowait(draft_reply(0, unasked, self._worker.load()))
 
     async def _attach(self, requests: Sequence[AttachSequence]) -> Sequence[Attached]:
         self._keys.update(request.key for request in requests)  # before: the stream may end meanwhile

@@ -1,8 +1,6 @@
-"""A draft worker without its wire: sequences come and go, features flow in, blocks are drafted in one engine thread.
+"""A draft worker without its wire: sequences come and go, features flow in, blocks are drafted (`jobs.py`).
 
-Whatever has gathered while the engine was busy is done in its next job, features first: calls of several routers share
-one forward. K/V of the context is computed with the next block that needs it, or once enough has gathered: on cores
-that both services share, a job for every few rows would hold up the verifier's step at each of its parallel regions.
+Knows who is attached, and what a block that is asked for has to wait for.
 """
 
 from __future__ import annotations
@@ -12,17 +10,16 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import structlog
 
-from dspark.errors import DSparkError, FeaturesMissing, InternalError, StaleMessage, Unavailable, UnknownSequence
+from dspark.errors import DSparkError, FeaturesMissing, StaleMessage, Unavailable, UnknownSequence
 from dspark.messages import (
     Attached,
     AttachSequence,
-    FeatureBlock,
     Proposal,
     ProposeItem,
     ProposeResult,
@@ -30,36 +27,17 @@ from dspark.messages import (
     WorkerLoad,
 )
 from services.draft.engine import DraftEngine
-from services.draft.inbox import FeatureInbox
 from services.draft.intake import FeatureIntake
+from services.draft.jobs import EngineJobs
 from services.draft.metrics import DraftMetrics
 from services.draft.offer import TapOffer
+from services.draft.standing import Deliver, StandingOrders
 
 __all__ = ["DraftWorker"]
 
-GATHERED = 512  # positions: fewer wait for the next block that is asked for, and are computed with it
 _LONGEST_WAIT = 10.0  # seconds; a router that asks for more is told what came by then
 
 _log = structlog.get_logger(__name__)
-ResultT = TypeVar("ResultT")
-
-
-@dataclass(eq=False, slots=True)
-class _Call:
-    """One Propose on its way through the engine."""
-
-    items: Sequence[ProposeItem]
-    result: asyncio.Future[ProposeResult]
-    ready_at: float = field(default_factory=time.perf_counter)
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """What one engine job came to."""
-
-    pulls: Sequence[SequenceKey]
-    result: ProposeResult | None
-    started_at: float
 
 
 class DraftWorker:
@@ -80,31 +58,28 @@ class DraftWorker:
 
         `executor`: of one thread, the engine's.
         """
-        self._executor = executor or ThreadPoolExecutor(1, "draft-engine")
         self._engine = engine
         self._metrics = metrics
-        self._inbox = FeatureInbox(self._kick)
+        self._standing = StandingOrders()
+        executor = executor or ThreadPoolExecutor(1, "draft-engine")
+        self._jobs = EngineJobs(engine, self._standing, executor, metrics, incomplete=self._incomplete)
+        self._inbox = self._jobs.inbox
         self._intake = FeatureIntake(
             offer, self._inbox, present=present, connect_seconds=connect_seconds, linger_seconds=linger_seconds
         )
         self._sequences: dict[str, AttachSequence] = {}
-        self._calls: list[_Call] = []
-        self._busy = False
-        self._closed = False
         self._empty = asyncio.Event()
         self.draining = False
 
     async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
         await self._intake.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closed = True
         await self._intake.__aexit__(kind, error, trace)
-        await asyncio.to_thread(self._executor.shutdown)
+        await self._jobs.close()
 
     async def drain(self, seconds: float) -> None:
         """Attach nothing new; returns when nothing is attached any more, at the latest after so many seconds."""
@@ -118,7 +93,7 @@ class DraftWorker:
     def load(self) -> WorkerLoad:
         """What the worker is doing now; may be read from any thread."""
         load = replace(
-            self._engine.load(), running=len(self._sequences), waiting=len(self._calls), draining=self.draining
+            self._engine.load(), running=len(self._sequences), waiting=self._jobs.waiting, draining=self.draining
         )
         self._metrics.show(load, self._intake.connected)
         return load
@@ -150,7 +125,7 @@ class DraftWorker:
         self._sequences[request.key.sequence_id] = request
         self._inbox.open(request.key)
         try:
-            await self._in_engine(lambda: self._engine.attach(request))
+            await self._jobs.submit(lambda: self._engine.attach(request))
             self._check_attached(request.key)
             await self._intake.subscribe(request.key, request.verifier_address)
         except BaseException:
@@ -173,8 +148,9 @@ class DraftWorker:
             del self._sequences[key.sequence_id]
             self._intake.unsubscribe(key)
             self._inbox.close(key)
-        if gone and not self._closed:
-            self._in_engine(lambda: self._engine.detach(gone))
+        self._standing.cancel(gone)
+        if gone and not self._jobs.closed:
+            self._jobs.submit(lambda: self._engine.detach(gone))
         self._note_empty()
 
     def _note_empty(self) -> None:
@@ -187,18 +163,27 @@ class DraftWorker:
 
     # ------------------------------------------------------------ drafting
 
-    async def propose(self, items: Sequence[ProposeItem], wait_seconds: float) -> ProposeResult:
+    async def propose(
+        self, items: Sequence[ProposeItem], wait_seconds: float, deliver: Deliver | None = None
+    ) -> ProposeResult:
         """One block for each item, in order; an item that cannot be served carries its error.
 
         Waits up to `wait_seconds` for features up to position committed_len - 2, then drafts for those that have them.
+        Of those who stay `deliver` gets further blocks until they are asked for anew; without it nobody does.
         """
         asked_at = time.perf_counter()
-        needs = {item.key: item.committed_len - 1 for item in items if self._attached(item.key)}
+        self._standing.cancel(item.key for item in items)
+        needs = {item.key: item.committed_len - 1 for item in items if item.max_tokens and self._attached(item.key)}
         await self._inbox.wait(needs, max(0.0, min(_LONGEST_WAIT, wait_seconds)))
         refused = {index: error for index, item in enumerate(items) if (error := self._refusal(item)) is not None}
         waited = time.perf_counter() - asked_at
-        result = await self._draft([item for index, item in enumerate(items) if index not in refused])
-        proposals = _merge(items, refused, iter(result.proposals))
+        served = [item for index, item in enumerate(items) if index not in refused and item.max_tokens]
+        if deliver is not None:
+            lens = {item.key: self._sequences[item.key.sequence_id].max_len for item in served}
+            self._standing.place([item for item in served if item.stay], lens, deliver)
+        result = await self._jobs.draft(served)
+        self._standing.cancel(proposal.key for proposal in result.proposals if proposal.error is not None)
+        proposals = _merge(items, refused, iter(result.proposals), stays=deliver is not None)
         answer = replace(result, proposals=proposals, feature_wait_seconds=waited)
         self._metrics.missed(sum(isinstance(proposal.error, FeaturesMissing) for proposal in proposals))
         self._metrics.answered(answer)
@@ -212,94 +197,31 @@ class DraftWorker:
         if request.key.epoch != item.key.epoch:
             return StaleMessage(f"{_describe(item.key)}: epoch {request.key.epoch} is attached here")
         length = self._inbox.length(item.key) or 0
-        if length >= item.committed_len - 1:
+        if length >= item.committed_len - 1 or not item.max_tokens:
             return None
         self._intake.pull(item.key)
         return FeaturesMissing(
             f"{_describe(item.key)}: features of {length} positions are here, {item.committed_len - 1} are needed"
         )
 
-    async def _draft(self, items: Sequence[ProposeItem]) -> ProposeResult:
-        if not items:
-            return ProposeResult(())
-        call = _Call(items, self._loop.create_future())
-        self._calls.append(call)
-        self._kick()
-        return await call.result
-
-    # ------------------------------------------------------------ the engine's thread
-
-    def _in_engine(self, work: Callable[[], ResultT]) -> asyncio.Future[ResultT]:
-        return self._loop.run_in_executor(self._executor, work)
-
-    def _kick(self) -> None:
-        """Start a job with all that waits, unless one is running: it will be followed by another."""
-        if self._busy or self._closed or not (self._calls or self._inbox.pressing or len(self._inbox) >= GATHERED):
-            return
-        self._busy = True
-        calls, self._calls = self._calls, []
-        blocks = self._inbox.take()
-        self._metrics.received(sum(block.count for block in blocks))
-        job = self._in_engine(lambda: self._job(blocks, [item for call in calls for item in call.items]))
-        job.add_done_callback(lambda done: self._finished(done, calls, blocks))
-
-    def _job(self, blocks: Sequence[FeatureBlock], items: Sequence[ProposeItem]) -> _Done:
-        started_at = time.perf_counter()
-        pulls = self._engine.append_features(blocks)
-        return _Done(pulls, self._engine.propose(items) if items else None, started_at)
-
-    def _finished(self, job: asyncio.Future[_Done], calls: Sequence[_Call], blocks: Sequence[FeatureBlock]) -> None:
-        self._busy = False
-        if job.cancelled():
-            return
-        failure = job.exception()
-        if failure is not None:
-            self._failed(failure, calls, blocks)
-        else:
-            self._answer(job.result(), calls)
-        self._kick()
-
-    def _answer(self, done: _Done, calls: Sequence[_Call]) -> None:
-        for key in done.pulls:
-            self._pull_from_engine_length(key)
-        if done.result is None:
-            return
-        self._metrics.drafted(done.result)
-        proposals = iter(done.result.proposals)
-        for call in calls:
-            own = tuple(next(proposals) for _ in call.items)
-            queued = max(0.0, done.started_at - call.ready_at)
-            others = len(done.result.proposals) - len(own)
-            _resolve(call.result, replace(done.result, proposals=own, queue_seconds=queued, other_requests=others))
-
-    def _failed(self, failure: BaseException, calls: Sequence[_Call], blocks: Sequence[FeatureBlock]) -> None:
-        """A bug or a device error: these calls fail, and what was to be appended is fetched again."""
-        _log.error("engine job failed", exc_info=failure)
-        for call in calls:
-            if not call.result.done():
-                call.result.set_exception(InternalError(f"drafting failed: {type(failure).__name__}: {failure}"))
-        for key in {block.key for block in blocks}:
-            self._pull_from_engine_length(key)
-
-    def _pull_from_engine_length(self, key: SequenceKey) -> None:
-        length = self._engine.length(key)
-        if length is not None:
-            self._inbox.rewind(key, length)
-            self._intake.pull(key)
-
-
-def _resolve(future: asyncio.Future[ResultT], result: ResultT) -> None:
-    if not future.done():  # the call was cancelled: its router is gone
-        future.set_result(result)
+    def _incomplete(self, key: SequenceKey, length: int) -> None:
+        """Only so many positions are with the engine: what came after them was lost, and is fetched again."""
+        self._inbox.rewind(key, length)
+        self._intake.pull(key)
 
 
 def _merge(
-    items: Sequence[ProposeItem], refused: dict[int, DSparkError], drafted: Iterator[Proposal]
+    items: Sequence[ProposeItem], refused: dict[int, DSparkError], drafted: Iterator[Proposal], *, stays: bool
 ) -> tuple[Proposal, ...]:
-    return tuple(
-        Proposal(item.key, item.committed_len, error=refused[index]) if index in refused else next(drafted)
-        for index, item in enumerate(items)
-    )
+    def answer(index: int, item: ProposeItem) -> Proposal:
+        if index in refused:
+            return Proposal(item.key, item.committed_len, error=refused[index])
+        if not item.max_tokens:
+            return Proposal(item.key, item.committed_len)
+        proposal = next(drafted)
+        return replace(proposal, stays=stays and item.stay and proposal.error is None)
+
+    return tuple(answer(index, item) for index, item in enumerate(items))
 
 
 def _describe(key: SequenceKey) -> str:

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from dspark.messages import StepResult
-from services.router.drafting import Drafts
 from services.router.links import DraftLink, VerifierLink
+from services.router.proposing import Drafts
 from services.router.scheduling.plan import Floats
 
 __all__ = ["RoundCosts"]

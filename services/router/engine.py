@@ -35,6 +35,7 @@ from services.router.memory import Memory
 from services.router.metrics import Metrics
 from services.router.options import Options
 from services.router.pools import Pool, Workers
+from services.router.proposing import Proposing
 from services.router.requests import ServedModel
 from services.router.scheduler import Scheduler
 from services.router.sequences import Sequence
@@ -71,7 +72,8 @@ class Engine:
         self.drafters = Pool(
             "draft", workers, connect_draft, prepare=_ready, joined=self._draft_joined, left=self._draft_left
         )
-        self.drafting = Drafting(self.drafters.links, patience=options.patience, metrics=metrics)
+        self.drafting = Drafting(self.drafters.links)
+        self._proposing = Proposing(self.drafting, patience=options.patience, metrics=metrics)
         self.dispatcher = Dispatcher(
             self.verifiers.links,
             max_running=options.max_running,
@@ -81,7 +83,7 @@ class Engine:
             failed=self.cancel,
         )
         self._trace = Trace(options.trace)
-        self._rounds = Rounds(self.drafting, self, metrics, self._trace, step_seconds=options.step_seconds)
+        self._rounds = Rounds(self._proposing, self, metrics, self._trace, step_seconds=options.step_seconds)
         self._memory = Memory(options.verify_length)
         self.active = Active()
         self._chronicle = Chronicle(metrics)
@@ -174,7 +176,7 @@ class Engine:
         self._served = True
         cohort = self._cohorts[link] = Cohort(link)
         self._schedulers[link] = Scheduler(
-            RoundCosts(link), self._memory, self.drafters.links, self.drafting.able, self.options
+            RoundCosts(link), self._memory, self.drafters.links, self._proposing.able, self.options
         )
         link.on_load = self.dispatcher.wake
         self._serving[link] = self._tasks.start(self._serve(cohort))
@@ -189,6 +191,7 @@ class Engine:
 
     def _draft_joined(self, link: DraftLink) -> None:
         link.on_load = self.drafting.wake
+        link.on_unasked = self.metrics.unasked_came
         self.drafting.wake()
 
     def _draft_left(self, link: DraftLink, _reason: str) -> None:

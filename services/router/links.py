@@ -36,6 +36,7 @@ from dspark.rpc.session import Session
 from dspark.store import WorkerRecord
 from dspark.v1 import draft_pb2, draft_pb2_grpc, verifier_pb2, verifier_pb2_grpc
 from services.router.parts import Parts
+from services.router.unasked import Unasked
 
 if TYPE_CHECKING:
     from services.router.sequences import Sequence
@@ -240,6 +241,9 @@ class DraftLink(Link):
         self.late: asyncio.Task[ProposeResult | None] | None = None
         self.parts = Parts(drafter.block_size)
         self.refused: set[str] = set()  # model fingerprints that do not go with this drafter
+        self.unasked = Unasked()
+        self.on_unasked: Callable[[int], None] = _no_count
+        session.on_unasked = self._take_unasked
         super().__init__(worker_id, address, session, load)
 
     @property
@@ -267,12 +271,32 @@ class DraftLink(Link):
         _matching(items, result.proposals, self.worker_id)
         return result
 
+    def release(self, key: SequenceKey) -> None:
+        """As every link's; blocks of the sequence that come unasked are dropped."""
+        self.unasked.forget([key])
+        super().release(key)
+
+    def _take_unasked(self, reply: draft_pb2.DraftReply) -> None:
+        """Blocks of sequences that the worker stays with; of those that have left it nobody wants any."""
+        try:
+            load, result = codec.decode(reply.load), codec.decode(reply.proposed)
+        except DSparkError as error:
+            self.fail(f"unasked: {error}")
+            return
+        self.read_load(load)
+        self.on_unasked(len(result.proposals))
+        self.unasked.add(result, {sequence.key for sequence in self.sequences.values()})
+
     async def _free(self, keys: list[SequenceKey]) -> None:
         await self._call(codec.detach_call(keys), CALL_SECONDS)
 
 
 def _nothing() -> None:
     """Nobody listens yet."""
+
+
+def _no_count(_blocks: int) -> None:
+    """Nobody counts yet."""
 
 
 def _matching(asked: list[Any], answered: Any, worker_id: str) -> list[Any]:

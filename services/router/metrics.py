@@ -65,6 +65,9 @@ class Metrics:
         self._missed = Counter(
             "dspark_router_missed_drafts", "Rounds without a proposal although wanted", ["cause"], registry=own
         )
+        self._unasked_blocks = Counter(
+            "dspark_router_unasked_blocks", "Blocks drafted without being asked for", ["fate"], registry=own
+        )
         self.runnable_seconds = Counter(
             "dspark_router_runnable_seconds", "Time with sequences to step, summed over verify workers", registry=own
         )
@@ -103,6 +106,14 @@ class Metrics:
     def missed(self, cause: str, count: int = 1) -> None:
         """Rounds of sequences go without drafts: late, features, unattached, lost, unusable."""
         self._missed.labels(cause).inc(count)
+
+    def unasked_came(self, blocks: int) -> None:
+        """Blocks came unasked; those that no round uses were drafted for nothing."""
+        self._unasked_blocks.labels("came").inc(blocks)
+
+    def unasked_used(self, blocks: int) -> None:
+        """A round used them."""
+        self._unasked_blocks.labels("used").inc(blocks)
 
     def drafted(self, result: ProposeResult) -> None:
         """A draft worker answered in time."""

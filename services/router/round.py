@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dspark.messages import SequenceKey
-from services.router.drafting import Ask
+from services.router.proposing import Ask
 from services.router.scheduling.payoff import Decision
 from services.router.scheduling.plan import Bools, Floats, Ints
 from services.router.scheduling.policies import Outcome, Policy

@@ -16,9 +16,9 @@ from dspark.errors import DSparkError, InternalError
 from dspark.messages import PositionLogprobs, StepResult, Verdict
 from services.router.batch import Entry, assemble, judged_rows, rows
 from services.router.cohort import Cohort
-from services.router.drafting import Drafting, Drafts
 from services.router.finish import FinishReason, cut
 from services.router.metrics import Metrics
+from services.router.proposing import Drafts, Proposing
 from services.router.round import Round, Took
 from services.router.scheduler import Scheduler
 from services.router.sequences import Sequence
@@ -56,9 +56,9 @@ class Rounds:
     """Steps cohorts. A verify worker that has not answered after `step_seconds` is given up."""
 
     def __init__(
-        self, drafting: Drafting, owner: Owner, metrics: Metrics, trace: Trace, *, step_seconds: float
+        self, proposing: Proposing, owner: Owner, metrics: Metrics, trace: Trace, *, step_seconds: float
     ) -> None:
-        self._drafting = drafting
+        self._proposing = proposing
         self._owner = owner
         self._metrics = metrics
         self._trace = trace
@@ -70,7 +70,7 @@ class Rounds:
         with phase("schedule"):
             round_ = scheduler.begin(cohort)  # whom to draft for: from earlier rounds only
         with phase("propose"):
-            drafts = await self._drafting.propose(round_.asks)
+            drafts = await self._proposing.propose(round_.asks, round_.running)
         with phase("schedule"):
             scheduler.plan(round_, drafts.proposals)
             batch = assemble(cohort, round_, drafts.proposals)

@@ -140,7 +140,7 @@ class VerifyEngine:
     def publish(self) -> None:
         """Compute features of what was committed since and send them to subscribers.
 
-        Apart from `step` so that verdicts can leave first; every other call does it before anything else.
+        Apart from `step` so that features may be held back; every other call does it before anything else.
         """
         computed, self._unpublished, self._holding = self._unpublished, [], False
         if computed:

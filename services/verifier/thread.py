@@ -125,7 +125,6 @@ class EngineThread:
                     self._execute(calls[0])
                 else:
                     self._step(calls)
-                self._guard(self.engine.publish_due)
         finally:  # also where a fault of this module ends the thread: nobody may wait for it
             with self._wake:
                 self.failed = not self._stopping
@@ -177,6 +176,7 @@ class EngineThread:
             for call in live:
                 call.answer.set_exception(InternalError(f"the step failed: {type(error).__name__}: {error}"))
             return
+        self._guard(self.engine.publish_due)  # before the verdicts: the way from features to drafts is the longer one
         verdicts, rows = iter(result.verdicts), sum(call.rows for call in live)
         for call in live:
             own = tuple(itertools.islice(verdicts, len(call.items or ())))

@@ -102,7 +102,10 @@ class ScriptedVerifier(VerifierServicer):
         reader = asyncio.create_task(self._read(requests, stream))
         try:
             while True:
-                yield pb.FeatureReply(blocks=[encode(await stream.outbox.get())])
+                blocks = [await stream.outbox.get()]
+                while not stream.outbox.empty():
+                    blocks.append(stream.outbox.get_nowait())
+                yield pb.FeatureReply(blocks=[encode(block) for block in blocks])
         finally:
             reader.cancel()
             self._streams.remove(stream)

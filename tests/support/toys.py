@@ -234,6 +234,7 @@ class ToyVerifier(Worker, verifier_pb2_grpc.VerifierServicer):
         self.opened: list[OpenSequence] = []
         self.refuse_next_open: DSparkError | None = None
         self.item_fault: Callable[[StepItem], DSparkError | None] = lambda _item: None
+        self.on_commit: Callable[[SequenceKey, int, int], None] = lambda _key, _committed_len, _anchor: None
 
     @property
     def free(self) -> int:
@@ -351,6 +352,7 @@ class ToyVerifier(Worker, verifier_pb2_grpc.VerifierServicer):
         entry.ids += new
         entry.computed = len(entry.ids) - 1
         accepted, logprobs = len(new) - 1, self._logprobs(new, sampling)
+        self.on_commit(item.key, len(entry.ids), new[-1])
         return Verdict(item.key, item.committed_len, entry.computed, accepted, new[-1], logprobs, matched=matched)
 
     def _logprobs(self, tokens: list[int], sampling: Sampling) -> tuple[PositionLogprobs, ...]:
@@ -384,6 +386,10 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
         self.detached_at: dict[str, float] = {}
         self.features_missing = False
         self.mismatch = False
+        self.stays = False
+        self.silent = False
+        self.staying: dict[SequenceKey, tuple[int, asyncio.Queue[Any]]] = {}
+        self.unasked = 0
         self.alter: Callable[[Proposal], Proposal] = lambda proposal: proposal
 
     def load(self) -> WorkerLoad:
@@ -396,24 +402,43 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
 
     async def Session(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         mine: set[str] = set()
+        outbox: asyncio.Queue[Any] = asyncio.Queue()
         self.sessions += 1
+        reader = asyncio.create_task(self._read(requests, mine, outbox))
         try:
-            async for request in requests:
-                async with self.engine:
-                    await self.pause()
-                    result = self.answer(request, mine)
-                yield codec.draft_reply(request.call_id, result, self.load())
+            while (reply := await outbox.get()) is not None:
+                yield reply
         finally:
+            reader.cancel()
             self.sessions -= 1
             for sequence_id in mine:
                 self.attached.pop(sequence_id, None)
 
-    def answer(self, request: Any, mine: set[str]) -> Any:
+    async def _read(self, requests: AsyncIterator[Any], mine: set[str], outbox: asyncio.Queue[Any]) -> None:
+        try:
+            async for request in requests:
+                async with self.engine:
+                    await self.pause()
+                    result = self.answer(request, mine, outbox)
+                outbox.put_nowait(codec.draft_reply(request.call_id, result, self.load()))
+        finally:
+            outbox.put_nowait(None)
+
+    def committed(self, key: SequenceKey, committed_len: int, anchor: int) -> None:
+        """As when features come: a block for who is stayed with."""
+        order = self.staying.get(key)
+        if order is None or self.silent:
+            return
+        self.unasked += 1
+        proposal = self._propose(ProposeItem(key, committed_len, anchor, order[0], stay=True), order[1])
+        order[1].put_nowait(codec.draft_reply(0, ProposeResult((proposal,), total_seconds=1e-4), self.load()))
+
+    def answer(self, request: Any, mine: set[str], outbox: asyncio.Queue[Any]) -> Any:
         kind = request.WhichOneof("call")
         if kind == "attach":
             return [self._attach(message, mine) for message in codec.decode(request.attach)]
         if kind == "propose":
-            proposals = tuple(self._propose(item) for item in codec.decode(request.propose))
+            proposals = tuple(self._propose(item, outbox) for item in codec.decode(request.propose))
             return ProposeResult(proposals, total_seconds=self.delay or 1e-4)
         for key in map(codec.key_of, request.detach.sequences):
             self._detach(key, mine)
@@ -431,10 +456,12 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
         message = self.attached.get(key.sequence_id)
         if message is not None and message.key == key:
             del self.attached[key.sequence_id]
+            self.staying.pop(key, None)
             mine.discard(key.sequence_id)
             self.detached_at[message.request_id] = time.monotonic()
 
-    def _propose(self, item: ProposeItem) -> Proposal:
+    def _propose(self, item: ProposeItem, outbox: asyncio.Queue[Any]) -> Proposal:
+        self.staying.pop(item.key, None)
         message = self.attached.get(item.key.sequence_id)
         if message is None or message.key != item.key:
             return Proposal(item.key, item.committed_len, error=UnknownSequence(item.key.sequence_id))
@@ -445,6 +472,9 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
         for position in range(item.committed_len, item.committed_len + min(item.max_tokens, self.drafter.block_size)):
             token = self.rule(tokens[-1] if tokens else item.anchor, position, message.sampling.seed)
             tokens.append((token + 1) % VOCAB if self.spoil(position) else token)
+        stays = item.stay and self.stays
+        if stays:
+            self.staying[item.key] = (item.max_tokens, outbox)
         self.proposals += 1
         self.wanted.append(item.max_tokens)
         return self.alter(
@@ -456,6 +486,7 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
                 tuple(SparseDistribution((token,), (1.0,)) for token in tokens)
                 if message.sampling.mode is Mode.REJECTION
                 else (),
+                stays=stays,
             )
         )
 

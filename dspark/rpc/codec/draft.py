@@ -94,12 +94,13 @@ def _(message: m.ProposeItem) -> pb.ProposeItem:
         committed_len=message.committed_len,
         anchor=message.anchor,
         max_tokens=message.max_tokens,
+        stay=message.stay,
     )
 
 
 @decode.register
 def _(message: pb.ProposeItem) -> m.ProposeItem:
-    return m.ProposeItem(key_of(message), message.committed_len, message.anchor, message.max_tokens)
+    return m.ProposeItem(key_of(message), message.committed_len, message.anchor, message.max_tokens, message.stay)
 
 
 @decode.register
@@ -117,6 +118,7 @@ def _(message: m.Proposal) -> pb.Proposal:
         confidences=message.confidences,
         distributions=[encode(distribution) for distribution in message.distributions],
         error=encode_error(message.error),
+        stays=message.stays,
     )
 
 
@@ -131,6 +133,7 @@ def _(message: pb.Proposal) -> m.Proposal:
         confidences=tuple(message.confidences),
         distributions=tuple(decode(distribution) for distribution in message.distributions),
         error=decode_error(message),
+        stays=message.stays,
     )
 
 

@@ -1,0 +1,265 @@
+"""One round's proposals: asked for, or on their way unasked. A missing one costs only the drafts.
+
+A sequence whose drafter is late or lacks its features is verified plainly. One that is drafted for round after round is
+not asked for each time: its drafter is told to stay with it and begins with the next block as soon as the verify worker
+has sent what it committed, while this router still reads the verdicts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeAlias
+
+import structlog
+
+from dspark.errors import DSparkError, StaleMessage, UnknownSequence
+from dspark.messages import Mode, Proposal, ProposeItem, ProposeResult
+from services.router.drafting import Drafting
+from services.router.links import DraftLink
+from services.router.metrics import Metrics
+from services.router.options import Patience
+from services.router.sequences import Sequence as Running
+from services.router.tasks import Tasks
+
+__all__ = ["Ask", "Drafts", "Proposing"]
+
+_log = structlog.get_logger(__name__)
+MAX_SKIPPED = 8
+MAX_MISSES = 6  # in a row, before the sequence is attached anew
+ALIKE = 0.75  # of a batch's blocks, at least, are as long as the longest where its time tells what such blocks take
+STEADY = 2  # rounds in a row with drafts, after which a drafter is told to stay with a sequence
+DISTRUST = 32  # more of them, after a block that should have come unasked and did not
+
+Ask: TypeAlias = tuple[Running, int]
+"""A sequence and how many draft tokens are wanted for it."""
+
+_Asked: TypeAlias = tuple[Running, ProposeItem]
+_Batches: TypeAlias = Mapping[DraftLink, Sequence[_Asked]]
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """One round's blocks.
+
+    Attributes:
+        proposals: by sequence id; sequences without one are missing.
+        seconds: that the round waited for them.
+        engine_seconds: what the slowest draft worker's engine took for them; 0 where no block came.
+    """
+
+    proposals: Mapping[str, Proposal] = field(default_factory=dict)
+    seconds: float = 0.0
+    engine_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    link: DraftLink
+    batch: Sequence[_Asked]
+    task: asyncio.Task[ProposeResult | None]
+
+    @property
+    def result(self) -> ProposeResult | None:
+        """None also while it is not done."""
+        return self.task.result() if self.task.done() and not self.task.cancelled() else None
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """What has come of a round's blocks."""
+
+    proposals: dict[str, Proposal] = field(default_factory=dict)
+    engine_seconds: float = 0.0
+    missed: dict[DraftLink, list[_Asked]] = field(default_factory=lambda: defaultdict(list))  # did not come unasked
+
+
+class Proposing:
+    """Rounds' proposals. `drafting` knows who has which draft worker."""
+
+    def __init__(self, drafting: Drafting, *, patience: Patience, metrics: Metrics) -> None:
+        self._drafting = drafting
+        self._patience = patience
+        self._metrics = metrics
+        self._tasks = Tasks()
+
+    @staticmethod
+    def able(sequence: Running) -> bool:
+        """Whether a block can be asked for now; if not, `propose` counts the round as missed."""
+        link = sequence.drafter
+        return link is not None and link.alive and link.late is None and sequence.skip_rounds == 0
+
+    async def propose(self, asks: Sequence[Ask], running: Sequence[Running]) -> Drafts:
+        """This round's blocks. `running`: all who take part in it; nobody stays with who is not asked for."""
+        self._leave(running, {sequence.sequence_id for sequence, _ in asks})
+        asked, coming = self._sorted(asks)
+        if not asked and not coming:
+            return Drafts()
+        began = time.perf_counter()
+        gathered = _Gathered()
+        calls = self._start(asked)
+        await self._await_unasked(coming, gathered)
+        calls += self._start(gathered.missed)
+        if calls:
+            await asyncio.wait([call.task for call in calls], timeout=self._patience.round)
+        for call in calls:
+            self._take(call, gathered)
+        return Drafts(gathered.proposals, time.perf_counter() - began, gathered.engine_seconds)
+
+    def _sorted(self, asks: Iterable[Ask]) -> tuple[_Batches, _Batches]:
+        """By draft worker: what to ask for, and what comes unasked."""
+        asked: dict[DraftLink, list[_Asked]] = defaultdict(list)
+        coming: dict[DraftLink, list[_Asked]] = defaultdict(list)
+        for sequence, want in asks:
+            link = sequence.drafter
+            if link is None or not link.alive:
+                self._metrics.missed("unattached")
+            elif link.late is not None:
+                self._metrics.missed("late")
+            elif sequence.skip_rounds > 0:
+                sequence.skip_rounds -= 1
+                self._metrics.missed("features")
+            else:
+                sequence.steady += 1
+                batches = coming if want <= sequence.standing <= 2 * want else asked
+                batches[link].append((sequence, _item(sequence, want)))
+        return asked, coming
+
+    # ------------------------------------------------------------ asked for
+
+    def _start(self, batches: _Batches) -> list[_Call]:
+        return [_Call(link, batch, self._tasks.start(self._ask(link, batch))) for link, batch in batches.items()]
+
+    async def _ask(self, link: DraftLink, batch: Sequence[_Asked]) -> ProposeResult | None:
+        try:
+            return await link.propose([item for _, item in batch], self._patience.features, self._patience.worker)
+        except DSparkError as error:
+            link.fail(f"propose: {error}")
+            return None
+
+    def _take(self, call: _Call, gathered: _Gathered) -> None:
+        """One worker's blocks, if they came in time. A late worker is asked again only once it has answered."""
+        link, batch, result = call.link, call.batch, call.result
+        if not call.task.done():
+            link.late = call.task
+            call.task.add_done_callback(partial(_caught_up, link))
+        if result is None:
+            self._metrics.missed("late", len(batch))
+            return
+        self._count(link, result, gathered)
+        _learn(link, [item for (_, item), p in zip(batch, result.proposals, strict=True) if p.error is None], result)
+        for (sequence, item), proposal in zip(batch, result.proposals, strict=True):
+            if self._use(link, sequence, item, proposal):
+                sequence.standing = item.max_tokens if proposal.stays else 0
+                gathered.proposals[sequence.sequence_id] = proposal
+
+    def _count(self, link: DraftLink, result: ProposeResult, gathered: _Gathered) -> None:
+        link.rounds += 1
+        self._metrics.drafted(result)
+        gathered.engine_seconds = max(gathered.engine_seconds, result.total_seconds)
+
+    def _use(self, link: DraftLink, sequence: Running, item: ProposeItem, proposal: Proposal) -> bool:
+        """Whether the proposal can be verified; otherwise notes the miss and what to do about it."""
+        if proposal.error is None and (fault := _fault(sequence, item, proposal)) is None:
+            sequence.misses = 0
+            sequence.drafter_name = link.drafter.name
+            link.tokens += len(proposal.tokens)
+            return True
+        if proposal.error is None:
+            _log.error("unusable proposal", worker=link.worker_id, reason=fault)
+        self._missed(link, sequence, proposal.error)
+        return False
+
+    def _missed(self, link: DraftLink, sequence: Running, error: DSparkError | None) -> None:
+        lost = isinstance(error, UnknownSequence | StaleMessage)
+        self._metrics.missed("lost" if lost else "unusable" if error is None else "features")
+        if sequence.drafter is not link:  # it has moved since it was asked for, and its new drafter missed nothing
+            return
+        sequence.standing = 0
+        sequence.misses += 1
+        sequence.skip_rounds = min(2**sequence.misses - 1, MAX_SKIPPED)  # its wait held the others up
+        if lost or sequence.misses >= MAX_MISSES:
+            self._drafting.lost(sequence)
+
+    # ------------------------------------------------------------ unasked
+
+    async def _await_unasked(self, coming: _Batches, gathered: _Gathered) -> None:
+        """Blocks of sequences that drafters stay with; what does not come in the time that features have is missed."""
+        for link, batch in coming.items():
+            lengths = {sequence.key: item.committed_len for sequence, item in batch}
+            await link.unasked.wait(lengths, self._patience.features)
+            self._take_unasked(link, batch, gathered)
+
+    def _take_unasked(self, link: DraftLink, batch: Sequence[_Asked], gathered: _Gathered) -> None:
+        drafted: dict[int, tuple[ProposeResult, list[ProposeItem]]] = {}
+        for sequence, item in batch:
+            came = link.unasked.take(item.key, item.committed_len)
+            if came is None:
+                sequence.standing, sequence.steady = 0, -DISTRUST
+                gathered.missed[link].append((sequence, replace(item, stay=False)))
+                continue
+            _, items = drafted.setdefault(id(came.result), (came.result, []))
+            items.append(replace(item, max_tokens=sequence.standing))
+            proposal = came.cut(item.max_tokens).proposal
+            if self._use(link, sequence, item, proposal):
+                gathered.proposals[sequence.sequence_id] = proposal
+        for result, items in drafted.values():
+            self._count(link, result, gathered)
+            if len(items) == len(result.proposals):
+                _learn(link, items, result)
+        self._metrics.unasked_used(sum(len(items) for _, items in drafted.values()))
+
+    def _leave(self, running: Iterable[Running], asked: set[str]) -> None:
+        """Nobody stays with a sequence that this round does not ask for."""
+        left: dict[DraftLink, list[_Asked]] = defaultdict(list)
+        for sequence in running:
+            if sequence.sequence_id in asked:
+                continue
+            sequence.steady = min(sequence.steady, 0)
+            if sequence.standing and sequence.drafter is not None:
+                sequence.standing = 0
+                left[sequence.drafter].append((sequence, _item(sequence, 0)))
+        self._start(left)
+
+
+def _item(sequence: Running, want: int) -> ProposeItem:
+    stay = want > 0 and sequence.steady >= STEADY
+    return ProposeItem(sequence.key, sequence.committed_len, sequence.token_ids[-1], want, stay)
+
+
+def _learn(link: DraftLink, served: Sequence[ProposeItem], result: ProposeResult) -> None:
+    """Whole blocks are what was profiled; of shorter ones it is learned what part of that they take."""
+    if link.costs is None or not served:
+        return
+    longest = min(max(item.max_tokens for item in served), link.drafter.block_size)
+    if sum(item.max_tokens >= longest for item in served) < ALIKE * len(served):
+        return  # whole blocks beside short ones are neither
+    requests = len(served) + result.other_requests
+    context = sum(item.committed_len for item in served) / len(served)
+    if longest == link.drafter.block_size:
+        link.costs.observe(requests, context, result.total_seconds)
+    elif not result.other_requests:  # of others' blocks it is not known how long they were
+        link.parts.observe(longest, result.total_seconds / link.costs.predict(requests, context))
+
+
+def _caught_up(link: DraftLink, _call: asyncio.Task[ProposeResult | None]) -> None:
+    link.late = None
+
+
+def _fault(sequence: Running, item: ProposeItem, proposal: Proposal) -> str | None:
+    """What a drafter got wrong, if anything: a broken one must not break streams."""
+    if proposal.committed_len != item.committed_len:
+        return f"for committed_len {proposal.committed_len}, asked at {item.committed_len}"
+    if len(proposal.tokens) > item.max_tokens:
+        return f"{len(proposal.tokens)} tokens, asked for {item.max_tokens}"
+    if any(token >= sequence.model.info.vocab_size for token in proposal.tokens):
+        return "a token outside the vocabulary"
+    sampling = sequence.request.sampling
+    needs = sampling.mode is Mode.REJECTION and not sampling.greedy
+    if needs and len(proposal.distributions) != len(proposal.tokens):
+        return f"{len(proposal.distributions)} distributions for {len(proposal.tokens)} tokens"
+    return None

@@ -1,0 +1,76 @@
+"""Blocks that one draft worker has sent unasked, until a round takes them. Knows no rounds and no gRPC.
+
+A draft worker told to stay with a sequence drafts again as soon as the verify worker's features reach it. So a block is
+often here, or on its way, before the round that wants it has begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from dspark.messages import Proposal, ProposeResult, SequenceKey
+
+__all__ = ["Came", "Unasked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Came:
+    """A block and the batch in which it was drafted."""
+
+    proposal: Proposal
+    result: ProposeResult
+
+    def cut(self, tokens: int) -> Came:
+        """No more than so many of its tokens."""
+        own = self.proposal
+        if len(own.tokens) <= tokens:
+            return self
+        return replace(
+            self,
+            proposal=replace(
+                own,
+                tokens=own.tokens[:tokens],
+                confidences=own.confidences[:tokens],
+                distributions=own.distributions[:tokens],
+            ),
+        )
+
+
+class Unasked:
+    """The latest block of each sequence."""
+
+    def __init__(self) -> None:
+        self._latest: dict[SequenceKey, Came] = {}
+        self._news = asyncio.Event()
+
+    def add(self, result: ProposeResult, wanted: Container[SequenceKey]) -> None:
+        """They have come; whoever waits is told."""
+        for proposal in result.proposals:
+            if proposal.key in wanted:
+                self._latest[proposal.key] = Came(proposal, result)
+        self._news.set()
+
+    def take(self, key: SequenceKey, committed_len: int) -> Came | None:
+        """The sequence's block, if it is for where the sequence is now; forgotten in any case."""
+        came = self._latest.pop(key, None)
+        return came if came is not None and came.proposal.committed_len == committed_len else None
+
+    def forget(self, keys: Iterable[SequenceKey]) -> None:
+        """Nobody will take them."""
+        for key in keys:
+            self._latest.pop(key, None)
+
+    async def wait(self, lengths: Mapping[SequenceKey, int], seconds: float) -> None:
+        """Returns once every sequence's block for its committed length is here, at the latest after so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not all(self._has(key, length) for key, length in lengths.items()):
+                    self._news.clear()
+                    await self._news.wait()
+
+    def _has(self, key: SequenceKey, committed_len: int) -> bool:
+        came = self._latest.get(key)
+        return came is not None and came.proposal.committed_len == committed_len
