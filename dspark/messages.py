@@ -237,7 +237,7 @@ class ProposeItem:
     """Draft at most max_tokens after the anchor at position committed_len - 1.
 
     With `stay` as many are drafted again, unasked, behind whatever features come next, until the sequence is asked for
-    anew; an item of max_tokens 0 only ends that.
+    anew. With `later` no block is wanted now, only those that come unasked; none without `stay`.
     """
 
     key: SequenceKey
@@ -245,6 +245,7 @@ class ProposeItem:
     anchor: int
     max_tokens: int
     stay: bool = False
+    later: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from dspark.v1 import types_pb2 as dspark_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64spark/v1/draft.proto\x12\tdspark.v1\x1a\x15\x64spark/v1/types.proto\"\x16\n\x14\x44\x65scribeDraftRequest\"\xb3\x01\n\x0b\x44rafterInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x0e\n\x06tap_id\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x18\n\x10\x64raft_vocab_size\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\"x\n\x15\x44\x65scribeDraftResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x07\x64rafter\x18\x02 \x01(\x0b\x32\x16.dspark.v1.DrafterInfo\x12#\n\x04load\x18\x03 \x01(\x0b\x32\x15.dspark.v1.WorkerLoad\"\x9a\x01\n\x0e\x41ttachSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x18\n\x10verifier_address\x18\x03 \x01(\t\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.dspark.v1.Sampling\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0f\n\x07max_len\x18\x06 \x01(\r\"?\n\x0f\x41ttachSequences\x12,\n\tsequences\x18\x01 \x03(\x0b\x32\x19.dspark.v1.AttachSequence\"S\n\x08\x41ttached\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.dspark.v1.ItemError\";\n\x11\x41ttachedSequences\x12&\n\tsequences\x18\x01 \x03(\x0b\x32\x13.dspark.v1.Attached\"z\n\x0bProposeItem\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x15\n\rcommitted_len\x18\x03 \x01(\r\x12\x0e\n\x06\x61nchor\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0c\n\x04stay\x18\x06 \x01(\x08\"K\n\x0cProposeBatch\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.dspark.v1.ProposeItem\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x01\"\xd4\x01\n\x08Proposal\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x15\n\rcommitted_len\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x03(\r\x12\x13\n\x0b\x63onfidences\x18\x05 \x03(\x02\x12\x34\n\rdistributions\x18\x06 \x03(\x0b\x32\x1d.dspark.v1.SparseDistribution\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x14.dspark.v1.ItemError\x12\r\n\x05stays\x18\x08 \x01(\x08\"\xe5\x01\n\rProposeResult\x12&\n\tproposals\x18\x01 \x03(\x0b\x32\x13.dspark.v1.Proposal\x12\x17\n\x0f\x66orward_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\x12\x1c\n\x14\x66\x65\x61ture_wait_seconds\x18\x04 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x05 \x01(\x01\x12\x15\n\rfixed_seconds\x18\x06 \x01(\x01\x12\x18\n\x10marginal_seconds\x18\x07 \x01(\x01\x12\x16\n\x0eother_requests\x18\x08 \x01(\r\"4\n\x0e\x44\x65tachSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"?\n\x0f\x44\x65tachSequences\x12,\n\tsequences\x18\x01 \x03(\x0b\x32\x19.dspark.v1.DetachSequence\"\x13\n\x11\x44\x65tachedSequences\"\xaf\x01\n\x0c\x44raftRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12,\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x1a.dspark.v1.AttachSequencesH\x00\x12*\n\x07propose\x18\x03 \x01(\x0b\x32\x17.dspark.v1.ProposeBatchH\x00\x12,\n\x06\x64\x65tach\x18\x04 \x01(\x0b\x32\x1a.dspark.v1.DetachSequencesH\x00\x42\x06\n\x04\x63\x61ll\"\x85\x02\n\nDraftReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12#\n\x04load\x18\x02 \x01(\x0b\x32\x15.dspark.v1.WorkerLoad\x12\x30\n\x08\x61ttached\x18\x03 \x01(\x0b\x32\x1c.dspark.v1.AttachedSequencesH\x00\x12,\n\x08proposed\x18\x04 \x01(\x0b\x32\x18.dspark.v1.ProposeResultH\x00\x12\x30\n\x08\x64\x65tached\x18\x05 \x01(\x0b\x32\x1c.dspark.v1.DetachedSequencesH\x00\x12%\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x14.dspark.v1.ItemErrorH\x00\x42\x08\n\x06result2\x95\x01\n\x05\x44raft\x12M\n\x08\x44\x65scribe\x12\x1f.dspark.v1.DescribeDraftRequest\x1a .dspark.v1.DescribeDraftResponse\x12=\n\x07Session\x12\x17.dspark.v1.DraftRequest\x1a\x15.dspark.v1.DraftReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64spark/v1/draft.proto\x12\tdspark.v1\x1a\x15\x64spark/v1/types.proto\"\x16\n\x14\x44\x65scribeDraftRequest\"\xb3\x01\n\x0b\x44rafterInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x0e\n\x06tap_id\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x18\n\x10\x64raft_vocab_size\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\"x\n\x15\x44\x65scribeDraftResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x07\x64rafter\x18\x02 \x01(\x0b\x32\x16.dspark.v1.DrafterInfo\x12#\n\x04load\x18\x03 \x01(\x0b\x32\x15.dspark.v1.WorkerLoad\"\x9a\x01\n\x0e\x41ttachSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x18\n\x10verifier_address\x18\x03 \x01(\t\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.dspark.v1.Sampling\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0f\n\x07max_len\x18\x06 \x01(\r\"?\n\x0f\x41ttachSequences\x12,\n\tsequences\x18\x01 \x03(\x0b\x32\x19.dspark.v1.AttachSequence\"S\n\x08\x41ttached\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.dspark.v1.ItemError\";\n\x11\x41ttachedSequences\x12&\n\tsequences\x18\x01 \x03(\x0b\x32\x13.dspark.v1.Attached\"\x89\x01\n\x0bProposeItem\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x15\n\rcommitted_len\x18\x03 \x01(\r\x12\x0e\n\x06\x61nchor\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0c\n\x04stay\x18\x06 \x01(\x08\x12\r\n\x05later\x18\x07 \x01(\x08\"K\n\x0cProposeBatch\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.dspark.v1.ProposeItem\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x01\"\xd4\x01\n\x08Proposal\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x15\n\rcommitted_len\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x03(\r\x12\x13\n\x0b\x63onfidences\x18\x05 \x03(\x02\x12\x34\n\rdistributions\x18\x06 \x03(\x0b\x32\x1d.dspark.v1.SparseDistribution\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x14.dspark.v1.ItemError\x12\r\n\x05stays\x18\x08 \x01(\x08\"\xe5\x01\n\rProposeResult\x12&\n\tproposals\x18\x01 \x03(\x0b\x32\x13.dspark.v1.Proposal\x12\x17\n\x0f\x66orward_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\x12\x1c\n\x14\x66\x65\x61ture_wait_seconds\x18\x04 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x05 \x01(\x01\x12\x15\n\rfixed_seconds\x18\x06 \x01(\x01\x12\x18\n\x10marginal_seconds\x18\x07 \x01(\x01\x12\x16\n\x0eother_requests\x18\x08 \x01(\r\"4\n\x0e\x44\x65tachSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"?\n\x0f\x44\x65tachSequences\x12,\n\tsequences\x18\x01 \x03(\x0b\x32\x19.dspark.v1.DetachSequence\"\x13\n\x11\x44\x65tachedSequences\"\xaf\x01\n\x0c\x44raftRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12,\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x1a.dspark.v1.AttachSequencesH\x00\x12*\n\x07propose\x18\x03 \x01(\x0b\x32\x17.dspark.v1.ProposeBatchH\x00\x12,\n\x06\x64\x65tach\x18\x04 \x01(\x0b\x32\x1a.dspark.v1.DetachSequencesH\x00\x42\x06\n\x04\x63\x61ll\"\x85\x02\n\nDraftReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12#\n\x04load\x18\x02 \x01(\x0b\x32\x15.dspark.v1.WorkerLoad\x12\x30\n\x08\x61ttached\x18\x03 \x01(\x0b\x32\x1c.dspark.v1.AttachedSequencesH\x00\x12,\n\x08proposed\x18\x04 \x01(\x0b\x32\x18.dspark.v1.ProposeResultH\x00\x12\x30\n\x08\x64\x65tached\x18\x05 \x01(\x0b\x32\x1c.dspark.v1.DetachedSequencesH\x00\x12%\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x14.dspark.v1.ItemErrorH\x00\x42\x08\n\x06result2\x95\x01\n\x05\x44raft\x12M\n\x08\x44\x65scribe\x12\x1f.dspark.v1.DescribeDraftRequest\x1a .dspark.v1.DescribeDraftResponse\x12=\n\x07Session\x12\x17.dspark.v1.DraftRequest\x1a\x15.dspark.v1.DraftReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,24 +46,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHED']._serialized_end=692
   _globals['_ATTACHEDSEQUENCES']._serialized_start=694
   _globals['_ATTACHEDSEQUENCES']._serialized_end=753
-  _globals['_PROPOSEITEM']._serialized_start=755
-  _globals['_PROPOSEITEM']._serialized_end=877
-  _globals['_PROPOSEBATCH']._serialized_start=879
-  _globals['_PROPOSEBATCH']._serialized_end=954
-  _globals['_PROPOSAL']._serialized_start=957
-  _globals['_PROPOSAL']._serialized_end=1169
-  _globals['_PROPOSERESULT']._serialized_start=1172
-  _globals['_PROPOSERESULT']._serialized_end=1401
-  _globals['_DETACHSEQUENCE']._serialized_start=1403
-  _globals['_DETACHSEQUENCE']._serialized_end=1455
-  _globals['_DETACHSEQUENCES']._serialized_start=1457
-  _globals['_DETACHSEQUENCES']._serialized_end=1520
-  _globals['_DETACHEDSEQUENCES']._serialized_start=1522
-  _globals['_DETACHEDSEQUENCES']._serialized_end=1541
-  _globals['_DRAFTREQUEST']._serialized_start=1544
-  _globals['_DRAFTREQUEST']._serialized_end=1719
-  _globals['_DRAFTREPLY']._serialized_start=1722
-  _globals['_DRAFTREPLY']._serialized_end=1983
-  _globals['_DRAFT']._serialized_start=1986
-  _globals['_DRAFT']._serialized_end=2135
+  _globals['_PROPOSEITEM']._serialized_start=756
+  _globals['_PROPOSEITEM']._serialized_end=893
+  _globals['_PROPOSEBATCH']._serialized_start=895
+  _globals['_PROPOSEBATCH']._serialized_end=970
+  _globals['_PROPOSAL']._serialized_start=973
+  _globals['_PROPOSAL']._serialized_end=1185
+  _globals['_PROPOSERESULT']._serialized_start=1188
+  _globals['_PROPOSERESULT']._serialized_end=1417
+  _globals['_DETACHSEQUENCE']._serialized_start=1419
+  _globals['_DETACHSEQUENCE']._serialized_end=1471
+  _globals['_DETACHSEQUENCES']._serialized_start=1473
+  _globals['_DETACHSEQUENCES']._serialized_end=1536
+  _globals['_DETACHEDSEQUENCES']._serialized_start=1538
+  _globals['_DETACHEDSEQUENCES']._serialized_end=1557
+  _globals['_DRAFTREQUEST']._serialized_start=1560
+  _globals['_DRAFTREQUEST']._serialized_end=1735
+  _globals['_DRAFTREPLY']._serialized_start=1738
+  _globals['_DRAFTREPLY']._serialized_end=1999
+  _globals['_DRAFT']._serialized_start=2002
+  _globals['_DRAFT']._serialized_end=2151
 # @@protoc_insertion_point(module_scope)

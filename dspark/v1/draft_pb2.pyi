@@ -187,6 +187,7 @@ class ProposeItem(google.protobuf.message.Message):
     ANCHOR_FIELD_NUMBER: builtins.int
     MAX_TOKENS_FIELD_NUMBER: builtins.int
     STAY_FIELD_NUMBER: builtins.int
+    LATER_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
     committed_len: builtins.int
@@ -197,8 +198,10 @@ class ProposeItem(google.protobuf.message.Message):
     """at most this many of the block are wanted"""
     stay: builtins.bool
     """And as many again, unasked, behind whatever features come next, until the sequence is asked for anew: in replies of
-    their own with call_id 0. An item of max_tokens 0 only ends that.
+    their own with call_id 0.
     """
+    later: builtins.bool
+    """no block is wanted now, only those that come unasked behind the next features; none without `stay`"""
     def __init__(
         self,
         *,
@@ -208,8 +211,9 @@ class ProposeItem(google.protobuf.message.Message):
         anchor: builtins.int = ...,
         max_tokens: builtins.int = ...,
         stay: builtins.bool = ...,
+        later: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["anchor", b"anchor", "committed_len", b"committed_len", "epoch", b"epoch", "max_tokens", b"max_tokens", "sequence_id", b"sequence_id", "stay", b"stay"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["anchor", b"anchor", "committed_len", b"committed_len", "epoch", b"epoch", "later", b"later", "max_tokens", b"max_tokens", "sequence_id", b"sequence_id", "stay", b"stay"]) -> None: ...
 
 global___ProposeItem = ProposeItem
 

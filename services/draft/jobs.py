@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -74,6 +74,7 @@ class EngineJobs:
         self._metrics = metrics
         self._incomplete = incomplete
         self._calls: list[_Call] = []
+        self._looked_at: set[SequenceKey] = set()
         self._kicked = False
         self._busy = False
         self.closed = False
@@ -101,6 +102,11 @@ class EngineJobs:
         self._kick()
         return await call.result
 
+    def look_at(self, key: SequenceKey) -> None:
+        """It has an order now that its features may be there for."""
+        self._looked_at.add(key)
+        self._kick_soon()
+
     # ------------------------------------------------------------ one job after another
 
     def _kick_soon(self) -> None:
@@ -117,7 +123,9 @@ class EngineJobs:
         self._busy = True
         calls, self._calls = self._calls, []
         blocks = self.inbox.take()
-        calls += self._unasked(blocks, {item.key for call in calls for item in call.items})
+        looked_at, self._looked_at = self._looked_at, set()
+        fresh = [*(block.key for block in blocks), *looked_at]
+        calls += self._unasked(fresh, {item.key for call in calls for item in call.items})
         self._metrics.received(sum(block.count for block in blocks))
         job = self.submit(lambda: self._job(blocks, [item for call in calls for item in call.items]))
         job.add_done_callback(lambda done: self._finished(done, calls, blocks))
@@ -125,11 +133,13 @@ class EngineJobs:
     def _pressing(self) -> bool:
         """Whether a job is worth its time."""
         inbox = self.inbox
-        return bool(self._calls or inbox.pressing or len(inbox) >= GATHERED or self._standing.concerns(inbox.keys))
+        if self._calls or inbox.pressing or len(inbox) >= GATHERED:
+            return True
+        return self._standing.concerns(inbox.keys) or self._standing.behind(self._looked_at, inbox)
 
-    def _unasked(self, blocks: Sequence[FeatureBlock], asked: Container[SequenceKey]) -> Iterator[_Call]:
+    def _unasked(self, keys: Iterable[SequenceKey], asked: Container[SequenceKey]) -> Iterator[_Call]:
         """Calls that nobody made, of those who stay and whose features came."""
-        due = self._standing.due((block.key for block in blocks if block.key not in asked), self.inbox)
+        due = self._standing.due((key for key in keys if key not in asked), self.inbox)
         for deliver, items in due.items():
             call = _Call(items, asyncio.get_running_loop().create_future())
             call.result.add_done_callback(partial(_deliver, deliver))

@@ -8,7 +8,7 @@ the router that lets a round pass without one ends the order.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -35,10 +35,11 @@ class StandingOrders:
     def __init__(self) -> None:
         self._orders: dict[SequenceKey, _Order] = {}
 
-    def place(self, items: Iterable[ProposeItem], max_lens: Mapping[SequenceKey, int], deliver: Deliver) -> None:
-        """From the features after those of these items on. Past a sequence's max_len there is nothing to draft."""
-        for item in items:
-            self._orders[item.key] = _Order(item.max_tokens, max_lens[item.key], deliver, item.committed_len)
+    def place(self, item: ProposeItem, max_len: int, deliver: Deliver) -> None:
+        """From the features after those for its committed_len on. Past `max_len` there is nothing to draft."""
+        former = self._orders.get(item.key)
+        latest = max(item.committed_len, former.committed_len if former is not None else 0)
+        self._orders[item.key] = _Order(item.max_tokens, max_len, deliver, latest)
 
     def cancel(self, keys: Iterable[SequenceKey]) -> None:
         """Nothing comes unasked any more; harmless where nothing did."""
@@ -49,15 +50,26 @@ class StandingOrders:
         """Whether one of them has an order."""
         return bool(self._orders) and any(key in self._orders for key in keys)
 
+    def behind(self, keys: Iterable[SequenceKey], inbox: FeatureInbox) -> bool:
+        """Whether one of them has features already that its order waits for."""
+        return any(self._missing(key, inbox) is not None for key in keys)
+
     def due(self, keys: Iterable[SequenceKey], inbox: FeatureInbox) -> dict[Deliver, list[ProposeItem]]:
         """What is to be drafted now that features of these sequences have come, by whom it is for."""
         items: dict[Deliver, list[ProposeItem]] = defaultdict(list)
         for key in dict.fromkeys(keys):
-            order, anchor = self._orders.get(key), inbox.anchor(key)
-            if order is None or anchor is None:
-                continue
-            committed_len = (inbox.length(key) or 0) + 1
-            if order.committed_len < committed_len < order.max_len:
-                order.committed_len = committed_len
-                items[order.deliver].append(ProposeItem(key, committed_len, anchor, order.max_tokens, stay=True))
+            item = self._missing(key, inbox)
+            if item is not None:
+                order = self._orders[key]
+                order.committed_len = item.committed_len
+                items[order.deliver].append(item)
         return items
+
+    def _missing(self, key: SequenceKey, inbox: FeatureInbox) -> ProposeItem | None:
+        """The block behind the features that are here, if its order wants it."""
+        order, anchor = self._orders.get(key), inbox.anchor(key)
+        if order is None or anchor is None:
+            return None
+        committed_len = (inbox.length(key) or 0) + 1
+        wanted = order.committed_len < committed_len < order.max_len
+        return ProposeItem(key, committed_len, anchor, order.max_tokens, stay=True) if wanted else None

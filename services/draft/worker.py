@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
@@ -172,15 +172,15 @@ class DraftWorker:
         Of those who stay `deliver` gets further blocks until they are asked for anew; without it nobody does.
         """
         asked_at = time.perf_counter()
-        self._standing.cancel(item.key for item in items)
-        needs = {item.key: item.committed_len - 1 for item in items if item.max_tokens and self._attached(item.key)}
+        self._standing.cancel(item.key for item in items if not (item.later and item.stay))
+        self._stay([item for item in items if item.later], deliver)
+        asked = [item for item in items if not item.later and self._attached(item.key)]
+        needs = {item.key: item.committed_len - 1 for item in asked}
         await self._inbox.wait(needs, max(0.0, min(_LONGEST_WAIT, wait_seconds)))
         refused = {index: error for index, item in enumerate(items) if (error := self._refusal(item)) is not None}
         waited = time.perf_counter() - asked_at
-        served = [item for index, item in enumerate(items) if index not in refused and item.max_tokens]
-        if deliver is not None:
-            lens = {item.key: self._sequences[item.key.sequence_id].max_len for item in served}
-            self._standing.place([item for item in served if item.stay], lens, deliver)
+        served = [item for index, item in enumerate(items) if index not in refused and not item.later]
+        self._stay(served, deliver)
         result = await self._jobs.draft(served)
         self._standing.cancel(proposal.key for proposal in result.proposals if proposal.error is not None)
         proposals = _merge(items, refused, iter(result.proposals), stays=deliver is not None)
@@ -188,6 +188,14 @@ class DraftWorker:
         self._metrics.missed(sum(isinstance(proposal.error, FeaturesMissing) for proposal in proposals))
         self._metrics.answered(answer)
         return answer
+
+    def _stay(self, items: Iterable[ProposeItem], deliver: Deliver | None) -> None:
+        """With those of them who want it and are attached."""
+        for item in items:
+            if deliver is not None and item.stay and self._attached(item.key):
+                self._standing.place(item, self._sequences[item.key.sequence_id].max_len, deliver)
+                if item.later:  # its features may have come meanwhile
+                    self._jobs.look_at(item.key)
 
     def _refusal(self, item: ProposeItem) -> DSparkError | None:
         """Why an item cannot be drafted for now, as far as the loop knows."""
@@ -197,7 +205,7 @@ class DraftWorker:
         if request.key.epoch != item.key.epoch:
             return StaleMessage(f"{_describe(item.key)}: epoch {request.key.epoch} is attached here")
         length = self._inbox.length(item.key) or 0
-        if length >= item.committed_len - 1 or not item.max_tokens:
+        if length >= item.committed_len - 1 or item.later:
             return None
         self._intake.pull(item.key)
         return FeaturesMissing(
@@ -211,14 +219,16 @@ class DraftWorker:
 
 
 def _merge(
-    items: Sequence[ProposeItem], refused: dict[int, DSparkError], drafted: Iterator[Proposal], *, stays: bool
+    items: Sequence[ProposeItem],
+    refused: Mapping[int, DSparkError],
+    drafted: Iterator[Proposal],
+    *,
+    stays: bool,
 ) -> tuple[Proposal, ...]:
     def answer(index: int, item: ProposeItem) -> Proposal:
         if index in refused:
             return Proposal(item.key, item.committed_len, error=refused[index])
-        if not item.max_tokens:
-            return Proposal(item.key, item.committed_len)
-        proposal = next(drafted)
+        proposal = Proposal(item.key, item.committed_len) if item.later else next(drafted)
         return replace(proposal, stays=stays and item.stay and proposal.error is None)
 
     return tuple(answer(index, item) for index, item in enumerate(items))

@@ -7,6 +7,7 @@ features. Whether that time is well spent is the scheduler's question.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ from services.router.scheduling.plan import Floats
 __all__ = ["RoundCosts"]
 
 WINDOW = 25  # rounds that a hop is the median of
+OFF_WINDOW = 13  # rounds with drafts that say how far expected drafting times are off
+PRESUMED = 5  # of these, at first, presumed not to be
 JUDGED = 0.75  # of a step's rows, at least, for its time to tell what verifying costs
 OTHERS_PACE = 0.25
 PROMPT_PACE = 0.1
@@ -46,6 +49,7 @@ class RoundCosts:
         self._verify_hop = _Median()
         self._draft_hop = _Median()
         self._draft_engine = _Median()  # where a draft worker has no profile
+        self._draft_off = deque([0.0] * PRESUMED, OFF_WINDOW)  # log of observed over expected
         self._others = 0.0
         self._prompt_row = 1.0
 
@@ -84,8 +88,13 @@ class RoundCosts:
         if links and requests:
             share = -(-np.arange(requests + 1) // len(links))
             tables = [self._of_drafter(link, int(share[-1]), context)[share] * link.parts.of(tokens) for link in links]
-            seconds[1:] = np.max(tables, axis=0)[1:] + self._draft_hop.value
+            seconds[1:] = (np.max(tables, axis=0)[1:] + self._draft_hop.value) * self._draft_factor
         return seconds
+
+    @property
+    def _draft_factor(self) -> float:
+        """Rounds on busy cores wait longer than engine and hop would take apart, and those told unasked less."""
+        return math.exp(statistics.median(self._draft_off))
 
     def _of_drafter(self, link: DraftLink, requests: int, context: float) -> Floats:
         if link.costs is None:
@@ -94,11 +103,16 @@ class RoundCosts:
 
     # ------------------------------------------------------------ after a round
 
-    def drafted(self, drafts: Drafts) -> None:
-        """Takes in a round of proposals that came in time."""
-        if drafts.proposals:
+    def drafted(self, drafts: Drafts, expected: float) -> None:
+        """Takes in a round of proposals that came in time, and the seconds that were expected of it; 0: none were.
+
+        The first rounds of drafters that stay are passed over: they are not what drafting goes on to cost.
+        """
+        if drafts.proposals and not drafts.begins:
             self._draft_engine.add(drafts.engine_seconds)
             self._draft_hop.add(drafts.seconds - drafts.engine_seconds)
+            if expected > 0 and drafts.seconds > 0:
+                self._draft_off.append(math.log(drafts.seconds / expected * self._draft_factor))
 
     def verified(self, rows: int, judged: int, context: float, seconds: float, result: StepResult) -> None:
         """Takes in a step: our rows, those of them that verdicts came from, and what the call took."""

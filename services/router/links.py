@@ -228,6 +228,7 @@ class DraftLink(Link):
     """A draft worker.
 
     Attributes:
+        stays: it has stayed with a sequence that was asked for.
         late: the call that missed the round's deadline, until it ends; nothing more is asked meanwhile.
         parts: what less than whole blocks take, as a share of `costs`.
     """
@@ -238,6 +239,7 @@ class DraftLink(Link):
         self.drafter = drafter
         self.sequences: dict[str, Sequence] = {}
         self.attaching = 0
+        self.stays = False
         self.late: asyncio.Task[ProposeResult | None] | None = None
         self.parts = Parts(drafter.block_size)
         self.refused: set[str] = set()  # model fingerprints that do not go with this drafter

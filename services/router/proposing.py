@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import structlog
 
@@ -32,11 +32,20 @@ _log = structlog.get_logger(__name__)
 MAX_SKIPPED = 8
 MAX_MISSES = 6  # in a row, before the sequence is attached anew
 ALIKE = 0.75  # of a batch's blocks, at least, are as long as the longest where its time tells what such blocks take
-STEADY = 2  # rounds in a row with drafts, after which a drafter is told to stay with a sequence
-DISTRUST = 32  # more of them, after a block that should have come unasked and did not
+SLACK = 1  # tokens that may come unasked beyond what is worth it, before that is changed
+DISTRUST = 32  # rounds in which nothing is expected unasked, after a block that should have come so and did not
 
-Ask: TypeAlias = tuple[Running, int]
-"""A sequence and how many draft tokens are wanted for it."""
+
+class Ask(NamedTuple):
+    """A sequence, how many draft tokens are wanted for it now, and how many of the blocks after that.
+
+    One of which none are wanted now joins the others: its next block is to come with theirs.
+    """
+
+    sequence: Running
+    want: int
+    following: int
+
 
 _Asked: TypeAlias = tuple[Running, ProposeItem]
 _Batches: TypeAlias = Mapping[DraftLink, Sequence[_Asked]]
@@ -50,11 +59,13 @@ class Drafts:
         proposals: by sequence id; sequences without one are missing.
         seconds: that the round waited for them.
         engine_seconds: what the slowest draft worker's engine took for them; 0 where no block came.
+        begins: some drafter was asked that stays from now on: further rounds will wait less.
     """
 
     proposals: Mapping[str, Proposal] = field(default_factory=dict)
     seconds: float = 0.0
     engine_seconds: float = 0.0
+    begins: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +86,7 @@ class _Gathered:
 
     proposals: dict[str, Proposal] = field(default_factory=dict)
     engine_seconds: float = 0.0
+    begins: bool = False
     missed: dict[DraftLink, list[_Asked]] = field(default_factory=lambda: defaultdict(list))  # did not come unasked
 
 
@@ -95,7 +107,7 @@ class Proposing:
 
     async def propose(self, asks: Sequence[Ask], running: Sequence[Running]) -> Drafts:
         """This round's blocks. `running`: all who take part in it; nobody stays with who is not asked for."""
-        self._leave(running, {sequence.sequence_id for sequence, _ in asks})
+        self._leave(running, {ask.sequence.sequence_id for ask in asks})
         asked, coming = self._sorted(asks)
         if not asked and not coming:
             return Drafts()
@@ -103,18 +115,20 @@ class Proposing:
         gathered = _Gathered()
         calls = self._start(asked)
         await self._await_unasked(coming, gathered)
+        self._change(asks)
         calls += self._start(gathered.missed)
         if calls:
             await asyncio.wait([call.task for call in calls], timeout=self._patience.round)
         for call in calls:
             self._take(call, gathered)
-        return Drafts(gathered.proposals, time.perf_counter() - began, gathered.engine_seconds)
+        seconds = time.perf_counter() - began
+        return Drafts(gathered.proposals, seconds, gathered.engine_seconds, gathered.begins)
 
     def _sorted(self, asks: Iterable[Ask]) -> tuple[_Batches, _Batches]:
         """By draft worker: what to ask for, and what comes unasked."""
         asked: dict[DraftLink, list[_Asked]] = defaultdict(list)
         coming: dict[DraftLink, list[_Asked]] = defaultdict(list)
-        for sequence, want in asks:
+        for sequence, want, following in asks:
             link = sequence.drafter
             if link is None or not link.alive:
                 self._metrics.missed("unattached")
@@ -123,9 +137,9 @@ class Proposing:
             elif sequence.skip_rounds > 0:
                 sequence.skip_rounds -= 1
                 self._metrics.missed("features")
-            else:
+            elif want:
                 sequence.steady += 1
-                batches = coming if want <= sequence.standing <= 2 * want else asked
+                batches = coming if want <= sequence.standing <= 2 * max(want, following) else asked
                 batches[link].append((sequence, _item(sequence, want)))
         return asked, coming
 
@@ -155,6 +169,8 @@ class Proposing:
         for (sequence, item), proposal in zip(batch, result.proposals, strict=True):
             if self._use(link, sequence, item, proposal):
                 sequence.standing = item.max_tokens if proposal.stays else 0
+                link.stays |= proposal.stays
+                gathered.begins |= proposal.stays
                 gathered.proposals[sequence.sequence_id] = proposal
 
     def _count(self, link: DraftLink, result: ProposeResult, gathered: _Gathered) -> None:
@@ -213,6 +229,17 @@ class Proposing:
                 _learn(link, items, result)
         self._metrics.unasked_used(sum(len(items) for _, items in drafted.values()))
 
+    def _change(self, asks: Iterable[Ask]) -> None:
+        """Blocks of other lengths are to come unasked from the next features on."""
+        changed: dict[DraftLink, list[_Asked]] = defaultdict(list)
+        for sequence, want, following in asks:
+            link, standing = sequence.drafter, sequence.standing
+            joins = not want and sequence.steady >= 0
+            if link is not None and (standing or joins) and not following <= standing <= following + SLACK:
+                sequence.standing = following
+                changed[link].append((sequence, _order(sequence, following)))
+        self._start(changed)
+
     def _leave(self, running: Iterable[Running], asked: set[str]) -> None:
         """Nobody stays with a sequence that this round does not ask for."""
         left: dict[DraftLink, list[_Asked]] = defaultdict(list)
@@ -222,13 +249,19 @@ class Proposing:
             sequence.steady = min(sequence.steady, 0)
             if sequence.standing and sequence.drafter is not None:
                 sequence.standing = 0
-                left[sequence.drafter].append((sequence, _item(sequence, 0)))
+                left[sequence.drafter].append((sequence, _order(sequence, 0)))
         self._start(left)
 
 
 def _item(sequence: Running, want: int) -> ProposeItem:
-    stay = want > 0 and sequence.steady >= STEADY
-    return ProposeItem(sequence.key, sequence.committed_len, sequence.token_ids[-1], want, stay)
+    return ProposeItem(sequence.key, sequence.committed_len, sequence.token_ids[-1], want, stay=sequence.steady > 0)
+
+
+def _order(sequence: Running, following: int) -> ProposeItem:
+    """What comes unasked from the next features on."""
+    return ProposeItem(
+        sequence.key, sequence.committed_len, sequence.token_ids[-1], following, stay=following > 0, later=True
+    )
 
 
 def _learn(link: DraftLink, served: Sequence[ProposeItem], result: ProposeResult) -> None:

@@ -36,10 +36,14 @@ class Round:
         unhidden: seconds that the drafting of this round is expected to take.
         decision: what speculation may do at all; None where no sequence's policy looks at costs.
         hold_features: whether the features that the step brings may wait at the verify worker.
-        reach: (R,) how much of a block is asked for at most, where its policy lets plans of late say so; 0 elsewhere.
+        reach: (R,) how much of a block is asked for at most, or comes unasked, where its policy lets plans of late say
+            so; 0 elsewhere.
+        following: (R,) how much of the blocks after this round's is to come unasked.
+        joining: (R,) wanted, but their blocks are to come unasked with the others', from the next round on.
         proposed: (R,) whether a block came. confidences: (R, n) as they came; corrected: as they are believed.
         outcome: the lengths.
         tokens: expected of the round.
+        begins: drafters were asked that stay from now on: rounds like it will take less.
     """
 
     running: list[Running]
@@ -63,12 +67,15 @@ class Round:
     decision: Decision | None
     hold_features: bool = False
     reach: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    joining: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
+    following: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     drafting: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     proposed: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     confidences: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     corrected: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     outcome: Outcome | None = None
     tokens: float = 0.0
+    begins: bool = False
 
     @property
     def base_rows(self) -> int:
@@ -106,7 +113,9 @@ class Round:
     @property
     def asks(self) -> list[Ask]:
         """What to ask the draft workers for."""
-        return [(self.running[row], int(self.most[row])) for row in np.flatnonzero(self.asked)]
+        rows = np.flatnonzero(self.asked | self.joining)
+        want = np.where(self.asked, self.most, 0)
+        return [Ask(self.running[row], int(want[row]), int(self.following[row])) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from services.router.memory import Memory
 from services.router.options import Options
 from services.router.round import Round, Took
 from services.router.scheduling.looks import Looks
-from services.router.scheduling.payoff import Decision, Payoff
+from services.router.scheduling.payoff import Decision, Payoff, Payoffs
 from services.router.scheduling.plan import FREE, Bools, Floats, Ints, limits, survival_of
 from services.router.scheduling.policies import Facts, Policy, mixed
 from services.router.scheduling.reach import Reach
@@ -33,6 +33,7 @@ __all__ = ["Scheduler"]
 
 EXPLORED_ROWS = 0.02  # of a step's rows without drafts, that exploring may add on average
 LOOKED = 4  # requests drafted for in a later look: whether drafting pays is seen of any number
+SPARED = 2  # rounds in a row that would not draft for a sequence, before its drafter leaves it
 IDLE_EXPLORED_ROWS = 0.005  # the same while drafting pays for nobody: then a draft is asked for to be explored
 
 
@@ -62,7 +63,7 @@ class Scheduler:
         self._options = options
         self._random = np.random.default_rng(options.seed)
         self._longest = options.verify_length
-        self._payoff = Payoff(self._longest)
+        self._payoffs = Payoffs(self._longest)
         self._looks = Looks()
         self._holding = Holding()
         self._reach = Reach()
@@ -70,8 +71,8 @@ class Scheduler:
 
     @property
     def payoff(self) -> Payoff:
-        """Whether speculation pays."""
-        return self._payoff
+        """Whether speculation pays at the present load."""
+        return self._payoffs.now
 
     # ------------------------------------------------------------ before anything is drafted
 
@@ -113,6 +114,7 @@ class Scheduler:
         if scheduled.any() and block:
             self._choose(round_, block)
         self._shorten(round_, block)
+        self._join(round_)
         round_.drafting = round_.asked & self._ables(round_)
         self._holding.settle(round_, coming=_coming(round_))
         longest = int(round_.most[round_.drafting].max(initial=0))
@@ -126,9 +128,9 @@ class Scheduler:
         return min(self._options.verify_length, self._longest)
 
     def _decide(self, block: int, load: int) -> Decision:
-        if self._payoff.block != block:
-            self._payoff = Payoff(block)
-        return self._payoff.decide(load)
+        if self._payoffs.block != block:
+            self._payoffs = Payoffs(block)
+        return self._payoffs.decide(load)
 
     def _draft_seconds(self, requests: int, context: float, tokens: int) -> Floats:
         links = [link for link in self._drafters.values() if link.alive]
@@ -150,7 +152,7 @@ class Scheduler:
             round_.base_rows,
             base_tokens=round_.base_tokens,
         )
-        if not chosen.any() and self._payoff.wins:  # rounds say otherwise than costs
+        if not chosen.any() and self.payoff.wins:  # rounds say otherwise than costs
             chosen = able
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
         if able.any() and round_.decodes and self._looks.due(pays=bool(chosen.any())):
@@ -158,14 +160,35 @@ class Scheduler:
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.base_rows)
         round_.explored = np.where(room > 0, explored, FREE)
-        wanted = chosen | (round_.explored > 0)
-        round_.asked = (round_.most > 0) & np.where(scheduled & able, wanted, True)
+        wanted = np.where(scheduled & able, chosen | (round_.explored > 0), True)
+        staying = _standing(round_)  # what comes unasked is drafted already, so using it is free
+        round_.asked = (round_.most > 0) & (wanted | (staying > 0))
+        whole = (staying == 0) | (round_.explored < 0)
+        round_.explored = np.where(whole, round_.explored, np.minimum(round_.explored, staying))
+        for sequence, own in zip(round_.running, wanted, strict=True):
+            sequence.spared = 0 if own else sequence.spared + 1
 
     def _shorten(self, round_: Round, block: int) -> None:
-        """Ask for no more than plans take lately, but of those whose whole block is explored."""
-        free = _shortening(round_) & (round_.explored < 0)
-        round_.reach = np.where(free, self._reach.of(block), 0)
-        round_.most = np.where(free, np.minimum(round_.most, round_.reach), round_.most)
+        """Ask for no more than plans take lately, but of those whose whole block is explored; what stays, stays."""
+        shortening, standing = _shortening(round_), _standing(round_)
+        free = shortening & (round_.explored < 0)
+        worth = self._reach.of(block)
+        round_.reach = np.where(free, np.where(standing > 0, standing, worth), 0)
+        leaving = np.array([s.spared >= SPARED for s in round_.running], np.bool_)
+        round_.following = np.where(leaving, 0, np.where(shortening, worth, round_.most))
+        bound = np.where(free, round_.reach, np.where(shortening & (standing > 0), standing, block))
+        round_.most = np.minimum(round_.most, bound)
+
+    @staticmethod
+    def _join(round_: Round) -> None:
+        """What is asked for comes after what comes unasked: who joins the others is drafted for a round later."""
+        standing = _standing(round_)
+        stays = np.array(
+            [s.drafter is not None and s.drafter.stays and s.steady >= 0 for s in round_.running], np.bool_
+        )
+        others = bool((round_.asked & (standing > 0)).any())
+        round_.joining = round_.asked & (standing == 0) & stays & others
+        round_.asked = round_.asked & ~round_.joining
 
     def _ables(self, round_: Round) -> Bools:
         return np.array([self._able(s) for s in round_.running], np.bool_)
@@ -230,7 +253,7 @@ class Scheduler:
             self._reach.observe(int(planned.max()), capped=bool((bound & (planned >= round_.reach[rows])).any()))
 
     def _weigh(self, round_: Round, took: Took, judged: int) -> None:
-        if not judged or not round_.decodes:
+        if not judged or not round_.decodes or round_.begins:
             return
         assert round_.outcome is not None
         rows = judged + int(round_.outcome.verify.sum())
@@ -238,7 +261,7 @@ class Scheduler:
         drafted = bool((round_.drafting & round_.scheduled).any())
         others = bool((round_.drafting & ~round_.scheduled).any())  # then it is no measure of plain decoding either
         if round_.decision is not None and self.costs.known and (drafted or not others):
-            self._payoff.observe(
+            self._payoffs.observe(
                 round_.decision,
                 drafted=drafted,
                 tokens=took.tokens,
@@ -268,6 +291,11 @@ def _most(
 def _shortening(round_: Round) -> Bools:
     """(R,) whose policy asks for no more than plans take."""
     return np.array([policy.shortens for policy in round_.policies], np.bool_)
+
+
+def _standing(round_: Round) -> Ints:
+    """(R,) draft tokens that come unasked."""
+    return np.array([s.standing for s in round_.running], np.int64)
 
 
 def _coming(round_: Round) -> bool:

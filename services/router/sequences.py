@@ -37,6 +37,7 @@ class Sequence:
         draft_retry_at: `time.monotonic()` before which no draft worker is tried again.
         slot, setting: its place in the router's memory of drafts, and what it is remembered under.
         steady: rounds in a row that have asked for drafts; below 0 while its drafter is not to stay with it.
+        spared: rounds in a row that were better off without drafts for it.
         standing: draft tokens that its drafter sends unasked behind whatever is committed; 0: none.
         skip_rounds, misses: rounds to go without asking the drafter, which missed this many in a row.
         failures: openings and steps that came to nothing since the last committed token.
@@ -69,6 +70,7 @@ class Sequence:
         self.slot: int | None = None
         self.setting = -1
         self.steady = 0
+        self.spared = 0
         self.standing = 0
         self.skip_rounds = 0
         self.misses = 0

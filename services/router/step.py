@@ -83,6 +83,7 @@ class Rounds:
         seconds = time.perf_counter() - began
         with phase("commit"):
             took = self._commit(cohort, round_, batch, result, seconds + drafts.seconds)
+        round_.begins = drafts.begins
         _later(self._learn, cohort, scheduler, round_, Done(batch, drafts, result, seconds, took))
 
     def _commit(self, cohort: Cohort, round_: Round, batch: list[Entry], result: StepResult, seconds: float) -> Took:
@@ -148,7 +149,7 @@ class Rounds:
         size, context = rows(done.batch), round_.context
         judged = judged_rows(done.batch)
         expected = scheduler.costs.step(judged + scheduler.costs.price(size - judged), context)
-        scheduler.costs.drafted(done.drafts)
+        scheduler.costs.drafted(done.drafts, round_.unhidden)
         scheduler.costs.verified(size, judged, context, done.seconds, done.result)
         scheduler.learn(round_, done.took)
         self._metrics.expected(expected, done.result.total_seconds)

@@ -389,6 +389,7 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
         self.stays = False
         self.silent = False
         self.staying: dict[SequenceKey, tuple[int, asyncio.Queue[Any]]] = {}
+        self.latest: dict[SequenceKey, tuple[int, int]] = {}
         self.unasked = 0
         self.alter: Callable[[Proposal], Proposal] = lambda proposal: proposal
 
@@ -426,6 +427,7 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
 
     def committed(self, key: SequenceKey, committed_len: int, anchor: int) -> None:
         """As when features come: a block for who is stayed with."""
+        self.latest[key] = committed_len, anchor
         order = self.staying.get(key)
         if order is None or self.silent:
             return
@@ -460,7 +462,21 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
             mine.discard(key.sequence_id)
             self.detached_at[message.request_id] = time.monotonic()
 
+    def _order(self, item: ProposeItem, outbox: asyncio.Queue[Any]) -> Proposal:
+        """Nothing now; what is behind the text by now at once."""
+        stays = item.stay and self.stays
+        if not stays:
+            self.staying.pop(item.key, None)
+            return Proposal(item.key, item.committed_len)
+        self.staying[item.key] = (item.max_tokens, outbox)
+        committed_len, anchor = self.latest.get(item.key, (0, 0))
+        if committed_len > item.committed_len:
+            self.committed(item.key, committed_len, anchor)
+        return Proposal(item.key, item.committed_len, stays=True)
+
     def _propose(self, item: ProposeItem, outbox: asyncio.Queue[Any]) -> Proposal:
+        if item.later:
+            return self._order(item, outbox)
         self.staying.pop(item.key, None)
         message = self.attached.get(item.key.sequence_id)
         if message is None or message.key != item.key:

@@ -95,12 +95,15 @@ def _(message: m.ProposeItem) -> pb.ProposeItem:
         anchor=message.anchor,
         max_tokens=message.max_tokens,
         stay=message.stay,
+        later=message.later,
     )
 
 
 @decode.register
 def _(message: pb.ProposeItem) -> m.ProposeItem:
-    return m.ProposeItem(key_of(message), message.committed_len, message.anchor, message.max_tokens, message.stay)
+    return m.ProposeItem(
+        key_of(message), message.committed_len, message.anchor, message.max_tokens, message.stay, message.later
+    )
 
 
 @decode.register

@@ -8,13 +8,15 @@ within a limit is `plan`'s and `whom`'s affair.
 Levels are limits on the block, from all of it over half to none. A level is left when it loses beyond the noise, and a
 longer one is taken up again when single probes of it win beyond the noise; between the two lies a margin. Probes that
 lose, and returns that do not last, double the wait for the next probe; one that won is followed up soon.
+
+What drafts win for one stream says nothing of sixteen, so each size of load has a state of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Decision", "Payoff"]
+__all__ = ["Decision", "Payoff", "Payoffs"]
 
 MARGIN = 0.02  # of the plain time: less than this is neither won nor lost
 SURE = 2.0  # standard errors
@@ -24,8 +26,6 @@ ENOUGH_PROBES = 4
 MOST_PROBES = 12  # undecided after as many: it hardly pays
 FIRST_WAIT, LONGEST_WAIT = 32, 1024  # rounds between probes
 LASTING = 512  # rounds of a level after which its past is forgiven
-LIGHTER = 0.7  # of the load at which a level was left: probe at once
-HEAVIER = 1.5  # times the load of the last rounds with drafts: what they won says nothing here
 PLAIN_PACE = 1 / 16  # of the correction of plain costs
 ODD = 4.0  # a round that took this many times what it saved, or the reverse, counts no further
 
@@ -37,15 +37,20 @@ class Decision:
     Attributes:
         limit: draft tokens to propose and verify at most; 0 decodes plainly.
         probe: the round tries a longer block than is settled on.
+        load: rows of the round before any drafts, that it was decided for.
     """
 
     limit: int
     probe: bool = False
+    load: int = 1
 
 
 @dataclass(slots=True)
 class _Evidence:
-    """Rounds of one level: how much of the plain time they saved. Recent rounds weigh more."""
+    """Rounds of one level: what they were worth in plain seconds by the costs, a second. Recent rounds weigh more.
+
+    `plain` is what seconds by the costs are really worth. It may be learned later than the rounds were seen.
+    """
 
     weight: float = 0.0
     squares: float = 0.0
@@ -53,13 +58,17 @@ class _Evidence:
     spread: float = 0.0
     rounds: int = 0
 
-    def add(self, saved: float) -> None:
+    def add(self, worth: float) -> None:
         self.rounds += 1
         self.weight = self.weight * KEPT + 1
         self.squares = self.squares * KEPT**2 + 1
-        step = saved - self.mean
+        step = worth - self.mean
         self.mean += step / self.weight
-        self.spread += (step * (saved - self.mean) - self.spread) / self.weight
+        self.spread += (step * (worth - self.mean) - self.spread) / self.weight
+
+    def saved(self, plain: float) -> float:
+        """Of the plain time."""
+        return self.mean * plain - 1 if self.rounds else 0.0
 
     @property
     def error(self) -> float:
@@ -69,30 +78,26 @@ class _Evidence:
         unbiased = max(self.spread, 1e-6) * self.weight / (self.weight - 1)
         return float((unbiased * self.squares) ** 0.5 / self.weight)
 
-    @property
-    def loses(self) -> bool:
-        return self.mean + SURE * self.error < -MARGIN
+    def loses(self, plain: float) -> bool:
+        return self.saved(plain) + SURE * self.error * plain < -MARGIN
 
-    @property
-    def wins(self) -> bool:
-        return self.mean - SURE * self.error > MARGIN
+    def wins(self, plain: float) -> bool:
+        return self.saved(plain) - SURE * self.error * plain > MARGIN
 
 
 @dataclass(slots=True)
 class Payoff:
-    """The state of one cohort. Blocks have up to `block` draft tokens."""
+    """The state of one cohort at one size of load. Blocks have up to `block` draft tokens."""
 
     block: int
+    plain: float = 1.0  # observed over predicted seconds of plain rounds
     _level: int = 0
     _settled: _Evidence = field(default_factory=_Evidence)
     _probed: _Evidence = field(default_factory=_Evidence)
     _wait: int = FIRST_WAIT
     _since: int = 0  # rounds since the last probe
     _lasted: int = 0  # rounds at this level
-    _load: float = 0.0
-    _left_at: float = 0.0  # the load at which the longer level was left
-    _seen_at: float = 0.0  # the load of the last settled round with drafts
-    _plain: float = 1.0  # observed over predicted seconds of plain rounds
+    _plains: int = 0
     changes: int = 0
 
     @property
@@ -108,31 +113,26 @@ class Payoff:
     @property
     def advantage(self) -> float:
         """Of the settled level over plain decoding, recently: tokens for a time, less 1. 0 where it is plain."""
-        return self._settled.mean if self.limit else 0.0
+        return self._settled.saved(self.plain) if self.limit else 0.0
 
     @property
     def wins(self) -> bool:
-        """Whether rounds with drafts have lately beaten plain decoding beyond the noise, at a load not much lighter.
+        """Whether rounds with drafts have lately beaten plain decoding beyond the noise.
 
         Costs that say otherwise are then wrong: what rounds really gave goes before what they should have given.
         """
-        enough = self.limit > 0 and self._settled.rounds >= ENOUGH
-        return enough and self._settled.wins and self._load <= HEAVIER * self._seen_at
+        return self.limit > 0 and self._settled.rounds >= ENOUGH and self._settled.wins(self.plain)
 
     def decide(self, load: int) -> Decision:
         """The limit for the next round, which has `load` rows before any drafts. Called once a round."""
-        self._load += (load - self._load) / 8 if self._load else load
         if not self._level:
-            return Decision(self.limit)
+            return Decision(self.limit, load=load)
         self._since += 1
-        lighter = self._load < LIGHTER * self._left_at
-        if lighter:
-            self._left_at, self._wait, self._probed = self._load, FIRST_WAIT, _Evidence()
-        promising = self._probed.rounds and self._probed.mean > MARGIN
-        if lighter or self._since >= (FIRST_WAIT if promising else self._wait):
+        promising = self._probed.saved(self.plain) > MARGIN
+        if self._since >= (FIRST_WAIT if promising else self._wait):
             self._since = 0
-            return Decision(self.levels[self._level - 1], probe=True)
-        return Decision(self.limit)
+            return Decision(self.levels[self._level - 1], probe=True, load=load)
+        return Decision(self.limit, load=load)
 
     def observe(
         self,
@@ -159,37 +159,35 @@ class Payoff:
         if not drafted:
             self._calibrate(seconds / plain_seconds)
             return
-        worth = tokens / plain_tokens * plain_seconds * self._plain
-        saved = min(max(worth / seconds, 1 / ODD), ODD) - 1
+        worth = min(max(tokens / plain_tokens * plain_seconds / seconds, 1 / ODD), ODD)
         if decision.probe:
             if self._level and decision.limit == self.levels[self._level - 1]:  # decided before a change, otherwise
-                self._probed.add(saved)
+                self._probed.add(worth)
                 self._judge_probes()
         elif decision.limit and decision.limit == self.limit:
-            self._settled.add(saved)
-            self._seen_at = self._load
+            self._settled.add(worth)
             self._judge_settled()
 
     def _calibrate(self, ratio: float) -> None:
         """Bounded, so that a single slow round moves little."""
-        ratio = min(max(ratio, 0.5 * self._plain), 2 * self._plain)
-        self._plain += PLAIN_PACE * (ratio - self._plain)
+        ratio = min(max(ratio, 0.5 * self.plain), 2 * self.plain)
+        self._plains += 1
+        self.plain += max(PLAIN_PACE, 1 / (self._plains + 1)) * (ratio - self.plain)
 
     def _judge_settled(self) -> None:
         self._lasted += 1
         if self._lasted >= LASTING and self._wait > FIRST_WAIT:
             self._wait, self._lasted = max(FIRST_WAIT, self._wait // 2), 0
-        if self._settled.rounds >= ENOUGH and self._settled.loses:
-            self._left_at = self._load
+        if self._settled.rounds >= ENOUGH and self._settled.loses(self.plain):
             self._go(self._level + 1)
 
     def _judge_probes(self) -> None:
         if self._probed.rounds < ENOUGH_PROBES:
             return
-        if self._probed.wins:
+        if self._probed.wins(self.plain):
             self._wait = min(2 * self._wait, LONGEST_WAIT)  # forgiven if it lasts
             self._go(self._level - 1)
-        elif self._probed.loses or self._probed.rounds >= MOST_PROBES:
+        elif self._probed.loses(self.plain) or self._probed.rounds >= MOST_PROBES:
             self._wait = min(2 * self._wait, LONGEST_WAIT)
             self._probed = _Evidence()
 
@@ -198,3 +196,49 @@ class Payoff:
         self._settled, self._probed = _Evidence(), _Evidence()
         self._since = self._lasted = 0
         self.changes += 1
+
+
+class Payoffs:
+    """The payoffs of one cohort, one for each size of load: 1, 2 to 3, 4 to 7 rows and so on."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self._sizes: dict[int, Payoff] = {}
+        self._load = 1
+
+    @property
+    def now(self) -> Payoff:
+        """At the load that was last decided for."""
+        return self._at(self._load)
+
+    def decide(self, load: int) -> Decision:
+        """As `Payoff.decide`."""
+        self._load = load
+        return self.now.decide(load)
+
+    def observe(
+        self,
+        decision: Decision,
+        *,
+        drafted: bool,
+        tokens: float,
+        seconds: float,
+        plain_tokens: float,
+        plain_seconds: float,
+    ) -> None:
+        """As `Payoff.observe`: a lesson for the load that the round was decided for."""
+        self._at(decision.load).observe(
+            decision,
+            drafted=drafted,
+            tokens=tokens,
+            seconds=seconds,
+            plain_tokens=plain_tokens,
+            plain_seconds=plain_seconds,
+        )
+
+    def _at(self, load: int) -> Payoff:
+        size = load.bit_length()
+        if size not in self._sizes:
+            near = min(self._sizes, key=lambda other: abs(other - size), default=None)
+            self._sizes[size] = Payoff(self.block, plain=1.0 if near is None else self._sizes[near].plain)
+        return self._sizes[size]

@@ -90,14 +90,18 @@ async def test_what_comes_in_one_message_is_one_batch_and_one_reply() -> None:
         assert [(p.key, p.tokens) for p in blocks] == [(A, alone(A, 23)), (B, alone(B, 22))]
 
 
-@pytest.mark.parametrize("end", ["ask", "nothing", "detach"])
+def order(key: SequenceKey, tokens: int, committed_len: int = 21) -> ProposeItem:
+    return ProposeItem(key, committed_len, token_at(committed_len - 1), tokens, stay=tokens > 0, later=True)
+
+
+@pytest.mark.parametrize("end", ["ask", "order", "detach"])
 async def test_an_order_ends(end: str) -> None:
     async with rig() as own:
         await own.ask(steady(A, 21), steady(B, 21))
         if end == "detach":
             own.worker.detach([A])
         else:
-            [answer] = await own.ask(item(A, 21, anchor=token_at(20), max_tokens=5 if end == "ask" else 0))
+            [answer] = await own.ask(item(A, 21, anchor=token_at(20)) if end == "ask" else order(A, 0))
             assert not answer.stays
             assert len(answer.tokens) == (5 if end == "ask" else 0)
         own.verifier.grow(A, 25)
@@ -106,13 +110,34 @@ async def test_an_order_ends(end: str) -> None:
         await own.nothing_comes()
 
 
-async def test_ending_an_order_waits_for_nothing() -> None:
+async def test_an_order_changes_what_comes_and_waits_for_nothing() -> None:
     async with rig() as own:
-        await own.ask(steady(A, 21))
-        async with asyncio.timeout(1.0):
-            [answer] = await own.ask(item(A, 40, max_tokens=0))
-        assert answer.error is None
+        await own.ask(steady(A, 21, max_tokens=3))
+        for length, count in ((23, 5), (25, 1)):
+            [answer] = await own.ask(order(A, count, length - 1))
+            assert (answer.error, answer.stays, answer.tokens) == (None, True, ())
+            own.verifier.grow(A, length)
+            assert [p.tokens for p in await own.next()] == [alone(A, length, count)]
+
+
+async def test_an_order_comes_first_where_no_block_was_asked_for() -> None:
+    async with rig() as own:
+        [here, unknown] = await own.ask(order(A, 3), order(key_of("z"), 3))
+        assert here.stays
+        assert not unknown.stays
+        await own.nothing_comes()
         own.verifier.grow(A, 25)
+        assert [p.tokens for p in await own.next()] == [alone(A, 25, 3)]
+
+
+async def test_an_order_that_comes_behind_the_features_is_not_too_late() -> None:
+    async with rig() as own:
+        own.verifier.grow(A, 25)
+        await own.ask(steady(B, 21))
+        await asyncio.sleep(0.05)
+        await own.ask(order(A, 3))
+        assert [p.tokens for p in await own.next()] == [alone(A, 25, 3)]
+        await own.ask(order(A, 2, 26))  # and none twice
         await own.nothing_comes()
 
 

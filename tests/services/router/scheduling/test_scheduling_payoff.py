@@ -5,11 +5,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from services.router.scheduling.payoff import Decision, Payoff
+from services.router.scheduling.payoff import Decision, Payoff, Payoffs
 
 
 def run(
-    payoff: Payoff, rounds: int, gain: Callable[[int], float], *, load: int = 32, noise: float = 0.15, seed: int = 0
+    payoff: Payoff | Payoffs,
+    rounds: int,
+    gain: Callable[[int], float],
+    *,
+    load: int = 32,
+    noise: float = 0.15,
+    seed: int = 0,
 ) -> list[Decision]:
     """Rounds in which a block limited to `limit` yields gain(limit) times plain decoding's tokens a second."""
     generator, decisions = np.random.default_rng(seed), []
@@ -53,15 +59,30 @@ def test_it_does_not_say_so_where_they_hardly_do(gain: float) -> None:
     assert not payoff.wins
 
 
-def test_what_was_won_says_nothing_of_a_heavier_load() -> None:
-    payoff = Payoff(7)
-    run(payoff, 100, lambda _: 1.3, load=4)
-    assert payoff.wins
-    for _ in range(40):  # rounds in which nobody is drafted for
-        payoff.observe(payoff.decide(16), drafted=False, tokens=16, seconds=0.1, plain_tokens=16, plain_seconds=0.1)
-    assert not payoff.wins
-    run(payoff, 40, lambda _: 0.7, load=16)
-    assert not payoff.wins
+def test_what_was_won_says_nothing_of_another_load() -> None:
+    payoffs = Payoffs(7)
+    run(payoffs, 100, lambda _: 1.3, load=2)
+    assert payoffs.now.wins
+    payoffs.decide(3)
+    assert payoffs.now.wins  # of the same size
+    payoffs.decide(4)
+    assert not payoffs.now.wins
+    run(payoffs, 300, lambda _: 0.7, load=4)
+    assert payoffs.now.limit == 0
+    payoffs.decide(2)
+    assert payoffs.now.wins
+    assert payoffs.now.limit == 7
+
+
+def test_a_lesson_that_comes_late_is_of_the_load_it_was_decided_for() -> None:
+    payoffs = Payoffs(7)
+    for _ in range(100):
+        decision = payoffs.decide(1)
+        payoffs.decide(16)
+        payoffs.observe(decision, drafted=True, tokens=0.5, seconds=0.1, plain_tokens=1, plain_seconds=0.1)
+    assert payoffs.now.limit == 7
+    payoffs.decide(1)
+    assert payoffs.now.limit == 0
 
 
 def test_it_backs_off_to_none_and_probes_rarely() -> None:
@@ -101,12 +122,10 @@ def test_it_returns_when_it_pays_again() -> None:
 
 
 def test_a_lighter_load_is_tried_at_once() -> None:
-    payoff = Payoff(7)
-    run(payoff, 2500, lambda _: 0.6, load=64)
-    decisions = run(payoff, 40, lambda _: 1.5, load=8)
-    assert any(d.probe for d in decisions[:20])
-    run(payoff, 600, lambda _: 1.5, load=8)
-    assert payoff.limit == 7
+    payoffs = Payoffs(7)
+    run(payoffs, 2500, lambda _: 0.6, load=64)
+    assert payoffs.now.limit == 0
+    assert {d.limit for d in run(payoffs, 600, lambda _: 1.5, load=8)} == {7}
 
 
 @pytest.mark.parametrize("gain", [0.96, 0.99, 1.0, 1.01, 1.04])
