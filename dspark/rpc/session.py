@@ -10,12 +10,15 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import grpc
+import structlog
 
 from dspark.ending import end
 from dspark.errors import DeadlineExceeded, Unavailable
 from dspark.rpc.codec import decode_error
 
 __all__ = ["Session", "answer"]
+
+_log = structlog.get_logger(__name__)
 
 
 class _Numbered(Protocol):
@@ -99,7 +102,7 @@ class Session(Generic[RequestT, ReplyT]):
         try:
             async for reply in self._stream:
                 if reply.call_id == 0:
-                    self.on_unasked(reply)
+                    self._tell(reply)
                     continue
                 future = self._pending.get(reply.call_id)
                 if future is not None and not future.done():
@@ -108,6 +111,13 @@ class Session(Generic[RequestT, ReplyT]):
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
         self._fail(f"{self._name}: {reason}")
+
+    def _tell(self, reply: ReplyT) -> None:
+        """A fault in whoever listens must not end the reading."""
+        try:
+            self.on_unasked(reply)
+        except Exception:  # noqa: BLE001 - calls go on without it
+            _log.exception("a reply to no call was lost", session=self._name)
 
     def _fail(self, reason: str) -> None:
         if self._failure is None:

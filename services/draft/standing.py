@@ -2,7 +2,7 @@
 
 So a round's drafts begin as soon as the verify worker has sent what it committed, while the router still reads the
 verdicts. Knows who is to be drafted for and who is told. A block that nobody uses any more costs its drafting once:
-the router that lets a round pass without one ends the order.
+the router ends the orders of those it does not draft for any more.
 """
 
 from __future__ import annotations

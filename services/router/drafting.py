@@ -57,9 +57,11 @@ class Drafting:
 
     def worker_left(self, link: DraftLink) -> None:
         """A draft worker is gone; what it had goes elsewhere."""
-        for sequence in link.sequences.values():
-            sequence.drafter, sequence.standing = None, 0
+        left = list(link.sequences.values())
         link.sequences.clear()
+        for sequence in left:
+            sequence.undrafted()
+        link.unasked.forget([sequence.key for sequence in left])
         self._news.set()
 
     def wake(self) -> None:
@@ -135,7 +137,8 @@ class Drafting:
 
     @staticmethod
     def _unseat(sequence: Sequence) -> None:
-        link, sequence.drafter, sequence.standing = sequence.drafter, None, 0
+        link = sequence.drafter
+        sequence.undrafted()
         if link is not None:
             link.sequences.pop(sequence.sequence_id, None)
             link.release(sequence.key)

@@ -99,6 +99,7 @@ class Engine:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._trace)
             await stack.enter_async_context(self._tasks)
+            await stack.enter_async_context(self._proposing)
             await stack.enter_async_context(self.verifiers)
             await stack.enter_async_context(self.drafters)
             for work in (self.dispatcher.run(), self.drafting.run(), self._keep_house()):

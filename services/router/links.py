@@ -228,7 +228,6 @@ class DraftLink(Link):
     """A draft worker.
 
     Attributes:
-        stays: it has stayed with a sequence that was asked for.
         late: the call that missed the round's deadline, until it ends; nothing more is asked meanwhile.
         parts: what less than whole blocks take, as a share of `costs`.
     """
@@ -239,11 +238,10 @@ class DraftLink(Link):
         self.drafter = drafter
         self.sequences: dict[str, Sequence] = {}
         self.attaching = 0
-        self.stays = False
         self.late: asyncio.Task[ProposeResult | None] | None = None
         self.parts = Parts(drafter.block_size)
         self.refused: set[str] = set()  # model fingerprints that do not go with this drafter
-        self.unasked = Unasked()
+        self.unasked = Unasked(self._has)
         self.on_unasked: Callable[[int], None] = _no_count
         session.on_unasked = self._take_unasked
         super().__init__(worker_id, address, session, load)
@@ -287,7 +285,11 @@ class DraftLink(Link):
             return
         self.read_load(load)
         self.on_unasked(len(result.proposals))
-        self.unasked.add(result, {sequence.key for sequence in self.sequences.values()})
+        self.unasked.add(result)
+
+    def _has(self, key: SequenceKey) -> bool:
+        sequence = self.sequences.get(key.sequence_id)
+        return sequence is not None and sequence.key == key
 
     async def _free(self, keys: list[SequenceKey]) -> None:
         await self._call(codec.detach_call(keys), CALL_SECONDS)

@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from types import TracebackType
+from typing import NamedTuple, Self, TypeAlias
 
 import structlog
 
@@ -99,6 +100,14 @@ class Proposing:
         self._metrics = metrics
         self._tasks = Tasks()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._tasks.__aexit__(kind, error, trace)
+
     @staticmethod
     def able(sequence: Running) -> bool:
         """Whether a block can be asked for now; if not, `propose` counts the round as missed."""
@@ -109,13 +118,14 @@ class Proposing:
         """This round's blocks. `running`: all who take part in it; nobody stays with who is not asked for."""
         self._leave(running, {ask.sequence.sequence_id for ask in asks})
         asked, coming = self._sorted(asks)
-        if not asked and not coming:
-            return Drafts()
         began = time.perf_counter()
         gathered = _Gathered()
         calls = self._start(asked)
         await self._await_unasked(coming, gathered)
-        self._change(asks)
+        fresh = {sequence.sequence_id for batch in asked.values() for sequence, _ in batch}
+        self._change(ask for ask in asks if ask.sequence.sequence_id not in fresh)
+        if not asked and not coming:
+            return Drafts()
         calls += self._start(gathered.missed)
         if calls:
             await asyncio.wait([call.task for call in calls], timeout=self._patience.round)
@@ -140,7 +150,7 @@ class Proposing:
             elif want:
                 sequence.steady += 1
                 batches = coming if want <= sequence.standing <= 2 * max(want, following) else asked
-                batches[link].append((sequence, _item(sequence, want)))
+                batches[link].append((sequence, _item(sequence, want, stay=following > 0)))
         return asked, coming
 
     # ------------------------------------------------------------ asked for
@@ -160,7 +170,7 @@ class Proposing:
         link, batch, result = call.link, call.batch, call.result
         if not call.task.done():
             link.late = call.task
-            call.task.add_done_callback(partial(_caught_up, link))
+            call.task.add_done_callback(partial(self._caught_up, call))
         if result is None:
             self._metrics.missed("late", len(batch))
             return
@@ -168,9 +178,9 @@ class Proposing:
         _learn(link, [item for (_, item), p in zip(batch, result.proposals, strict=True) if p.error is None], result)
         for (sequence, item), proposal in zip(batch, result.proposals, strict=True):
             if self._use(link, sequence, item, proposal):
-                sequence.standing = item.max_tokens if proposal.stays else 0
-                link.stays |= proposal.stays
-                gathered.begins |= proposal.stays
+                if _belongs(sequence, link, item):
+                    gathered.begins |= proposal.stays and not sequence.standing
+                    sequence.standing = item.max_tokens if proposal.stays else 0
                 gathered.proposals[sequence.sequence_id] = proposal
 
     def _count(self, link: DraftLink, result: ProposeResult, gathered: _Gathered) -> None:
@@ -182,6 +192,7 @@ class Proposing:
         """Whether the proposal can be verified; otherwise notes the miss and what to do about it."""
         if proposal.error is None and (fault := _fault(sequence, item, proposal)) is None:
             sequence.misses = 0
+            sequence.fed = sequence.drafter is link
             sequence.drafter_name = link.drafter.name
             link.tokens += len(proposal.tokens)
             return True
@@ -205,15 +216,18 @@ class Proposing:
 
     async def _await_unasked(self, coming: _Batches, gathered: _Gathered) -> None:
         """Blocks of sequences that drafters stay with; what does not come in the time that features have is missed."""
+        until = time.perf_counter() + self._patience.features
         for link, batch in coming.items():
             lengths = {sequence.key: item.committed_len for sequence, item in batch}
-            await link.unasked.wait(lengths, self._patience.features)
+            await link.unasked.wait(lengths, max(0.0, until - time.perf_counter()))
             self._take_unasked(link, batch, gathered)
 
     def _take_unasked(self, link: DraftLink, batch: Sequence[_Asked], gathered: _Gathered) -> None:
         drafted: dict[int, tuple[ProposeResult, list[ProposeItem]]] = {}
         for sequence, item in batch:
-            came = link.unasked.take(item.key, item.committed_len)
+            if not _belongs(sequence, link, item):
+                continue  # it has ended or moved meanwhile
+            came = link.unasked.find(item.key, item.committed_len)
             if came is None:
                 sequence.standing, sequence.steady = 0, -DISTRUST
                 gathered.missed[link].append((sequence, replace(item, stay=False)))
@@ -238,7 +252,7 @@ class Proposing:
             if link is not None and (standing or joins) and not following <= standing <= following + SLACK:
                 sequence.standing = following
                 changed[link].append((sequence, _order(sequence, following)))
-        self._start(changed)
+        self._send(changed)
 
     def _leave(self, running: Iterable[Running], asked: set[str]) -> None:
         """Nobody stays with a sequence that this round does not ask for."""
@@ -250,11 +264,34 @@ class Proposing:
             if sequence.standing and sequence.drafter is not None:
                 sequence.standing = 0
                 left[sequence.drafter].append((sequence, _order(sequence, 0)))
-        self._start(left)
+        self._send(left)
+
+    def _send(self, orders: _Batches) -> None:
+        """Nobody waits for the answers."""
+        for call in self._start(orders):
+            call.task.add_done_callback(partial(self._ordered, call))
+
+    @staticmethod
+    def _ordered(call: _Call, _task: asyncio.Task[ProposeResult | None]) -> None:
+        """What the worker did not take on will not come."""
+        for (sequence, item), proposal in zip(call.batch, call.result.proposals if call.result else (), strict=False):
+            if item.max_tokens and not proposal.stays and _belongs(sequence, call.link, item):
+                sequence.standing = 0
+
+    def _caught_up(self, call: _Call, _task: asyncio.Task[ProposeResult | None]) -> None:
+        """The worker may be asked again. It stays with none of those for whom it was too late."""
+        link = call.link
+        link.late = None
+        stayed = [
+            (s, _order(s, 0)) for s, item in call.batch if item.stay and _belongs(s, link, item) and not s.standing
+        ]
+        if stayed and link.alive:
+            self._send({link: stayed})
 
 
-def _item(sequence: Running, want: int) -> ProposeItem:
-    return ProposeItem(sequence.key, sequence.committed_len, sequence.token_ids[-1], want, stay=sequence.steady > 0)
+def _item(sequence: Running, want: int, *, stay: bool) -> ProposeItem:
+    stays = stay and sequence.steady > 0
+    return ProposeItem(sequence.key, sequence.committed_len, sequence.token_ids[-1], want, stay=stays)
 
 
 def _order(sequence: Running, following: int) -> ProposeItem:
@@ -279,8 +316,9 @@ def _learn(link: DraftLink, served: Sequence[ProposeItem], result: ProposeResult
         link.parts.observe(longest, result.total_seconds / link.costs.predict(requests, context))
 
 
-def _caught_up(link: DraftLink, _call: asyncio.Task[ProposeResult | None]) -> None:
-    link.late = None
+def _belongs(sequence: Running, link: DraftLink, item: ProposeItem) -> bool:
+    """Whether the sequence still is what the item was about, and this drafter's."""
+    return sequence.drafter is link and sequence.key == item.key
 
 
 def _fault(sequence: Running, item: ProposeItem, proposal: Proposal) -> str | None:

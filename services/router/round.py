@@ -38,6 +38,7 @@ class Round:
         hold_features: whether the features that the step brings may wait at the verify worker.
         reach: (R,) how much of a block is asked for at most, or comes unasked, where its policy lets plans of late say
             so; 0 elsewhere.
+        once: (R,) drafted for in this round only, if at all: nobody is to stay with them.
         following: (R,) how much of the blocks after this round's is to come unasked.
         joining: (R,) wanted, but their blocks are to come unasked with the others', from the next round on.
         proposed: (R,) whether a block came. confidences: (R, n) as they came; corrected: as they are believed.
@@ -67,6 +68,7 @@ class Round:
     decision: Decision | None
     hold_features: bool = False
     reach: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    once: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     joining: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     following: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     drafting: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))

@@ -110,6 +110,7 @@ class Scheduler:
             base_tokens=len(running) + self.costs.other_rows * self._yield,
             unhidden=0.0,
             decision=decision,
+            once=np.zeros(len(running), np.bool_),
         )
         if scheduled.any() and block:
             self._choose(round_, block)
@@ -165,29 +166,29 @@ class Scheduler:
         round_.asked = (round_.most > 0) & (wanted | (staying > 0))
         whole = (staying == 0) | (round_.explored < 0)
         round_.explored = np.where(whole, round_.explored, np.minimum(round_.explored, staying))
+        round_.once = scheduled & able & ~chosen & (staying == 0)
         for sequence, own in zip(round_.running, wanted, strict=True):
             sequence.spared = 0 if own else sequence.spared + 1
 
     def _shorten(self, round_: Round, block: int) -> None:
         """Ask for no more than plans take lately, but of those whose whole block is explored; what stays, stays."""
-        shortening, standing = _shortening(round_), _standing(round_)
+        probe = round_.decision is not None and round_.decision.probe
+        shortening, standing = _shortening(round_), _standing(round_) * (not probe)
         free = shortening & (round_.explored < 0)
         worth = self._reach.of(block)
         round_.reach = np.where(free, np.where(standing > 0, standing, worth), 0)
         leaving = np.array([s.spared >= SPARED for s in round_.running], np.bool_)
-        round_.following = np.where(leaving, 0, np.where(shortening, worth, round_.most))
+        longest = np.where(shortening, np.minimum(worth, round_.most), round_.most)
+        round_.following = np.where(leaving | round_.once | (probe & (_standing(round_) == 0)), 0, longest)
         bound = np.where(free, round_.reach, np.where(shortening & (standing > 0), standing, block))
         round_.most = np.minimum(round_.most, bound)
 
-    @staticmethod
-    def _join(round_: Round) -> None:
+    def _join(self, round_: Round) -> None:
         """What is asked for comes after what comes unasked: who joins the others is drafted for a round later."""
         standing = _standing(round_)
-        stays = np.array(
-            [s.drafter is not None and s.drafter.stays and s.steady >= 0 for s in round_.running], np.bool_
-        )
+        known = np.array([s.fed and s.steady >= 0 for s in round_.running], np.bool_) & (round_.following > 0)
         others = bool((round_.asked & (standing > 0)).any())
-        round_.joining = round_.asked & (standing == 0) & stays & others
+        round_.joining = round_.asked & (standing == 0) & known & self._ables(round_) & others
         round_.asked = round_.asked & ~round_.joining
 
     def _ables(self, round_: Round) -> Bools:

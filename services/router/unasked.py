@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from dspark.messages import Proposal, ProposeResult, SequenceKey
@@ -40,31 +40,33 @@ class Came:
 
 
 class Unasked:
-    """The latest block of each sequence."""
+    """The latest block of each sequence. `member` tells who has this draft worker: nobody waits for others' blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, member: Callable[[SequenceKey], bool]) -> None:
+        self._member = member
         self._latest: dict[SequenceKey, Came] = {}
         self._news = asyncio.Event()
 
-    def add(self, result: ProposeResult, wanted: Container[SequenceKey]) -> None:
+    def add(self, result: ProposeResult) -> None:
         """They have come; whoever waits is told."""
         for proposal in result.proposals:
-            if proposal.key in wanted:
+            if self._member(proposal.key):
                 self._latest[proposal.key] = Came(proposal, result)
         self._news.set()
 
-    def take(self, key: SequenceKey, committed_len: int) -> Came | None:
-        """The sequence's block, if it is for where the sequence is now; forgotten in any case."""
-        came = self._latest.pop(key, None)
+    def find(self, key: SequenceKey, committed_len: int) -> Came | None:
+        """The sequence's block, if it is for where the sequence is now. It stays until the next one comes."""
+        came = self._latest.get(key)
         return came if came is not None and came.proposal.committed_len == committed_len else None
 
     def forget(self, keys: Iterable[SequenceKey]) -> None:
-        """Nobody will take them."""
+        """Nobody wants them, or waits for them, any more."""
         for key in keys:
             self._latest.pop(key, None)
+        self._news.set()
 
     async def wait(self, lengths: Mapping[SequenceKey, int], seconds: float) -> None:
-        """Returns once every sequence's block for its committed length is here, at the latest after so many seconds."""
+        """Returns once each member's block for its committed length is here, at the latest after so many seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not all(self._has(key, length) for key, length in lengths.items()):
@@ -72,5 +74,4 @@ class Unasked:
                     await self._news.wait()
 
     def _has(self, key: SequenceKey, committed_len: int) -> bool:
-        came = self._latest.get(key)
-        return came is not None and came.proposal.committed_len == committed_len
+        return not self._member(key) or self.find(key, committed_len) is not None

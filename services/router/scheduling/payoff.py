@@ -159,7 +159,8 @@ class Payoff:
         if not drafted:
             self._calibrate(seconds / plain_seconds)
             return
-        worth = min(max(tokens / plain_tokens * plain_seconds / seconds, 1 / ODD), ODD)
+        worth = tokens / plain_tokens * plain_seconds / seconds
+        worth = min(max(worth, 1 / (ODD * self.plain)), ODD / self.plain)
         if decision.probe:
             if self._level and decision.limit == self.levels[self._level - 1]:  # decided before a change, otherwise
                 self._probed.add(worth)

@@ -325,3 +325,17 @@ async def test_a_store_that_is_gone_changes_nothing_but_the_age_of_what_is_known
         results = await crowd(toys, 2, 60)
         assert_right(results, 60)
         assert length(results) > 3
+
+
+async def test_speculation_comes_back_where_the_drafter_stays_with_streams() -> None:
+    verifier, draft = PricedVerifier(), drafter()
+    draft.stays = True
+    verifier.on_commit = draft.committed
+    async with cluster(verifier, draft, options=by_fives(policy=Adaptive())) as toys:
+        await toys.generate("hello", max_tokens=60)
+        scheduler = next(iter(toys.engine._schedulers.values()))
+        payoff = scheduler._payoffs._at(1)
+        payoff._go(2)  # as after a bad stretch
+        assert payoff.limit == 0
+        assert_right([await toys.generate("hello", max_tokens=600, sampling={"seed": 0})], 600)
+        assert payoff.limit > 0

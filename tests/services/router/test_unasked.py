@@ -106,29 +106,71 @@ async def test_nobody_stays_with_who_is_not_asked_for() -> None:
         assert len(made.board.workers[0].steps) > steps  # type: ignore[attr-defined]
 
 
-async def test_a_block_is_for_one_length_and_taken_once() -> None:
-    unasked = Unasked()
+async def test_who_ends_by_a_stop_string_holds_nobody_up() -> None:
+    async with staying() as (made, _):
+        began = time.monotonic()
+        alone = await made.generate("hello", max_tokens=300)
+        usual = time.monotonic() - began
+        began = time.monotonic()
+        steady = asyncio.create_task(made.generate("hello", max_tokens=300))
+        for _ in range(6):
+            stopped = await made.generate("hello", max_tokens=60, stop=[alone.text[20:24]])
+            assert 20 <= len(stopped.ids) < 60
+        assert (await steady).ids == alone.ids
+        assert time.monotonic() - began < 2 * usual + 0.5  # six waits of 0.2 s would be more
+
+
+async def test_a_drafter_that_comes_is_stayed_with_and_one_that_goes_is_not_waited_for() -> None:
+    async with staying() as (made, draft):
+        left = asyncio.create_task(made.generate("hello", max_tokens=400))
+        await until(lambda: draft.unasked > 3)
+        await draft.kill()
+        other = ToyDraft("draft-1")
+        other.stays = True
+        made.board.workers[0].on_commit = other.committed  # type: ignore[attr-defined]
+        await made.add(other)
+        await until(lambda: other.unasked > 3 or left.done())
+        assert (await left).ids == said("hello", 400)
+        assert other.unasked > 3
+
+
+async def test_a_block_is_for_one_length_and_kept_until_the_next() -> None:
+    unasked = Unasked(lambda key: key == KEY)
     block = Proposal(KEY, 7, (1, 2, 3), (0.5, 0.5, 0.5))
-    unasked.add(ProposeResult((block, replace(block, key=SequenceKey("gone", 0)))), {KEY})
-    assert unasked.take(SequenceKey("gone", 0), 7) is None
-    assert unasked.take(KEY, 8) is None  # and forgotten
-    assert unasked.take(KEY, 7) is None
-    unasked.add(ProposeResult((block,)), {KEY})
+    unasked.add(ProposeResult((block, replace(block, key=SequenceKey("gone", 0)))))
+    assert unasked.find(SequenceKey("gone", 0), 7) is None
+    assert unasked.find(KEY, 8) is None
     await unasked.wait({KEY: 7}, 5.0)
-    came = unasked.take(KEY, 7)
+    came = unasked.find(KEY, 7)
     assert came is not None
     assert came.cut(2).proposal == replace(block, tokens=(1, 2), confidences=(0.5, 0.5))
     assert came.cut(9) is came
+    unasked.add(ProposeResult((replace(block, committed_len=9),)))
+    assert unasked.find(KEY, 7) is None
+    unasked.forget([KEY])
+    assert unasked.find(KEY, 9) is None
 
 
 async def test_a_wait_ends_with_the_last_block_or_its_time() -> None:
-    unasked, other = Unasked(), SequenceKey("t", 1)
+    members = {KEY, other := SequenceKey("t", 1)}
+    unasked = Unasked(members.__contains__)
     wait = asyncio.create_task(unasked.wait({KEY: 7, other: 9}, 5.0))
-    unasked.add(ProposeResult((Proposal(KEY, 7),)), {KEY, other})
+    unasked.add(ProposeResult((Proposal(KEY, 7),)))
     await asyncio.sleep(0.02)
     assert not wait.done()
-    unasked.add(ProposeResult((Proposal(other, 9),)), {KEY, other})
+    unasked.add(ProposeResult((Proposal(other, 9),)))
     await asyncio.wait_for(wait, 1.0)
     began = time.monotonic()
     await unasked.wait({KEY: 8}, 0.05)
     assert 0.04 < time.monotonic() - began < 1.0
+
+
+async def test_nobody_waits_for_who_has_left() -> None:
+    members = {KEY}
+    unasked = Unasked(members.__contains__)
+    wait = asyncio.create_task(unasked.wait({KEY: 7}, 30.0))
+    await asyncio.sleep(0.02)
+    assert not wait.done()
+    members.clear()
+    unasked.forget([KEY])
+    await asyncio.wait_for(wait, 1.0)
