@@ -26,11 +26,12 @@ from services.router.active import Active
 from services.router.catalog import Catalog
 from services.router.chronicle import Chronicle
 from services.router.cohort import Cohort
+from services.router.connecting import connect_draft, connect_verifier
 from services.router.costs import RoundCosts
 from services.router.dispatch import Dispatcher
 from services.router.drafting import Drafting
 from services.router.finish import FinishReason
-from services.router.links import DraftLink, VerifierLink, connect_draft, connect_verifier
+from services.router.links import DraftLink, VerifierLink
 from services.router.memory import Memory
 from services.router.metrics import Metrics
 from services.router.options import Options

@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -31,20 +30,17 @@ from dspark.messages import (
     WorkerLoad,
 )
 from dspark.rpc import codec, pieces
-from dspark.rpc.channel import connect
 from dspark.rpc.session import Session
-from dspark.store import WorkerRecord
-from dspark.v1 import draft_pb2, draft_pb2_grpc, verifier_pb2, verifier_pb2_grpc
+from dspark.v1 import draft_pb2
 from services.router.parts import Parts
 from services.router.unasked import Unasked
 
 if TYPE_CHECKING:
     from services.router.sequences import Sequence
 
-__all__ = ["DraftLink", "Link", "VerifierLink", "connect_draft", "connect_verifier"]
+__all__ = ["CALL_SECONDS", "DraftLink", "Link", "VerifierLink"]
 
 _log = structlog.get_logger(__name__)
-CONNECT_SECONDS = 5.0
 CALL_SECONDS = 30.0  # of calls that no round waits for
 
 
@@ -308,40 +304,3 @@ def _matching(asked: list[Any], answered: Any, worker_id: str) -> list[Any]:
     if [item.key for item in asked] != [item.key for item in answered]:
         raise InternalError(f"{worker_id}: the reply is not about the sequences that were asked for")
     return list(answered)
-
-
-# ---------------------------------------------------------------- connecting
-
-
-@asynccontextmanager
-async def connect_verifier(record: WorkerRecord) -> AsyncIterator[VerifierLink]:
-    """A link to the verify worker of a store record, while the block runs. Raises `grpc.aio.AioRpcError` as well."""
-    async with connect(record.address) as channel:
-        stub = verifier_pb2_grpc.VerifierStub(channel)
-        about = await stub.Describe(verifier_pb2.DescribeVerifierRequest(), timeout=CONNECT_SECONDS)
-        session: Session[verifier_pb2.VerifierRequest, verifier_pb2.VerifierReply]
-        session = Session(stub.Session, name=record.worker_id)
-        async with session:
-            yield VerifierLink(
-                record.worker_id,
-                record.address,
-                session,
-                codec.decode(about.load),
-                model=codec.decode(about.model),
-                page_size=about.page_size,
-                max_step_tokens=about.max_step_tokens,
-                fetch_tokenizer=lambda: stub.FetchTokenizer(verifier_pb2.FetchTokenizerRequest(), timeout=CALL_SECONDS),
-            )
-
-
-@asynccontextmanager
-async def connect_draft(record: WorkerRecord) -> AsyncIterator[DraftLink]:
-    """A link to the draft worker of a store record, while the block runs. Raises `grpc.aio.AioRpcError` as well."""
-    async with connect(record.address) as channel:
-        stub = draft_pb2_grpc.DraftStub(channel)
-        about = await stub.Describe(draft_pb2.DescribeDraftRequest(), timeout=CONNECT_SECONDS)
-        session: Session[draft_pb2.DraftRequest, draft_pb2.DraftReply]
-        session = Session(stub.Session, name=record.worker_id)
-        async with session:
-            drafter = codec.decode(about.drafter)
-            yield DraftLink(record.worker_id, record.address, session, codec.decode(about.load), drafter=drafter)

@@ -19,7 +19,8 @@ from typing import NamedTuple, Self, TypeAlias
 import structlog
 
 from dspark.errors import DSparkError, StaleMessage, UnknownSequence
-from dspark.messages import Mode, Proposal, ProposeItem, ProposeResult
+from dspark.messages import Proposal, ProposeItem, ProposeResult
+from services.router.blocks import fault_of, learn
 from services.router.drafting import Drafting
 from services.router.links import DraftLink
 from services.router.metrics import Metrics
@@ -32,7 +33,6 @@ __all__ = ["Ask", "Drafts", "Proposing"]
 _log = structlog.get_logger(__name__)
 MAX_SKIPPED = 8
 MAX_MISSES = 6  # in a row, before the sequence is attached anew
-ALIKE = 0.75  # of a batch's blocks, at least, are as long as the longest where its time tells what such blocks take
 SLACK = 1  # tokens that may come unasked beyond what is worth it, before that is changed
 DISTRUST = 32  # rounds in which nothing is expected unasked, after a block that should have come so and did not
 
@@ -175,11 +175,12 @@ class Proposing:
             self._metrics.missed("late", len(batch))
             return
         self._count(link, result, gathered)
-        _learn(link, [item for (_, item), p in zip(batch, result.proposals, strict=True) if p.error is None], result)
+        learn(link, [item for (_, item), p in zip(batch, result.proposals, strict=True) if p.error is None], result)
         for (sequence, item), proposal in zip(batch, result.proposals, strict=True):
             if self._use(link, sequence, item, proposal):
                 if _belongs(sequence, link, item):
                     gathered.begins |= proposal.stays and not sequence.standing
+                    sequence.followed |= proposal.stays
                     sequence.standing = item.max_tokens if proposal.stays else 0
                 gathered.proposals[sequence.sequence_id] = proposal
 
@@ -190,9 +191,8 @@ class Proposing:
 
     def _use(self, link: DraftLink, sequence: Running, item: ProposeItem, proposal: Proposal) -> bool:
         """Whether the proposal can be verified; otherwise notes the miss and what to do about it."""
-        if proposal.error is None and (fault := _fault(sequence, item, proposal)) is None:
+        if proposal.error is None and (fault := fault_of(sequence, item, proposal)) is None:
             sequence.misses = 0
-            sequence.fed = sequence.drafter is link
             sequence.drafter_name = link.drafter.name
             link.tokens += len(proposal.tokens)
             return True
@@ -240,7 +240,7 @@ class Proposing:
         for result, items in drafted.values():
             self._count(link, result, gathered)
             if len(items) == len(result.proposals):
-                _learn(link, items, result)
+                learn(link, items, result)
         self._metrics.unasked_used(sum(len(items) for _, items in drafted.values()))
 
     def _change(self, asks: Iterable[Ask]) -> None:
@@ -301,36 +301,6 @@ def _order(sequence: Running, following: int) -> ProposeItem:
     )
 
 
-def _learn(link: DraftLink, served: Sequence[ProposeItem], result: ProposeResult) -> None:
-    """Whole blocks are what was profiled; of shorter ones it is learned what part of that they take."""
-    if link.costs is None or not served:
-        return
-    longest = min(max(item.max_tokens for item in served), link.drafter.block_size)
-    if sum(item.max_tokens >= longest for item in served) < ALIKE * len(served):
-        return  # whole blocks beside short ones are neither
-    requests = len(served) + result.other_requests
-    context = sum(item.committed_len for item in served) / len(served)
-    if longest == link.drafter.block_size:
-        link.costs.observe(requests, context, result.total_seconds)
-    elif not result.other_requests:  # of others' blocks it is not known how long they were
-        link.parts.observe(longest, result.total_seconds / link.costs.predict(requests, context))
-
-
 def _belongs(sequence: Running, link: DraftLink, item: ProposeItem) -> bool:
     """Whether the sequence still is what the item was about, and this drafter's."""
     return sequence.drafter is link and sequence.key == item.key
-
-
-def _fault(sequence: Running, item: ProposeItem, proposal: Proposal) -> str | None:
-    """What a drafter got wrong, if anything: a broken one must not break streams."""
-    if proposal.committed_len != item.committed_len:
-        return f"for committed_len {proposal.committed_len}, asked at {item.committed_len}"
-    if len(proposal.tokens) > item.max_tokens:
-        return f"{len(proposal.tokens)} tokens, asked for {item.max_tokens}"
-    if any(token >= sequence.model.info.vocab_size for token in proposal.tokens):
-        return "a token outside the vocabulary"
-    sampling = sequence.request.sampling
-    needs = sampling.mode is Mode.REJECTION and not sampling.greedy
-    if needs and len(proposal.distributions) != len(proposal.tokens):
-        return f"{len(proposal.distributions)} distributions for {len(proposal.tokens)} tokens"
-    return None

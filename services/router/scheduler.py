@@ -1,17 +1,17 @@
 """Decides a cohort's rounds: for whom to draft, then how much of each block to verify; and learns from what came of it.
 
-Turns sequences into the rows of arrays that `services.router.scheduling` reasons about, and back. Knows neither how
+Brings rows of arrays (`rows.py`) together with what `services.router.scheduling` makes of them. Knows neither how
 proposals come nor what a verify worker is told. What decides about drafting is known before anything is drafted, and
 what decides about verifying follows the batch's strictest sampling mode (DSpark §3.2.2, Appendix A).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from dspark.messages import Mode, Proposal
+from dspark.messages import Proposal
 from services.router.cohort import Cohort
 from services.router.costs import RoundCosts
 from services.router.holding import Holding
@@ -19,10 +19,20 @@ from services.router.links import DraftLink
 from services.router.memory import Memory
 from services.router.options import Options
 from services.router.round import Round, Took
+from services.router.rows import (
+    by_rejection,
+    coming,
+    confidences,
+    fresh,
+    most_of,
+    most_promising,
+    shortening,
+    standing,
+)
 from services.router.scheduling.looks import Looks
 from services.router.scheduling.payoff import Decision, Payoff, Payoffs
-from services.router.scheduling.plan import FREE, Bools, Floats, Ints, limits, survival_of
-from services.router.scheduling.policies import Facts, Policy, mixed
+from services.router.scheduling.plan import FREE, Bools, Floats, Ints, survival_of
+from services.router.scheduling.policies import Facts, mixed
 from services.router.scheduling.reach import Reach
 from services.router.scheduling.survival import explore
 from services.router.scheduling.whom import whom_to_draft
@@ -89,7 +99,7 @@ class Scheduler:
         decision = (self._holding.decision or self._decide(block, len(running) + price)) if scheduled.any() else None
         context = sum(s.committed_len for s in running) / max(1, len(running))
         slots, settings = self._memory.rows(running)
-        most = _most(running, policies, scheduled, block, decision)
+        most = most_of(running, policies, scheduled, block, decision)
         round_ = Round(
             running=running,
             prompts=prompts,
@@ -117,7 +127,7 @@ class Scheduler:
         self._shorten(round_, block)
         self._join(round_)
         round_.drafting = round_.asked & self._ables(round_)
-        self._holding.settle(round_, coming=_coming(round_))
+        self._holding.settle(round_, coming=coming(round_))
         longest = int(round_.most[round_.drafting].max(initial=0))
         round_.unhidden = float(self._draft_seconds(len(running), context, longest)[np.count_nonzero(round_.drafting)])
         return round_
@@ -143,7 +153,7 @@ class Scheduler:
         if self._holding.postponed:
             self._holding.resume(round_, scheduled & able)
             return
-        usual = np.where(_shortening(round_), np.minimum(round_.most, self._reach.usual(block)), round_.most)
+        usual = np.where(shortening(round_), np.minimum(round_.most, self._reach.usual(block)), round_.most)
         open_ = np.arange(block) < np.where(scheduled & able, usual, 0)[:, None]
         predicted = np.where(open_, self._memory.histories.predicted(round_.slots)[:, :block], 0.0)
         chosen = whom_to_draft(
@@ -157,12 +167,12 @@ class Scheduler:
             chosen = able
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
         if able.any() and round_.decodes and self._looks.due(pays=bool(chosen.any())):
-            chosen = able if self._looks.first else _most_promising(predicted, able, LOOKED)
+            chosen = able if self._looks.first else most_promising(predicted, able, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.base_rows)
         round_.explored = np.where(room > 0, explored, FREE)
         wanted = np.where(scheduled & able, chosen | (round_.explored > 0), True)
-        staying = _standing(round_)  # what comes unasked is drafted already, so using it is free
+        staying = standing(round_)  # what comes unasked is drafted already, so using it is free
         round_.asked = (round_.most > 0) & (wanted | (staying > 0))
         whole = (staying == 0) | (round_.explored < 0)
         round_.explored = np.where(whole, round_.explored, np.minimum(round_.explored, staying))
@@ -173,22 +183,23 @@ class Scheduler:
     def _shorten(self, round_: Round, block: int) -> None:
         """Ask for no more than plans take lately, but of those whose whole block is explored; what stays, stays."""
         probe = round_.decision is not None and round_.decision.probe
-        shortening, standing = _shortening(round_), _standing(round_) * (not probe)
-        free = shortening & (round_.explored < 0)
+        here, short = standing(round_), shortening(round_)
+        staying = here * (not probe)  # a probe tries longer blocks than come unasked
+        free = short & (round_.explored < 0)
         worth = self._reach.of(block)
-        round_.reach = np.where(free, np.where(standing > 0, standing, worth), 0)
+        round_.reach = np.where(free, np.where(staying > 0, staying, worth), 0)
         leaving = np.array([s.spared >= SPARED for s in round_.running], np.bool_)
-        longest = np.where(shortening, np.minimum(worth, round_.most), round_.most)
-        round_.following = np.where(leaving | round_.once | (probe & (_standing(round_) == 0)), 0, longest)
-        bound = np.where(free, round_.reach, np.where(shortening & (standing > 0), standing, block))
+        longest = np.where(short, np.minimum(worth, round_.most), round_.most)
+        round_.following = np.where(leaving | round_.once | (probe & (here == 0)), 0, longest)
+        bound = np.where(free, round_.reach, np.where(short & (staying > 0), staying, block))
         round_.most = np.minimum(round_.most, bound)
 
     def _join(self, round_: Round) -> None:
         """What is asked for comes after what comes unasked: who joins the others is drafted for a round later."""
-        standing = _standing(round_)
-        known = np.array([s.fed and s.steady >= 0 for s in round_.running], np.bool_) & (round_.following > 0)
-        others = bool((round_.asked & (standing > 0)).any())
-        round_.joining = round_.asked & (standing == 0) & known & self._ables(round_) & others
+        here = standing(round_)
+        known = np.array([s.followed and s.steady >= 0 for s in round_.running], np.bool_) & (round_.following > 0)
+        others = bool((round_.asked & (here > 0)).any())
+        round_.joining = round_.asked & (here == 0) & known & self._ables(round_) & others
         round_.asked = round_.asked & ~round_.joining
 
     def _ables(self, round_: Round) -> Bools:
@@ -199,9 +210,9 @@ class Scheduler:
     def plan(self, round_: Round, proposals: Mapping[str, Proposal]) -> None:
         """Verify lengths of the blocks that came."""
         width = max(round_.before.shape[1], 1)
-        blocks = [_fresh(s, proposals) for s in round_.running]
+        blocks = [fresh(s, proposals) for s in round_.running]
         round_.proposed = np.array([block is not None for block in blocks], np.bool_)
-        round_.confidences = _confidences(blocks, width)
+        round_.confidences = confidences(blocks, width)
         histories, tracker = self._memory.histories, self._memory.tracker
         nudge = histories.nudge(round_.slots)
         round_.corrected = tracker.corrected(round_.settings, round_.confidences, nudge)
@@ -211,7 +222,7 @@ class Scheduler:
             seconds=round_.decode_seconds,
             base_rows=round_.base_rows,
             unhidden=round_.unhidden if round_.proposed.any() else 0.0,
-            rejection=any(_by_rejection(s) for s, own in zip(round_.running, round_.proposed, strict=True) if own),
+            rejection=any(by_rejection(s) for s, own in zip(round_.running, round_.proposed, strict=True) if own),
             before=np.where(round_.asked[:, None], round_.before, 0.0) if round_.before.shape[1] == width else None,
             explored=round_.explored,
             base_tokens=round_.base_tokens,
@@ -270,67 +281,3 @@ class Scheduler:
                 plain_tokens=judged,
                 plain_seconds=float(round_.seconds[min(round_.base_rows, len(round_.seconds) - 1)]),
             )
-
-
-def _most(
-    running: Sequence[Running], policies: Sequence[Policy], scheduled: Bools, block: int, decision: Decision | None
-) -> Ints:
-    """(R,) draft tokens that each may have verified: the request's limits, its policy's, and what pays at all."""
-    pays = decision.limit if decision is not None else block
-    caps = [
-        min(policy.ask(block), block if s.request.max_verify_length is None else s.request.max_verify_length)
-        for s, policy in zip(running, policies, strict=True)
-    ]
-    return limits(
-        np.array([s.left for s in running], np.int64),
-        block,
-        caps=np.where(scheduled, np.minimum(caps, pays), caps).astype(np.int64),
-        speculation=np.array([s.request.speculation for s in running], np.bool_),
-    )
-
-
-def _shortening(round_: Round) -> Bools:
-    """(R,) whose policy asks for no more than plans take."""
-    return np.array([policy.shortens for policy in round_.policies], np.bool_)
-
-
-def _standing(round_: Round) -> Ints:
-    """(R,) draft tokens that come unasked."""
-    return np.array([s.standing for s in round_.running], np.int64)
-
-
-def _coming(round_: Round) -> bool:
-    """Whether somebody who is to be drafted for has a drafter, or soon will."""
-    pairs = zip(round_.asked, round_.running, strict=True)
-    return any(asked and (s.drafter is not None or s.attaching) for asked, s in pairs)
-
-
-def _most_promising(predicted: Floats, able: Bools, count: int) -> Bools:
-    """(R,) those of the able whose blocks should survive longest."""
-    chosen = np.zeros(len(able), np.bool_)
-    chosen[np.argsort(-np.where(able, predicted.sum(axis=1), -1.0), kind="stable")[:count]] = True
-    return chosen & able
-
-
-def _fresh(sequence: Running, proposals: Mapping[str, Proposal]) -> Proposal | None:
-    """The proposal, if it is for where the sequence is now."""
-    proposal = proposals.get(sequence.sequence_id)
-    if proposal is None or (proposal.key, proposal.committed_len) != (sequence.key, sequence.committed_len):
-        return None
-    return proposal
-
-
-def _confidences(blocks: Sequence[Proposal | None], width: int) -> Floats:
-    """(R, width) c_k; 0 past what was proposed, NaN where the drafter gives none."""
-    table = np.zeros((len(blocks), width))
-    for row, block in enumerate(blocks):
-        if block is not None:
-            count = min(width, len(block.tokens))
-            known = block.confidences[:count]
-            table[row, :count] = np.maximum(known, 1e-6) if len(known) == count else np.nan
-    return table
-
-
-def _by_rejection(sequence: Running) -> bool:
-    sampling = sequence.request.sampling
-    return sampling.mode is Mode.REJECTION and not sampling.greedy

@@ -36,7 +36,7 @@ class Sequence:
         attaching: an attachment is under way.
         draft_retry_at: `time.monotonic()` before which no draft worker is tried again.
         slot, setting: its place in the router's memory of drafts, and what it is remembered under.
-        fed: its drafter has drafted for it, so had its features.
+        followed: its drafter has stayed with it, so can, and has had its features.
         steady: rounds in a row that have asked for drafts; below 0 while its drafter is not to stay with it.
         spared: rounds in a row that were better off without drafts for it.
         standing: draft tokens that its drafter sends unasked behind whatever is committed; 0: none.
@@ -70,7 +70,7 @@ class Sequence:
         self.draft_retry_at = 0.0
         self.slot: int | None = None
         self.setting = -1
-        self.fed = False
+        self.followed = False
         self.steady = 0
         self.spared = 0
         self.standing = 0
@@ -164,7 +164,7 @@ class Sequence:
     def undrafted(self) -> None:
         """It has no draft worker any more."""
         self.drafter = None
-        self.fed = False
+        self.followed = False
         self.steady = self.standing = 0
 
     # ------------------------------------------------------------ what the client sees

@@ -1,0 +1,81 @@
+"""Sequences and their blocks as rows of arrays, which is what `services.router.scheduling` reasons about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dspark.messages import Mode, Proposal
+from services.router.round import Round
+from services.router.scheduling.payoff import Decision
+from services.router.scheduling.plan import Bools, Floats, Ints, limits
+from services.router.scheduling.policies import Policy
+from services.router.sequences import Sequence as Running
+
+__all__ = ["by_rejection", "coming", "confidences", "fresh", "most_of", "most_promising", "shortening", "standing"]
+
+
+def most_of(
+    running: Sequence[Running], policies: Sequence[Policy], scheduled: Bools, block: int, decision: Decision | None
+) -> Ints:
+    """(R,) draft tokens that each may have verified: the request's limits, its policy's, and what pays at all."""
+    pays = decision.limit if decision is not None else block
+    caps = [
+        min(policy.ask(block), block if s.request.max_verify_length is None else s.request.max_verify_length)
+        for s, policy in zip(running, policies, strict=True)
+    ]
+    return limits(
+        np.array([s.left for s in running], np.int64),
+        block,
+        caps=np.where(scheduled, np.minimum(caps, pays), caps).astype(np.int64),
+        speculation=np.array([s.request.speculation for s in running], np.bool_),
+    )
+
+
+def shortening(round_: Round) -> Bools:
+    """(R,) whose policy asks for no more than plans take."""
+    return np.array([policy.shortens for policy in round_.policies], np.bool_)
+
+
+def standing(round_: Round) -> Ints:
+    """(R,) draft tokens that come unasked."""
+    return np.array([s.standing for s in round_.running], np.int64)
+
+
+def coming(round_: Round) -> bool:
+    """Whether somebody who is to be drafted for has a drafter, or soon will."""
+    pairs = zip(round_.asked, round_.running, strict=True)
+    return any(asked and (s.drafter is not None or s.attaching) for asked, s in pairs)
+
+
+def most_promising(predicted: Floats, able: Bools, count: int) -> Bools:
+    """(R,) those of the able whose blocks should survive longest."""
+    chosen = np.zeros(len(able), np.bool_)
+    chosen[np.argsort(-np.where(able, predicted.sum(axis=1), -1.0), kind="stable")[:count]] = True
+    return chosen & able
+
+
+def fresh(sequence: Running, proposals: Mapping[str, Proposal]) -> Proposal | None:
+    """The proposal, if it is for where the sequence is now."""
+    proposal = proposals.get(sequence.sequence_id)
+    if proposal is None or (proposal.key, proposal.committed_len) != (sequence.key, sequence.committed_len):
+        return None
+    return proposal
+
+
+def confidences(blocks: Sequence[Proposal | None], width: int) -> Floats:
+    """(R, width) c_k; 0 past what was proposed, NaN where the drafter gives none."""
+    table = np.zeros((len(blocks), width))
+    for row, block in enumerate(blocks):
+        if block is not None:
+            count = min(width, len(block.tokens))
+            known = block.confidences[:count]
+            table[row, :count] = np.maximum(known, 1e-6) if len(known) == count else np.nan
+    return table
+
+
+def by_rejection(sequence: Running) -> bool:
+    """Whether its drafts are accepted or rejected by chance, so that no decision about them may know them."""
+    sampling = sequence.request.sampling
+    return sampling.mode is Mode.REJECTION and not sampling.greedy
