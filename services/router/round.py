@@ -30,7 +30,7 @@ class Round:
         most: (R,) draft tokens that may be verified.
         asked: (R,) who is to be drafted for; drafting: who of them has a drafter that can be asked.
         scheduled: (R,) whose policy looks at costs.
-        explored: (R,) whole blocks that are verified whatever they promise, `FREE` elsewhere.
+        explored: (R,) blocks verified as far as they were drafted, whatever they promise; `FREE` elsewhere.
         seconds: T over the step's rows, up to all that it may have.
         base_tokens: of the step without our drafts: one of each running sequence, and what other routers' rows yield.
         unhidden: seconds that the drafting of this round is expected to take.

@@ -273,7 +273,7 @@ class Scheduler:
         drafted = bool((round_.drafting & round_.scheduled).any())
         others = bool((round_.drafting & ~round_.scheduled).any())  # then it is no measure of plain decoding either
         if round_.decision is not None and self.costs.known and (drafted or not others):
-            self._payoffs.observe(
+            self._payoffs.of(round_.decision).observe(
                 round_.decision,
                 drafted=drafted,
                 tokens=took.tokens,

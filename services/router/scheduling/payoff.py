@@ -217,25 +217,9 @@ class Payoffs:
         self._load = load
         return self.now.decide(load)
 
-    def observe(
-        self,
-        decision: Decision,
-        *,
-        drafted: bool,
-        tokens: float,
-        seconds: float,
-        plain_tokens: float,
-        plain_seconds: float,
-    ) -> None:
-        """As `Payoff.observe`: a lesson for the load that the round was decided for."""
-        self._at(decision.load).observe(
-            decision,
-            drafted=drafted,
-            tokens=tokens,
-            seconds=seconds,
-            plain_tokens=plain_tokens,
-            plain_seconds=plain_seconds,
-        )
+    def of(self, decision: Decision) -> Payoff:
+        """Of the load that a round was decided for, whose lesson may come when there is another."""
+        return self._at(decision.load)
 
     def _at(self, load: int) -> Payoff:
         size = load.bit_length()

@@ -24,7 +24,8 @@ def run(
         ratio = gain(decision.limit) if decision.limit else 1.0
         seconds = 0.1 * generator.lognormal(0, 0.05)
         tokens = load * (1.0 if not decision.limit else ratio * generator.lognormal(0, noise))
-        payoff.observe(
+        own = payoff.of(decision) if isinstance(payoff, Payoffs) else payoff
+        own.observe(
             decision,
             drafted=decision.limit > 0,
             tokens=tokens,
@@ -79,7 +80,7 @@ def test_a_lesson_that_comes_late_is_of_the_load_it_was_decided_for() -> None:
     for _ in range(100):
         decision = payoffs.decide(1)
         payoffs.decide(16)
-        payoffs.observe(decision, drafted=True, tokens=0.5, seconds=0.1, plain_tokens=1, plain_seconds=0.1)
+        payoffs.of(decision).observe(decision, drafted=True, tokens=0.5, seconds=0.1, plain_tokens=1, plain_seconds=0.1)
     assert payoffs.now.limit == 7
     payoffs.decide(1)
     assert payoffs.now.limit == 0
