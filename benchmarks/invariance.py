@@ -21,9 +21,7 @@ program.wait_briefly()  # as the workers do, before torch loads
 
 import torch  # noqa: E402
 
-from dspark.devices import pick_dtype  # noqa: E402
-from dspark.kernels import select_kernels  # noqa: E402
-from dspark.kernels.linear_int8 import with_int8_weights  # noqa: E402
+from dspark.devices import pick_numerics  # noqa: E402
 from dspark.messages import OpenSequence, Sampling, SequenceKey, StepItem  # noqa: E402
 from dspark.models.kv_cache import KVCache  # noqa: E402
 from dspark.models.target import load_target  # noqa: E402
@@ -93,10 +91,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32)
     args = parser.parse_args()
     device = torch.device("cpu")
-    kernels = select_kernels("auto", device)
-    if args.weights == "int8":
-        kernels = with_int8_weights(kernels, device)
-    model = load_target(resolve_model(args.model), dtype=pick_dtype("auto", device), device=device, kernels=kernels)
+    numerics = pick_numerics("auto", "auto", device, weights=args.weights)
+    path = resolve_model(args.model)
+    model = load_target(path, dtype=numerics.dtype, device=device, kernels=numerics.kernels)
     cache = KVCache(model.config, pages=2048, dtype=model.dtype, device=device, prefix_cache=False)
     wanted = requests(args.completions, args.tokens, model.config.vocab_size)
     different = differing(VerifyEngine(model, cache), wanted)

@@ -31,10 +31,8 @@ program.wait_briefly()  # as the workers do, before torch loads
 
 import torch  # noqa: E402
 
-from dspark.devices import pick_dtype  # noqa: E402
-from dspark.kernels import Kernels, select_kernels  # noqa: E402
+from dspark.devices import Numerics, pick_numerics  # noqa: E402
 from dspark.kernels.linear import linear as plain_linear  # noqa: E402
-from dspark.kernels.linear_int8 import with_int8_weights  # noqa: E402
 from dspark.models.config import TargetConfig  # noqa: E402
 from dspark.models.kv_cache import KVCache  # noqa: E402
 from dspark.models.target import TargetModel, load_target  # noqa: E402
@@ -72,11 +70,12 @@ class Machine:
         return _seconds(self._stream.sum)
 
     @staticmethod
-    def flops(dtype: torch.dtype, kernels: Kernels, repeats: int = 10) -> float:
+    def flops(numerics: Numerics, repeats: int = 10) -> float:
         """Floating-point operations a second of one product of 1024 x 4096 x 4096."""
-        weight, rows = torch.randn(4096, 4096).bfloat16().to(dtype), torch.randn(1024, 4096).to(dtype)
-        layers = [made(weight) for made in (plain_linear, kernels.linear)]
-        return 2.0 * 1024 * 4096 * 4096 / min(_seconds(partial(own, rows)) for own in layers for _ in range(repeats))
+        weight, rows = torch.randn(4096, 4096).bfloat16(), torch.randn(1024, 4096).bfloat16()
+        made = (plain_linear, numerics.products), (numerics.kernels.linear, numerics.dtype)
+        works = [partial(layer(weight.to(dtype)), rows.to(dtype)) for layer, dtype in made]
+        return 2.0 * 1024 * 4096 * 4096 / min(_seconds(work) for work in works for _ in range(repeats))
 
 
 def sample(machine: Machine, step: Callable[[], float], repeats: int) -> dict[str, float]:
@@ -105,14 +104,14 @@ def verify_steps(args: argparse.Namespace, model: TargetModel, machine: Machine,
     return entries
 
 
-def draft_steps(
-    args: argparse.Namespace, target: Path, machine: Machine, dtype: torch.dtype, kernels: Kernels
-) -> list[dict[str, Any]]:
+def draft_steps(args: argparse.Namespace, target: Path, machine: Machine) -> list[dict[str, Any]]:
     """One entry for each number of blocks and context."""
+    numerics = pick_numerics(args.kernels, args.dtype, _CPU)
+    kernels = numerics.kernels
     path = find_drafter(args.drafter, args.model)
     if path is None:
         return []
-    drafter = load_drafter(path, target, dtype=dtype, device=_CPU)
+    drafter = load_drafter(path, target, dtype=numerics.dtype, device=_CPU)
     engine = DraftEngine(drafter, DraftChooser(bits=kernels.keyed_bits), kernels, context_positions=1 << 15)
     size = TapOffer.of(drafter, path).row_bytes // 2
     with ExitStack() as stack:
@@ -133,25 +132,22 @@ def _seconds(work: Callable[[], object]) -> float:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured."""
     path = resolve_model(args.model)
-    kernels = select_kernels(args.kernels, _CPU)
-    if args.weights == "int8":
-        kernels = with_int8_weights(kernels, _CPU)
-    dtype = pick_dtype(args.dtype, _CPU)
-    model = load_target(path, dtype=dtype, device=_CPU, kernels=kernels)
+    numerics = pick_numerics(args.kernels, args.dtype, _CPU, weights=args.weights)
+    model = load_target(path, dtype=numerics.dtype, device=_CPU, kernels=numerics.kernels)
     weight_bytes = torch.bfloat16.itemsize * (layer_weights(model.config) + head_weights(model.config))
     machine = Machine(weight_bytes)
-    flops = machine.flops(dtype, kernels)
+    flops = machine.flops(numerics)
     return {
         "model": model.info.name,
         "weights": args.weights,
-        "kernels": kernels.name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "kernels": numerics.kernels.name,
+        "dtype": str(numerics.products).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "weight_bytes": weight_bytes,
         "gflops": flops / 1e9,
         "stream_ms": min(machine.stream() for _ in range(10)) * 1e3,
         "verify": verify_steps(args, model, machine, flops),
-        "draft": draft_steps(args, path, machine, dtype, kernels),
+        "draft": draft_steps(args, path, machine),
     }
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dspark.errors import ConfigError
+from dspark.kernels import Kernels, select_kernels
 from dspark.kernels.linear import fast_bf16
 from dspark.store import Usage, cpu_usage, gpu_usage
 
-__all__ = ["pick_device", "pick_dtype", "processor_name", "usage_of"]
+__all__ = ["Numerics", "pick_device", "pick_dtype", "pick_numerics", "processor_name", "usage_of"]
+
+
+_X86 = ("x86_64", "amd64")
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,11 +41,52 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 or float32 by name; "auto" is the faster one.
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What a model is served in: kernels, the dtype of its tensors, and that of what its products multiply."""
 
-    That is bfloat16 but on processors that multiply it one number at a time (no AVX-512, AMX or Arm BF16), which
-    compute in float32 over the same weights. `ConfigError` for other names.
+    kernels: Kernels
+    dtype: torch.dtype
+    products: torch.dtype
+
+
+def pick_numerics(kernels: str, dtype: str, device: torch.device, *, weights: str = "plain") -> Numerics:
+    """Kernels as `select_kernels` chooses them, and the numbers for a `dtype` of bfloat16, float32 or auto.
+
+    Compiled kernels multiply bfloat16 where an x86 processor does (AVX512-BF16) and keep all between two products in
+    float32; elsewhere "auto" is float32 for them. Other kernels have tensors of the dtype, as `pick_dtype` says.
+    `weights` may be "int8" where compiled kernels have the instructions. `ConfigError` for what does not go together.
+    """
+    own = select_kernels(kernels, device)
+    if weights == "int8":
+        return _int8(own, dtype, device)
+    asked = pick_dtype(dtype, device)
+    if own.implementation == "llvm" and dtype != "float32" and platform.machine().lower() in _X86:
+        from dspark.kernels.llvm_kernels import ROUNDED, multiplies_bfloat16  # noqa: PLC0415 - needs an extra
+
+        if multiplies_bfloat16():
+            return Numerics(ROUNDED, torch.float32, torch.bfloat16)
+        asked = torch.float32 if dtype == "auto" else asked
+    return Numerics(own, asked, asked)
+
+
+def _int8(kernels: Kernels, dtype: str, device: torch.device) -> Numerics:
+    if dtype == "float32":
+        raise ConfigError("weights: int8 goes with dtype bfloat16, not float32")
+    if kernels.implementation != "llvm":
+        raise ConfigError(f"weights: int8 needs compiled kernels on a CPU, not {kernels.name} on {device.type}")
+    from dspark.kernels.llvm_kernels import INT8, multiplies_int8  # noqa: PLC0415 - needs an extra
+
+    if not multiplies_int8():
+        raise ConfigError("weights: int8 needs a processor with AVX512-VNNI instructions")
+    return Numerics(INT8, torch.float32, torch.bfloat16)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 or float32 by name; "auto" is the one in which torch's own operators are faster.
+
+    That is bfloat16 but on processors that multiply it one number at a time (no AVX-512, AMX or Arm BF16).
+    `ConfigError` for other names.
     """
     if name == "auto":
         return torch.bfloat16 if device.type != "cpu" or fast_bf16(device) else torch.float32

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dspark.kernels import Kernels
 from training.proposers import AnyDrafter
 from training.rounds import play
 from training.texts import Observed
@@ -54,9 +55,18 @@ def compare(
     *,
     verify_length: int | None = None,
     draft_top_k: int = 64,
+    kernels: Kernels | None = None,
 ) -> Agreement:
     """Compare streams with offline rounds along the texts they gave; settings are those of `play`, not "rejection"."""
-    rounds = play(drafter, texts, setting, verify_length=verify_length, draft_top_k=draft_top_k, every=True)
+    rounds = play(
+        drafter,
+        texts,
+        setting,
+        verify_length=verify_length,
+        draft_top_k=draft_top_k,
+        every=True,
+        kernels=kernels,
+    )
     columns = (rounds.text.tolist(), rounds.committed.tolist(), rounds.accepted.tolist())
     expected = {(text, committed): accepted + 1 for text, committed, accepted in zip(*columns, strict=True)}
     told = [(number, stream) for number, stream in enumerate(streams) if stream.gains is not None]

@@ -65,7 +65,7 @@ def _pieces(
         texts = answer(target, asked[first : first + _PIECE], how.max_new, batch=how.batch)
         observed = observe(target, texts, [drafter], laws="rejection" in settings)
         for setting in settings:
-            rounds = play(drafter, observed, setting, batch=how.batch)
+            rounds = play(drafter, observed, setting, batch=how.batch, kernels=target.kernels)
             parts[setting].append(replace(rounds, text=rounds.text + first))
         passed(len(texts))
     return {setting: Rounds.joined(played) for setting, played in parts.items()}

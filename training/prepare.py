@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dspark.devices import pick_dtype
+from dspark.devices import pick_dtype, pick_numerics
 from dspark.errors import ConfigError, Mismatch
-from dspark.kernels import select_kernels
 from dspark.models.config import TargetConfig, parse_config, read_config
 from dspark.models.drafters import CLASSES, Drafter, DrafterConfig, ParallelDrafter
 from dspark.models.drafters.checkpoint import target_tensors
@@ -79,8 +78,8 @@ def open_target(path: Path) -> Iterator[tuple[TensorSource, TargetConfig]]:
 def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[Texts]) -> TargetStates:
     """The states of the data sets' texts, one after the other; `Mismatch` where another model wrote any."""
     device = torch.device(plan.device)
-    dtype = pick_dtype("auto", device)
-    target = load_target(plan.target, dtype=dtype, device=device, kernels=select_kernels("auto", device))
+    own = pick_numerics("auto", "auto", device)
+    target = load_target(plan.target, dtype=own.dtype, device=device, kernels=own.kernels)
     for path, manifest in zip(plan.data, manifests, strict=True):
         if target.info.model_fingerprint != manifest.model_fingerprint:
             raise Mismatch(
@@ -93,13 +92,14 @@ def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[
     hinted = Hinted(config.hint_lengths, config.block_size) if config.hint_lengths else None
     cache: States
     if device.type == "cpu":
-        numerics = f"{dtype} {target.kernels.name} {device.type}"
+        numerics = f"{own.dtype} {own.kernels.name} {device.type}"
         cache = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size, numerics)))
     else:
         lengths, width = [len(ids) for ids in joined.token_ids], target.config.hidden_size
         room = min(plan.cache_gb, torch.cuda.mem_get_info(device)[0] / 2e9)
         cache = StateMemory(lengths, layers=len(layers), width=width, gigabytes=room, device=device)
-    return TargetStates(joined, target, layers, cache, normalise=not plan.shape.plain_tap, hinted=hinted)
+    dtype = pick_dtype("auto", device)
+    return TargetStates(joined, target, layers, cache, dtype=dtype, normalise=not plan.shape.plain_tap, hinted=hinted)
 
 
 def _caches(

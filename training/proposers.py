@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dspark.kernels import select_kernels
+from dspark.devices import pick_numerics
+from dspark.kernels import Kernels
 from dspark.messages import AttachSequence, FeatureBlock, Mode, ProposeItem, Sampling, SequenceKey
 from dspark.models.drafters import Drafter
 from dspark.sampling import DraftChooser
@@ -49,15 +50,16 @@ class Proposer:
         batch: int,
         draft_top_k: int,
         verify_length: int | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """For `batch` of the texts at once; `setting`, `draft_top_k`, `verify_length` as `training.rounds.play`'s."""
+        """For `batch` of the texts at once; other settings as `training.rounds.play`'s."""
         self.block_size = block_size_of(drafter)
         self._most = self.block_size if verify_length is None else min(verify_length, self.block_size)
         model = drafter if isinstance(drafter, Drafter) else None
         self._tap_id = model.tap.tap_id if model else ""
         self._mode = Mode.REJECTION if setting == "rejection" else Mode.COUPLED
         self._reverse = ReverseChooser(draft_top_k=draft_top_k) if setting == "rejection" else None
-        kernels = select_kernels("auto", model.norm.weight.device if model else _CPU)
+        kernels = kernels or pick_numerics("auto", "auto", model.norm.weight.device if model else _CPU).kernels
         longest = max((one.text.max_len for one in texts), default=1)
         self._engine = DraftEngine(
             drafter,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dspark.errors import ConfigError
+from dspark.kernels import Kernels
 from dspark.models.drafters import Drafter
 from dspark.models.drafters.calibration import SETTINGS, Calibration
 from dspark.models.target import TargetModel
@@ -102,7 +103,7 @@ def make_rows(
             for setting in settings:
                 for name, drafter in drafters.items():
                     said(f"{data}: {name}, {setting}")
-                    rows.append(_row(name, drafter, data, texts, setting, plan))
+                    rows.append(_row(name, drafter, data, texts, setting, plan, target.kernels))
     return rows
 
 
@@ -139,8 +140,18 @@ def _observed(
     return observe(target, texts, models, laws=laws)
 
 
-def _row(name: str, drafter: AnyDrafter, data: str, texts: Sequence[Observed], setting: str, plan: Plan) -> Row:
-    every = play(drafter, texts, setting, verify_length=plan.verify_length, batch=plan.batch, every=True)
+def _row(
+    name: str,
+    drafter: AnyDrafter,
+    data: str,
+    texts: Sequence[Observed],
+    setting: str,
+    plan: Plan,
+    kernels: Kernels,
+) -> Row:
+    every = play(
+        drafter, texts, setting, verify_length=plan.verify_length, batch=plan.batch, every=True, kernels=kernels
+    )
     rounds, calibration = follow(every, every.drafted), _calibration(drafter, setting)
     looping = torch.tensor([loops(one.text) for one in texts])
     greedy = setting == "greedy"

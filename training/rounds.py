@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dspark.errors import ConfigError
+from dspark.kernels import Kernels
 from dspark.models.drafters import Drafter
 from dspark.models.drafters.calibration import SETTINGS
 from training.proposers import AnyDrafter, Proposer
@@ -91,6 +92,7 @@ def play(
     batch: int = 64,
     draft_top_k: int = 64,
     every: bool = False,
+    kernels: Kernels | None = None,
     played: Callable[[int], None] = lambda _: None,
 ) -> Rounds:
     """The rounds that a drafter gets along texts.
@@ -105,13 +107,16 @@ def play(
         draft_top_k: as the draft worker's setting of that name.
         every: play a round at every committed length instead of going on behind what was accepted: what any way of
             trimming blocks would meet. A proposal is a function of text, committed length and `verify_length` alone.
+        kernels: what the drafter runs on; by default as a draft worker of the drafter's device chooses them.
         played: hears how many texts each step has ended.
 
     Raises:
         ConfigError: an unknown setting, or texts that do not suit it or the drafter.
     """
     _check(drafter, texts, setting)
-    proposer = Proposer(drafter, setting, texts, batch=batch, draft_top_k=draft_top_k, verify_length=verify_length)
+    proposer = Proposer(
+        drafter, setting, texts, batch=batch, draft_top_k=draft_top_k, verify_length=verify_length, kernels=kernels
+    )
     cap = proposer.block_size if verify_length is None else min(verify_length, proposer.block_size)
     table = _Table()
     waiting = iter(enumerate(texts))

@@ -68,11 +68,13 @@ class TargetStates:
         layer_ids: Sequence[int],
         cache: States | None = None,
         *,
+        dtype: torch.dtype | None = None,
         normalise: bool = True,
         hinted: Hinted | None = None,
     ) -> None:
+        """`dtype`: of the batches' states, the target's own by default."""
         self.texts = texts
-        self._target = target
+        self._target, self._dtype = target, dtype or target.dtype
         self._layer_ids = tuple(layer_ids)
         self._cache = cache
         self._normalise = normalise
@@ -97,12 +99,12 @@ class TargetStates:
         """The texts at `rows`, padded at the end to the longest of them or to `width`, on the target's device."""
         width = max(width, *(len(self.texts.token_ids[row]) for row in rows))
         states = self._together(rows, width)
-        captured = states.captured.to(self._target.device, self._target.dtype)
+        captured = states.captured.to(self._target.device, self._dtype)
         lengths = torch.tensor([len(self.texts.token_ids[row]) for row in rows])
         device = self._target.device
         return Batch(
             captured=captured if not self._normalise else rms_normalise(captured, self._target.config.rms_norm_eps),
-            hidden=states.hidden.to(device, self._target.dtype),
+            hidden=states.hidden.to(device, self._dtype),
             logz=states.logz.to(device),
             token_ids=_padded([self.texts.token_ids[row].long() for row in rows], width).to(device),
             lengths=lengths.to(device),

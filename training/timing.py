@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dspark.kernels import select_kernels
+from dspark.kernels import Kernels
 from dspark.messages import AttachSequence, OpenSequence, ProposeItem, Sampling, SequenceKey, StepItem
 from dspark.models.drafters import Drafter, DSparkDrafter
 from dspark.models.kv_cache import KVCache
@@ -62,8 +62,10 @@ def time_round(
         drafter=name,
         streams=streams,
         context=context,
-        draft=_least(_drafting(drafter, keys, context), target.device, repeats),
-        head=_least(_head(drafter, streams), target.device, repeats) if isinstance(drafter, DSparkDrafter) else 0.0,
+        draft=_least(_drafting(drafter, target.kernels, keys, context), target.device, repeats),
+        head=_least(_head(drafter, target.kernels, streams), target.device, repeats)
+        if isinstance(drafter, DSparkDrafter)
+        else 0.0,
         verify=_least(_verifying(target, keys, context, block, repeats + 2), target.device, repeats),
     )
 
@@ -81,12 +83,9 @@ def _least(work: Callable[[], object], device: torch.device, repeats: int) -> fl
     return min(seconds)
 
 
-def _drafting(drafter: AnyDrafter, keys: Sequence[SequenceKey], context: int) -> Callable[[], object]:
+def _drafting(drafter: AnyDrafter, kernels: Kernels, keys: Sequence[SequenceKey], context: int) -> Callable[[], object]:
     width = drafter.config.hidden_size if isinstance(drafter, Drafter) else 0
-    device = drafter.norm.weight.device if isinstance(drafter, Drafter) else torch.device("cpu")
-    engine = DraftEngine(
-        drafter, DraftChooser(), select_kernels("auto", device), context_positions=len(keys) * (context + 512)
-    )
+    engine = DraftEngine(drafter, DraftChooser(), kernels, context_positions=len(keys) * (context + 512))
     ids = _ids(context)
     for key in keys:
         engine.attach(AttachSequence(key, "", _SAMPLING, context + 256))
@@ -95,10 +94,10 @@ def _drafting(drafter: AnyDrafter, keys: Sequence[SequenceKey], context: int) ->
     return lambda: engine.propose(items)
 
 
-def _head(drafter: DSparkDrafter, streams: int) -> Callable[[], object]:
+def _head(drafter: DSparkDrafter, kernels: Kernels, streams: int) -> Callable[[], object]:
     """What the sequential head adds to a block whose logits are there: z_k, B_k = W_2 z_k and its addition."""
     config, head, like = drafter.config, drafter.head, drafter.norm.weight
-    bias = select_kernels("auto", like.device).linear(head.markov_w2.weight)
+    bias = kernels.linear(head.markov_w2.weight)
     hidden = torch.randn(streams, config.hidden_size).to(like)
     logits = torch.randn(streams, config.draft_vocab_size).to(like)
     tokens = torch.full((streams,), 3, device=like.device)

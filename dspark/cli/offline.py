@@ -26,14 +26,13 @@ __all__ = ["check_same_model", "compare_rounds", "open_drafter", "open_target", 
 def open_target(model: str, *, device: str = "auto", dtype: str | None = None) -> tuple[TargetModel, Path]:
     """A target by name, directory or GGUF file, and where it lies; as a verify worker loads it."""
     program.wait_briefly()
-    from dspark.devices import pick_device, pick_dtype
-    from dspark.kernels import select_kernels
+    from dspark.devices import pick_device, pick_numerics
     from dspark.models.pull import resolve_model
     from dspark.models.target import load_target
 
     where, path = pick_device(device), resolve_model(model)
-    chosen = pick_dtype(dtype or "auto", where)
-    return load_target(path, dtype=chosen, device=where, kernels=select_kernels("auto", where)), path
+    numerics = pick_numerics("auto", dtype or "auto", where)
+    return load_target(path, dtype=numerics.dtype, device=where, kernels=numerics.kernels), path
 
 
 def open_drafter(name: str, path: Path, target: TargetModel) -> AnyDrafter:
@@ -86,7 +85,7 @@ def compare_rounds(
     setting = "greedy" if settings.temperature == 0 else "coupled"
     observed = observe(target, texts, [drafter] if isinstance(drafter, Drafter) else [])
     length = min(served.verify_length, fixed_length(settings.policy or served.policy) or served.verify_length)
-    found = compare(drafter, observed, streams, setting, verify_length=length)
+    found = compare(drafter, observed, streams, setting, verify_length=length, kernels=target.kernels)
     if not found.accepted:
         raise ConfigError("the cluster kept no draft token: agreement would say nothing")
     return {**asdict(found), "share": found.share}

@@ -57,15 +57,16 @@ def _probe(target: str, drafter: Path, prompts: list[list[int]], dtype: str) -> 
     program.wait_briefly()
     import torch
 
-    from dspark.kernels import select_kernels
+    from dspark.devices import pick_numerics
     from dspark.models.drafters import load_drafter
     from dspark.models.pull import resolve_model
     from dspark.models.target import load_target
     from services.draft.probe import probe
 
-    path, device, own_dtype = resolve_model(target), torch.device("cpu"), getattr(torch, dtype)
-    model = load_target(path, dtype=own_dtype, device=device, kernels=select_kernels("auto", device))
-    loaded = load_drafter(drafter, target_path=path, dtype=own_dtype, device=device)
+    path, device = resolve_model(target), torch.device("cpu")
+    numerics = pick_numerics("auto", dtype, device)
+    model = load_target(path, dtype=numerics.dtype, device=device, kernels=numerics.kernels)
+    loaded = load_drafter(drafter, target_path=path, dtype=numerics.dtype, device=device)
     return list(probe(model, loaded, prompts, path=drafter))
 
 

@@ -31,6 +31,7 @@ class Kernels:
 
     `dspark.kernels.reference`, `.fused`, `.attention`, `.linear`, `.noise`, `.logits` and `.repeated` say what each of
     them means.
+    `projection` is `linear` for what is not the target's own: float32 weights of a drafter's tap, never rounded.
     `name` is part of the numerics fingerprint; `implementation` is what services choose their own kernels by.
     """
 
@@ -45,6 +46,7 @@ class Kernels:
     paged_attention: Callable[[torch.Tensor, torch.Tensor, Plan, float], torch.Tensor]
     linear: Callable[[torch.Tensor], Linear]
     gated: Callable[[torch.Tensor, torch.Tensor, Activation], Linear]
+    projection: Callable[[torch.Tensor], Linear]
     keyed_bits: KeyedBits
     logits: LogitKernels
     repeated: Callable[[], Repeated]
@@ -62,6 +64,7 @@ TORCH = Kernels(
     paged_attention=attention.paged_attention,
     linear=linear.linear,
     gated=linear.gated,
+    projection=linear.linear,
     keyed_bits=noise.keyed_bits,
     logits=TORCH_LOGITS,
     repeated=repeated.AtOnce,

@@ -1,12 +1,14 @@
 """Linear layers over rows in float32 that read each weight once a step, in as few bytes as hold it.
 
-For models that compute in float32 because the processor does not multiply bfloat16: their weights mostly are bfloat16
-all the same, and stay so in memory. What a step of a few rows takes is reading them, so half the bytes are half the
-time. Weights that bfloat16 would round (of quantised or float32 files) stay float32. Rows keep their bits by
-construction: see `tiles_llvm`.
+Weights mostly are bfloat16, and stay so in memory, whatever is computed in. What a step of a few rows takes is reading
+them, so half the bytes are half the time. Weights that bfloat16 would round (of quantised or float32 files) stay
+float32. `rounded_linear` and `rounded_gated` round rows to bfloat16, too, for processors that multiply it: twice as
+many products at once, and sums in float32. Rows keep their bits by construction: see `tiles_llvm`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -15,9 +17,18 @@ from dspark.kernels.linear import Activation, Linear
 from dspark.kernels.linear import gated as plain_gated
 from dspark.kernels.linear import linear as plain_linear
 from dspark.kernels.rowwise_llvm import activated
-from dspark.kernels.tiles_llvm import GROUP, Product, ProductArguments, compiled
+from dspark.kernels.tiles_llvm import GROUP, Product, ProductArguments, Tiling, compiled
 
-__all__ = ["StreamedGated", "StreamedLinear", "gated", "linear"]
+__all__ = [
+    "Streamed",
+    "StreamedGated",
+    "StreamedLinear",
+    "gated",
+    "in_panels",
+    "linear",
+    "rounded_gated",
+    "rounded_linear",
+]
 
 _SHARES = 8  # that a thread takes of a product one by one, so that a disturbed thread leaves its rest to the others
 _ALONE = 16 << 20  # rows times bytes of weights that one thread has done before a sleeping team would begin
@@ -34,22 +45,28 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> Linea
     return StreamedGated(gate, up, activation) if _streamable(gate) else plain_gated(gate, up, activation)
 
 
+def rounded_linear(weight: torch.Tensor) -> Linear:
+    """As `linear`, where both are bfloat16 in a product: rows are rounded to it."""
+    return StreamedLinear(weight, rounded=True) if _streamable(weight) else plain_linear(weight)
+
+
+def rounded_gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> Linear:
+    """As `gated`, over rows rounded to bfloat16."""
+    return StreamedGated(gate, up, activation, rounded=True) if _streamable(gate) else plain_gated(gate, up, activation)
+
+
 def _streamable(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-class StreamedLinear:
-    """x (rows, in) ↦ (rows, out), both float32; a weight that bfloat16 holds exactly is kept in it."""
+class Streamed:
+    """x (rows, in) ↦ (rows, out), both float32, by one of the compiled products over a weight in its panels."""
 
-    def __init__(self, weight: torch.Tensor, product: Product | None = None) -> None:
-        product = product or compiled()
-        narrow = _bfloat16(weight)
-        self._function = product.float32 if narrow is None else product.bfloat16
-        lanes = product.tiling.lanes
-        self._weight = _float32_panels(weight, lanes) if narrow is None else _bfloat16_panels(narrow, lanes)
-        self._outputs, self._inputs = weight.shape
-        self._groups = len(self._weight) // GROUP
-        self._padded = len(self._weight) * 2 * lanes
+    def __init__(self, function: int, weight: torch.Tensor, shape: Sequence[int], tiling: Tiling) -> None:
+        self._function, self._weight = function, weight
+        self._outputs, self._inputs = shape
+        self._groups = len(weight) // GROUP
+        self._padded = self._groups * tiling.group_outputs
 
     @property
     def weight_bytes(self) -> int:
@@ -63,25 +80,52 @@ class StreamedLinear:
 
     def product(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """`out` (rows, outputs of whole groups of panels), filled; both are contiguous."""
-        assert x.dtype == out.dtype == torch.float32
+        assert x.dtype == torch.float32
+        return self.multiplied(x, None, out)
+
+    def multiplied(self, x: torch.Tensor, scales: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+        """`out`, filled, from rows as the product reads them."""
+        assert out.dtype == torch.float32
         assert x.shape[1:] == (self._inputs,)
         share = max(1, self._groups // (_SHARES * torch.get_num_threads()))
-        at = x.data_ptr(), self._weight.data_ptr(), out.data_ptr()
+        at = x.data_ptr(), 0 if scales is None else scales.data_ptr(), self._weight.data_ptr(), out.data_ptr()
         run = team.alone if len(x) * self.weight_bytes <= _ALONE else team.run
         run(self._function, ProductArguments(*at, len(x), self._inputs, out.shape[1], self._groups, share, 0))
         return out
 
 
+class StreamedLinear(Streamed):
+    """A weight that bfloat16 holds exactly is kept in it, any other in float32.
+
+    `rounded`: over the former, rows are rounded to bfloat16 where the processor multiplies that.
+    """
+
+    def __init__(self, weight: torch.Tensor, product: Product | None = None, *, rounded: bool = False) -> None:
+        product = product or compiled()
+        rounded = rounded and not weight.shape[1] % product.tiling.lanes
+        super().__init__(*_arranged(weight, product, rounded=rounded), weight.shape, product.tiling)
+
+
 class StreamedGated:
     """A gated pair of linears; both are one product."""
 
-    def __init__(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> None:
-        self._both = StreamedLinear(torch.cat((gate, up)))
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation, *, rounded: bool = False) -> None:
+        self._both = StreamedLinear(torch.cat((gate, up)), rounded=rounded)
         self._size, self._activation = len(gate), activation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, in) ↦ (rows, out)."""
         return activated(self._both(x), self._size, self._activation)
+
+
+def _arranged(weight: torch.Tensor, product: Product, *, rounded: bool) -> tuple[int, torch.Tensor]:
+    """A product's address, and the weight in the panels that it reads."""
+    lanes, narrow = product.tiling.lanes, _bfloat16(weight)
+    if narrow is None:
+        return product.float32, _float32_panels(weight, lanes)
+    if rounded and product.dots is not None:
+        return product.dots, _paired_panels(narrow, lanes)
+    return product.bfloat16, _bfloat16_panels(narrow, lanes)
 
 
 def _bfloat16(weight: torch.Tensor) -> torch.Tensor | None:
@@ -96,15 +140,22 @@ def _bfloat16(weight: torch.Tensor) -> torch.Tensor | None:
 
 def _bfloat16_panels(weight: torch.Tensor, lanes: int) -> torch.Tensor:
     """(out, in) ↦ (panels, in, lanes, 2) of 16 bits: outputs n and n + lanes of a panel lie beside each other."""
-    return _panels(weight.view(torch.int16), (2, lanes), (0, 3, 2, 1))
+    return in_panels(weight.view(torch.int16), (2, lanes), (0, 3, 2, 1))
+
+
+def _paired_panels(weight: torch.Tensor, lanes: int) -> torch.Tensor:
+    """(out, in) ↦ (panels, in / 2, 2, lanes, 2) of 16 bits: two inputs of an output lie beside each other."""
+    panels = in_panels(weight.view(torch.int32), (2, lanes), (0, 3, 1, 2))
+    return panels.view(torch.int16).view(*panels.shape, 2)
 
 
 def _float32_panels(weight: torch.Tensor, lanes: int) -> torch.Tensor:
     """(out, in) ↦ (panels, in, 2, lanes)."""
-    return _panels(weight, (2, lanes), (0, 3, 1, 2))
+    return in_panels(weight, (2, lanes), (0, 3, 1, 2))
 
 
-def _panels(weight: torch.Tensor, shape: tuple[int, int], order: tuple[int, ...]) -> torch.Tensor:
+def in_panels(weight: torch.Tensor, shape: tuple[int, int], order: tuple[int, ...]) -> torch.Tensor:
+    """(out, in) ↦ (panels, *shape, in) with dimensions in another order; whole groups, filled up with zeros."""
     outputs, inputs = weight.shape
     size = shape[0] * shape[1]
     missing = -outputs % (GROUP * size)

@@ -14,7 +14,19 @@ from functools import lru_cache
 
 from llvmlite import binding, ir
 
-__all__ = ["DOUBLE", "FLOAT", "INT", "INT32", "Code", "Writer", "compile_module", "host_lanes", "kernel", "number"]
+__all__ = [
+    "DOUBLE",
+    "FLOAT",
+    "INT",
+    "INT32",
+    "Code",
+    "Writer",
+    "compile_module",
+    "host_has",
+    "host_lanes",
+    "kernel",
+    "number",
+]
 
 DOUBLE, FLOAT, INT, INT32 = ir.DoubleType(), ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
@@ -36,7 +48,12 @@ class Code:
 @lru_cache(maxsize=1)
 def host_lanes() -> int:
     """float32s in a vector: 16 with AVX-512, else 8 (where registers are shorter, a vector takes two)."""
-    return 16 if binding.get_host_cpu_features().get("avx512f") else 8
+    return 16 if host_has("avx512f") else 8
+
+
+def host_has(feature: str) -> bool:
+    """Whether the processor has what LLVM calls so."""
+    return bool(binding.get_host_cpu_features().get(feature))
 
 
 def compile_module(module: ir.Module, names: Sequence[str]) -> Code:
@@ -202,10 +219,14 @@ class Writer:
         kind = ir.FunctionType(DOUBLE, [DOUBLE])
         return self.build.call(module.globals.get(full) or ir.Function(module, kind, full), [value])
 
+    def call(self, name: str, kind: ir.Type, *arguments: ir.Value) -> ir.Value:
+        """What LLVM has under a name, giving a `kind`."""
+        module, full = self.function.module, f"llvm.{name}"
+        whole = ir.FunctionType(kind, [argument.type for argument in arguments])
+        return self.build.call(module.globals.get(full) or ir.Function(module, whole, full), arguments)
+
     def _call(self, name: str, *arguments: ir.Value) -> ir.Value:
-        module, full = self.function.module, f"llvm.{name}.v{self.lanes}f32"
-        kind = ir.FunctionType(self.vector, [self.vector] * len(arguments))
-        return self.build.call(module.globals.get(full) or ir.Function(module, kind, full), arguments)
+        return self.call(f"{name}.v{self.lanes}f32", self.vector, *arguments)
 
     def _lanes(self, value: ir.Value, picked: Sequence[int]) -> ir.Value:
         return self.build.shuffle_vector(value, value, ir.Constant(ir.VectorType(INT32, len(picked)), list(picked)))

@@ -14,11 +14,12 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from dspark.kernels.parts_llvm import FLOAT, INT, Code, Writer, compile_module, host_lanes, kernel, number
+from dspark.kernels.parts_llvm import FLOAT, INT, INT32, Code, Writer, compile_module, host_lanes, kernel, number
 
-__all__ = ["ActivationArguments", "NormArguments", "RotaryArguments", "compiled"]
+__all__ = ["ActivationArguments", "CodeArguments", "NormArguments", "RotaryArguments", "compiled"]
 
 _GELU_INNER, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
+_LEAST = 1e-30  # of what a row of zeros is divided by
 _SHARED = [(name, ctypes.c_int64) for name in ("rows", "share", "next")]
 
 
@@ -68,6 +69,12 @@ class TurnedArguments(ctypes.Structure):
     ]
 
 
+class CodeArguments(ctypes.Structure):
+    """Of `codes`: `x` (rows, size) float32, `out` as many bytes, `scales` (rows,) float32."""
+
+    _fields_ = [*((name, ctypes.c_int64) for name in ("x", "out", "scales", "size")), *_SHARED]
+
+
 class ActivationArguments(ctypes.Structure):
     """Of `gelu_tanh` and `silu`.
 
@@ -88,6 +95,7 @@ def compiled(lanes: int | None = None) -> Code:
         "add_normed_norm": lambda write: _write_norm(write, summed=True, normed=True),
         "norm_rotary": _write_turned,
         "norm_rotary_write": _write_rotary,
+        "codes": _write_codes,
         "gelu_tanh": lambda write: _write_activation(write, _gelu_tanh),
         "silu": lambda write: _write_activation(write, _silu),
     }
@@ -154,6 +162,29 @@ def _write_norm(write: Writer, *, summed: bool, normed: bool) -> None:
         with write.counting(number(0), size, write.lanes) as place:
             value, weight = write.load(write.at(x, place)), write.load(write.at(given["weight"], place))
             write.store(build.fmul(build.fmul(value, scale), weight), write.at(out, place))
+
+
+def _write_codes(write: Writer) -> None:
+    """Rows as whole numbers 1 to 255 around 128, and what one of them is."""
+    given, build, lanes = _given(write, CodeArguments), write.build, write.lanes
+    size, bytes_ = given["size"], ir.VectorType(ir.IntType(8), lanes)
+    with _rows(write, given) as row:
+        x = write.at(given["x"], build.mul(row, size))
+        out = write.at(build.bitcast(given["out"], ir.IntType(8).as_pointer()), build.mul(row, size))
+
+        def widest(at: ir.Value, most: list[ir.Value]) -> list[ir.Value]:
+            value = write.load(write.at(x, at))
+            return [write.larger(write.larger(value, build.fsub(write.zero, value)), most[0])]
+
+        (most,) = write.summing(number(0), size, [write.constant(_LEAST)], widest, step=lanes)
+        most = write.broadcast(write.folded(most, lambda a, b: build.select(build.fcmp_ordered(">", a, b), a, b)))
+        scale = build.fdiv(most, write.constant(127.0))
+        build.store(build.extract_element(scale, ir.Constant(INT32, 0)), write.at(given["scales"], row))
+        steps = build.fdiv(write.constant(127.0), most)
+        with write.counting(number(0), size, lanes) as place:
+            code = write.fma(write.load(write.at(x, place)), steps, write.constant(128.5))
+            whole = build.fptoui(code, ir.VectorType(INT32, lanes))
+            write.store(build.trunc(whole, bytes_), write.at(out, place))
 
 
 def _write_rotary(write: Writer) -> None:

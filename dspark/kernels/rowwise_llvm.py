@@ -13,9 +13,9 @@ import torch
 
 from dspark.kernels import fused, reference, rows_llvm, team
 from dspark.kernels.parts_llvm import host_lanes
-from dspark.kernels.rows_llvm import ActivationArguments, NormArguments, RotaryArguments, TurnedArguments
+from dspark.kernels.rows_llvm import ActivationArguments, CodeArguments, NormArguments, RotaryArguments, TurnedArguments
 
-__all__ = ["activated", "add_norm", "norm_rotary", "norm_rotary_write", "rms_norm"]
+__all__ = ["activated", "add_norm", "codes", "norm_rotary", "norm_rotary_write", "rms_norm"]
 
 _ALONE = 1 << 14  # numbers that one thread has done before a team would begin
 
@@ -90,6 +90,14 @@ def activated(both: torch.Tensor, size: int, activation: str) -> torch.Tensor:
     sizes = size, both.shape[1]
     _run(activation, size, ActivationArguments, both.data_ptr(), out.data_ptr(), *sizes, rows=len(both))
     return out
+
+
+def codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, d) float32, contiguous, as uint8 around 128, and the scales (n,) by which they were divided."""
+    out, scales = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(len(x))
+    addresses = x.data_ptr(), out.data_ptr(), scales.data_ptr()
+    _run("codes", x.shape[1], CodeArguments, *addresses, x.shape[1], rows=len(x))
+    return out, scales
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -1,11 +1,10 @@
 """The product of rows with a weight in panels, as code for the processor at hand.
 
-A weight (out, in) lies as groups of `GROUP` panels. A panel holds, input by input, the weights of 2 · lanes outputs: a
-vector of them times one broadcast number of a row is added to that row's sums. So every sum runs through the inputs in
-order, one fused multiply-add each, whatever the shape of the tile around it: a row's bits depend on nothing else in the
-batch. Two bfloat16 weights share 32 bits; widening them is a shift for the one and a mask for the other.
+A weight (out, in) lies as groups of `GROUP` panels. A panel holds, step by step through the inputs, the weights of
+2 · lanes outputs: a vector of them times one broadcast element of a row is added to that row's sums. So every sum runs
+through the inputs in order, whatever the shape of the tile around it: a row's bits depend on nothing else in the batch.
 
-Knows registers and loops. How weights are packed, and what runs this, is `linear_llvm`'s.
+Knows registers and loops. What a step is, `forms_llvm` says; how weights are packed, and what runs this, `linear_llvm`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from dspark.kernels.parts_llvm import FLOAT, INT, INT32, Writer, compile_module, host_lanes, kernel, number
+from dspark.kernels.forms_llvm import Bfloat16, Codes, Dots, Float32, Form
+from dspark.kernels.parts_llvm import FLOAT, INT, Writer, compile_module, host_has, host_lanes, kernel, number
 
 __all__ = ["GROUP", "NARROW", "WIDE", "Product", "ProductArguments", "Tiling", "compiled"]
 
@@ -32,13 +32,14 @@ _AHEAD = 4096
 class ProductArguments(ctypes.Structure):
     """What the compiled product reads.
 
-    `x` (rows, inputs) float32, `weight` in panels, `out` (rows, outputs) float32, `groups` of panels, `share` groups
-    that a thread takes at a time, `next` the first group that nobody has taken: 0 at the start.
+    `x` (rows, inputs) float32, or codes with the rows' `scales` (rows,) float32, `weight` in panels, `out`
+    (rows, outputs) float32, `groups` of panels, `share` groups that a thread takes at a time, `next` the first group
+    that nobody has taken: 0 at the start.
     """
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("x", "weight", "out", "rows", "inputs", "outputs", "groups", "share", "next")
+        for name in ("x", "scales", "weight", "out", "rows", "inputs", "outputs", "groups", "share", "next")
     ]
 
 
@@ -61,11 +62,18 @@ NARROW = Tiling(8, (4, 2, 1, 1, 1, 1))  # AVX2: 16 registers of 8; Arm: 32 of 4
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """The compiled products over bfloat16 and over float32 weights: addresses of what a team runs."""
+    """The compiled products: addresses of what a team runs.
+
+    `bfloat16` and `float32`: rows as they are, over weights kept so. `dots`: rows rounded to bfloat16 over bfloat16
+    weights. `codes`: rows and weights in bytes. Of these two, inputs are a multiple of the lanes; None where the
+    processor does not multiply so.
+    """
 
     tiling: Tiling
     bfloat16: int
     float32: int
+    dots: int | None
+    codes: int | None
 
 
 @lru_cache(maxsize=4)
@@ -73,54 +81,29 @@ def compiled(tiling: Tiling | None = None) -> Product:
     """The products for this processor, or of another tiling; a quarter of a second, once."""
     tiling = tiling or (WIDE if host_lanes() == WIDE.lanes else NARROW)
     module = ir.Module("product")
-    narrow, wide = (_write_product(module, tiling, weights(tiling.lanes)) for weights in (_Bfloat16, _Float32))
-    code = compile_module(module, [narrow, wide])
-    return Product(tiling, code.functions[narrow], code.functions[wide])
+    lanes, wide = tiling.lanes, tiling == WIDE
+    forms: dict[str, Form] = {"bfloat16": Bfloat16(lanes), "float32": Float32(lanes)}
+    if wide and host_has("avx512bf16"):
+        forms["dots"] = Dots(lanes)
+    if wide and host_has("avx512vnni"):
+        forms["codes"] = Codes(lanes)
+    names = {name: _write_product(module, tiling, form) for name, form in forms.items()}
+    code = compile_module(module, list(names.values())).functions
+    own = {name: code[function] for name, function in names.items()}
+    return Product(tiling, own["bfloat16"], own["float32"], own.get("dots"), own.get("codes"))
 
 
-class _Bfloat16:
-    """Outputs n and n + lanes of a panel in the lower and upper half of 32 bits."""
-
-    name = "bfloat16"
-    vectors = 1  # that a panel has for an input
-
-    def __init__(self, lanes: int) -> None:
-        self.stored = ir.VectorType(INT32, lanes)
-
-    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Both halves of the panel's outputs, widened."""
-        pair = write.load(at, self.stored)
-        low = write.build.shl(pair, ir.Constant(self.stored, [16] * self.stored.count))
-        high = write.build.and_(pair, ir.Constant(self.stored, [0xFFFF0000] * self.stored.count))
-        return write.build.bitcast(low, write.vector), write.build.bitcast(high, write.vector)
-
-
-class _Float32:
-    """Outputs n to n + lanes of a panel, then the other half."""
-
-    name = "float32"
-    vectors = 2
-
-    def __init__(self, lanes: int) -> None:
-        self.stored = ir.VectorType(FLOAT, lanes)
-
-    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Both halves of the panel's outputs."""
-        return write.load(at), write.load(write.at(at, number(1)))
-
-
-_Weights = _Bfloat16 | _Float32
-
-
-def _write_product(module: ir.Module, tiling: Tiling, weights: _Weights) -> str:
+def _write_product(module: ir.Module, tiling: Tiling, form: Form) -> str:
     """A product with its tiles; its name."""
     counts = range(1, len(tiling.panels) + 1)
-    tiles = {n: tuple(_write_tile(module, tiling, weights, n, ahead) for ahead in (_AHEAD, 0)) for n in counts}
-    write = kernel(module, f"product_{weights.name}", tiling.lanes)
+    tiles = {n: tuple(_write_tile(module, tiling, form, n, ahead) for ahead in (_AHEAD, 0)) for n in counts}
+    write = kernel(module, f"product_{form.name}", tiling.lanes)
     fields = write.fields(ProductArguments)
     given = {name: write.build.load(at) for name, at in fields.items()}
+    given["steps"] = write.build.sdiv(given["inputs"], number(form.inputs))
+    given["room"] = form.room(write, given["inputs"], len(tiling.panels))
     with write.taking(fields["next"], given["share"], given["groups"]) as (first, end), write.counting(first, end) as g:
-        _write_group(write, tiling, weights, tiles, given, g)
+        _write_group(write, tiling, form, tiles, given, g)
     write.build.ret_void()
     name: str = write.function.name
     return name
@@ -129,25 +112,26 @@ def _write_product(module: ir.Module, tiling: Tiling, weights: _Weights) -> str:
 def _write_group(
     write: Writer,
     tiling: Tiling,
-    weights: _Weights,
+    form: Form,
     tiles: Mapping[int, Sequence[ir.Function]],
     given: Mapping[str, ir.Value],
     group: ir.Value,
 ) -> None:
     """All rows of one group's outputs: full tiles, then one of the rows that are left."""
-    build, inputs, outputs = write.build, given["inputs"], given["outputs"]
-    panel = write.times(inputs, weights.vectors)
-    weight = build.inttoptr(given["weight"], weights.stored.as_pointer())
+    build, inputs, outputs, steps = write.build, given["inputs"], given["outputs"], given["steps"]
+    panel = build.add(write.times(steps, form.vectors), number(form.behind))
+    weight = build.inttoptr(given["weight"], form.stored.as_pointer())
     weight = write.at(weight, build.mul(group, write.times(panel, GROUP)))
-    x, out = (write.floats(given[name]) for name in ("x", "out"))
+    scales, out = (write.floats(given[name]) for name in ("scales", "out"))
     out = write.at(out, write.times(group, tiling.group_outputs))
 
     def tile(rows: int, row: ir.Value) -> None:
-        from_, to = write.at(x, build.mul(row, inputs)), write.at(out, build.mul(row, outputs))
+        to = write.at(out, build.mul(row, outputs))
+        from_ = form.rows(write, given["x"], build.mul(row, inputs), write.times(inputs, rows), given["room"])
         function = build.select(build.icmp_signed("==", row, number(0)), *tiles[rows])
         for first in range(0, GROUP, tiling.panels[rows - 1]):
             at = write.at(weight, write.times(panel, first)), write.at(to, number(first * 2 * tiling.lanes))
-            build.call(function, [from_, *at, inputs, outputs])
+            build.call(function, [from_, *at, write.at(scales, row), steps, outputs])
 
     most = len(tiling.panels)
     left = build.srem(given["rows"], number(most))
@@ -157,34 +141,39 @@ def _write_group(
     write.cases(left, range(1, most), lambda rows: tile(rows, full))
 
 
-def _write_tile(module: ir.Module, tiling: Tiling, weights: _Weights, rows: int, ahead: int) -> ir.Function:
-    """tile(x, weight, out, inputs, outputs): `rows` rows times some panels, all sums in registers.
+def _write_tile(module: ir.Module, tiling: Tiling, form: Form, rows: int, ahead: int) -> ir.Function:
+    """tile(x, weight, out, scales, steps, outputs): `rows` rows times some panels, all sums in registers.
 
     Weights `ahead` bytes further on are asked for, unless that is 0.
     """
-    panels, at = tiling.panels[rows - 1], FLOAT.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [at, weights.stored.as_pointer(), at, INT, INT])
-    function = ir.Function(module, kind, f"tile_{weights.name}_{rows}_{ahead}")
+    panels = tiling.panels[rows - 1]
+    places = (kind.as_pointer() for kind in (form.element, form.stored, FLOAT, FLOAT))
+    kind = ir.FunctionType(ir.VoidType(), [*places, INT, INT])
+    function = ir.Function(module, kind, f"tile_{form.name}_{rows}_{ahead}")
     function.linkage = "internal"
-    x, weight, out, inputs, outputs = function.args
+    x, weight, out, scales, steps, outputs = function.args
     write = Writer(function, tiling.lanes)
     build = write.build
-    x_rows = [write.at(x, write.times(inputs, row)) for row in range(rows)]
-    starts = [write.at(weight, write.times(inputs, weights.vectors * panel)) for panel in range(panels)]
+    x_rows = [write.at(x, write.times(steps, row)) for row in range(rows)]
+    size = write.times(steps, form.vectors)
+    starts = [write.at(weight, write.times(build.add(size, number(form.behind)), panel)) for panel in range(panels)]
+    ends = [write.at(start, size) for start in starts]
 
     def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        index = write.times(k, weights.vectors)
-        for line in range(0, weights.vectors * 4 * tiling.lanes, _LINE) if ahead else ():
+        index = write.times(k, form.vectors)
+        for line in range(0, form.vectors * 4 * tiling.lanes, _LINE) if ahead else ():
             for start in starts:
                 write.prefetch(write.at(start, index), ahead + line)
-        halves = [half for start in starts for half in weights.load(write, write.at(start, index))]
-        numbers = [write.broadcast(build.load(write.at(row, k))) for row in x_rows]
-        pairs = ((one, half) for one in numbers for half in halves)
-        return [write.fma(*pair, total) for pair, total in zip(pairs, sums, strict=True)]
+        halves = [half for start in starts for half in form.load(write, write.at(start, index))]
+        elements = [write.broadcast(build.load(write.at(row, k))) for row in x_rows]
+        pairs = ((one, half) for one in elements for half in halves)
+        return [form.add(write, *pair, total) for pair, total in zip(pairs, sums, strict=True)]
 
-    sums = write.summing(number(0), inputs, [write.zero] * (rows * panels * 2), add)
-    for index, total in enumerate(sums):
-        row, half = divmod(index, panels * 2)
-        write.store(total, write.at(out, write.times(outputs, row), number(half * tiling.lanes)))
+    sums = iter(write.summing(number(0), steps, [half for end in ends for half in form.start(write, end)] * rows, add))
+    for row in range(rows):
+        for panel, end in enumerate(ends):
+            halves = form.end(write, [next(sums), next(sums)], end, write.at(scales, number(row)))
+            for half, value in enumerate(halves, 2 * panel):
+                write.store(value, write.at(out, write.times(outputs, row), number(half * tiling.lanes)))
     build.ret_void()
     return function

@@ -28,6 +28,7 @@ TRITON = Kernels(
     paged_attention=paged_attention,
     linear=linear,
     gated=gated,
+    projection=linear,
     logits=TORCH_LOGITS,
     repeated=AtOnce,
     keyed_bits=keyed_bits,  # of choices made outside the fused kernels

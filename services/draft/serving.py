@@ -13,8 +13,7 @@ from prometheus_client import CollectorRegistry
 from dspark import program
 from dspark.costs import CostModel, CostProfile, Refined
 from dspark.costs.files import loading
-from dspark.devices import pick_device, pick_dtype, usage_of
-from dspark.kernels import Kernels, select_kernels
+from dspark.devices import Numerics, pick_device, pick_numerics, usage_of
 from dspark.messages import AttachSequence, DrafterInfo, ProposeItem, Sampling, SequenceKey
 from dspark.models.drafters import Drafter
 from dspark.models.fingerprint import cost_fingerprint
@@ -114,23 +113,23 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
-    kernels = select_kernels(settings.kernels, device)
+    numerics = pick_numerics(settings.kernels, settings.dtype, device)
     with loading():
-        engine, offer = _load(settings, kernels, device)
+        engine, offer = _load(settings, numerics, device)
     seconds = round(time.perf_counter() - began, 2)
-    _log.info("drafter loaded", drafter=offer.drafter.name, kernels=kernels.name, seconds=seconds)
-    engine.costs = _costs(settings, engine, offer, kernels, device)
+    _log.info("drafter loaded", drafter=offer.drafter.name, kernels=numerics.kernels.name, seconds=seconds)
+    engine.costs = _costs(settings, engine, offer, numerics, device)
     return engine, offer
 
 
-def _load(settings: Settings, kernels: Kernels, device: torch.device) -> tuple[DraftEngine, TapOffer]:
+def _load(settings: Settings, numerics: Numerics, device: torch.device) -> tuple[DraftEngine, TapOffer]:
     target = resolve_model(settings.target) if settings.target else None
-    drafter = load(settings.drafter, target, dtype=pick_dtype(settings.dtype, device), device=device)
+    drafter = load(settings.drafter, target, dtype=numerics.dtype, device=device)
     offer = TapOffer.of(drafter, settings.drafter)
     engine = DraftEngine(
         drafter,
-        DraftChooser(draft_top_k=settings.draft_top_k, bits=kernels.keyed_bits),
-        kernels,
+        DraftChooser(draft_top_k=settings.draft_top_k, bits=numerics.kernels.keyed_bits),
+        numerics.kernels,
         context_positions=settings.context_positions,
         lookup=settings.lookup,
     )
@@ -141,15 +140,15 @@ def _load(settings: Settings, kernels: Kernels, device: torch.device) -> tuple[D
 
 
 def _costs(
-    settings: Settings, engine: DraftEngine, offer: TapOffer, kernels: Kernels, device: torch.device
+    settings: Settings, engine: DraftEngine, offer: TapOffer, numerics: Numerics, device: torch.device
 ) -> Refined | None:
     """What drafting costs, kept or measured; the number of threads counts and is set by now."""
     drafter = offer.drafter
     fingerprint = cost_fingerprint(
         "draft",
         drafter.fingerprint or drafter.name,
-        dtype=pick_dtype(settings.dtype, device),
-        kernels=kernels,
+        dtype=numerics.dtype,
+        kernels=numerics.kernels,
         device=device,
         target=drafter.model_fingerprint,
         vocab_size=drafter.vocab_size,

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     device: Annotated[str, Field(description="cpu, cuda, cuda:N, or auto: a GPU if there is one")] = "auto"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
-        Field(description="Weights and context K/V; auto: bfloat16 where the device multiplies it fast"),
+        Field(description="What products multiply; auto: bfloat16 where the device multiplies it fast"),
     ] = "auto"
     kernels: Annotated[Literal["auto", "torch", "llvm", "triton"], Field(description="Kernel implementations")] = "auto"
     context_positions: Annotated[int, Field(ge=16, description="Room for context K/V, all sequences")] = 131_072

@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     device: Annotated[str, Field(description="cpu, cuda, cuda:N, or auto: a GPU if there is one")] = "auto"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
-        Field(description="Weights and K/V cache; auto: bfloat16 where the device multiplies it fast"),
+        Field(description="What products multiply; auto: bfloat16 where the device multiplies it fast"),
     ] = "auto"
     weights: Annotated[
         Literal["plain", "int8"],

@@ -80,7 +80,7 @@ class Tap:
         _check_tensors(info, tensors)
         self.info = info
         self._kernels = verifier_kernels(kernels)
-        self._project = kernels.linear(tensors[PROJECTION].to(device))
+        self._project = kernels.projection(tensors[PROJECTION].to(device))
         self._bias = tensors[BIAS].to(device) if BIAS in tensors else None
         self._norm = tensors[NORM].to(device)
 

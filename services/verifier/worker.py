@@ -16,10 +16,8 @@ from prometheus_client import CollectorRegistry
 from dspark import program
 from dspark.costs import CostModel, CostProfile, Refined
 from dspark.costs.files import loading
-from dspark.devices import pick_device, pick_dtype, processor_name, usage_of
-from dspark.errors import ConfigError, InternalError
-from dspark.kernels import select_kernels
-from dspark.kernels.linear_int8 import with_int8_weights
+from dspark.devices import pick_device, pick_numerics, processor_name, usage_of
+from dspark.errors import InternalError
 from dspark.messages import ModelInfo
 from dspark.models.fingerprint import cost_fingerprint, numerics_fingerprint
 from dspark.models.kv_cache import KVCache
@@ -102,18 +100,15 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
-    dtype = _dtype(settings, device)
-    kernels = select_kernels(settings.kernels, device)
-    if settings.weights == "int8":
-        kernels = with_int8_weights(kernels, device)
+    numerics = pick_numerics(settings.kernels, settings.dtype, device, weights=settings.weights)
     own = EngineSettings(max_step_tokens=settings.max_step_tokens, noise_candidates=settings.noise_candidates)
     with loading():
-        model = load_target(path, dtype=dtype, device=device, kernels=kernels)
+        model = load_target(path, dtype=numerics.dtype, device=device, kernels=numerics.kernels)
         cache = KVCache(
             model.config,
             pages=settings.pages,
             page_size=settings.page_size,
-            dtype=dtype,
+            dtype=numerics.dtype,
             device=device,
             max_step_rows=settings.max_step_tokens,
             prefix_cache=settings.prefix_cache,
@@ -125,7 +120,7 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
         "model loaded",
         model=info.name,
         path=str(path),
-        kernels=kernels.name,
+        kernels=numerics.kernels.name,
         seconds=round(time.perf_counter() - began, 2),
     )
     engine.costs = _costs(settings, model, cache, own, info)
@@ -143,14 +138,6 @@ def _info(settings: Settings, model: TargetModel, path: Path) -> ModelInfo:
         processor=processor_name(),
     )
     return replace(model.info, numerics_fingerprint=numerics, has_chat_template=chat_template(path) is not None)
-
-
-def _dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    if settings.weights == "plain":
-        return pick_dtype(settings.dtype, device)
-    if settings.dtype == "float32":
-        raise ConfigError("weights: int8 goes with dtype bfloat16, not float32")
-    return torch.bfloat16
 
 
 def _costs(

@@ -1,9 +1,11 @@
 """Which numbers a device computes in."""
 
+import platform
+
 import pytest
 import torch
 
-from dspark.devices import pick_dtype
+from dspark.devices import pick_dtype, pick_numerics
 from dspark.errors import ConfigError
 from dspark.kernels.linear import fast_bf16
 
@@ -20,3 +22,19 @@ def test_a_name_is_taken_at_its_word() -> None:
     assert pick_dtype("float32", torch.device("cuda")) == torch.float32
     with pytest.raises(ConfigError, match="'half' is not one of auto, bfloat16, float32"):
         pick_dtype("half", CPU)
+
+
+def test_compiled_kernels_keep_float32_between_products() -> None:
+    auto = pick_numerics("auto", "auto", CPU)
+    assert pick_numerics("torch", "auto", CPU).dtype == pick_dtype("auto", CPU)
+    if auto.kernels.implementation != "llvm":
+        pytest.skip("no compiled kernels here")
+    exact = pick_numerics("llvm", "float32", CPU)
+    assert (exact.dtype, exact.products) == (torch.float32, torch.float32)
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        assert auto.dtype == torch.float32
+    if auto.products == torch.bfloat16 and auto.dtype == torch.float32:
+        assert auto == pick_numerics("llvm", "bfloat16", CPU)
+        assert auto.kernels.name != exact.kernels.name
+    with pytest.raises(ConfigError, match="'half' is not one of"):
+        pick_numerics("auto", "half", CPU)

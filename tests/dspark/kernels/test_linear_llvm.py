@@ -6,13 +6,14 @@ from torch.nn import functional
 
 from dspark.kernels import linear_llvm, team
 from dspark.kernels.linear import PackedLinear, PlainGated, fast_bf16
-from dspark.kernels.linear_llvm import StreamedLinear, gated, linear
+from dspark.kernels.linear_llvm import StreamedLinear, gated, linear, rounded_gated, rounded_linear
 from dspark.kernels.tiles_llvm import NARROW, WIDE, Tiling, compiled
 
 pytestmark = pytest.mark.skipif(not team.available(), reason="this torch has no OpenMP that can be called")
 
 SHAPES = ((1, 1), (63, 60), (64, 640), (65, 77), (640, 2048), (1537, 320))
 ROWS = 41  # several full tiles and one that is not
+DOTS = pytest.mark.skipif(not team.available() or compiled().dots is None, reason="no AVX512-BF16 instructions here")
 TILINGS = pytest.mark.parametrize("tiling", [NARROW, WIDE], ids=["narrow", "wide"])
 
 
@@ -44,6 +45,34 @@ def test_products_are_right_and_rows_keep_their_bits(shape: tuple[int, int], bfl
         assert torch.equal(layer(x[ROWS - rows :]), whole[ROWS - rows :]), rows
 
 
+@DOTS
+@pytest.mark.parametrize("shape", [(1, 16), (63, 32), (64, 640), (640, 2048), (1537, 336)])
+def test_rounded_products_are_those_of_bfloat16_rows(shape: tuple[int, int]) -> None:
+    weight, x = drawn(*shape, 1, bfloat16=True), drawn(ROWS, shape[1], 2)
+    layer = rounded_linear(weight)
+    assert isinstance(layer, StreamedLinear)
+    whole = layer(x)
+    padded = layer.product(x, torch.full((ROWS, -(-shape[0] // WIDE.group_outputs) * WIDE.group_outputs), torch.nan))
+    assert torch.equal(padded[:, : shape[0]], whole)
+    assert not padded[:, shape[0] :].any()
+    rows = x.bfloat16().double()
+    bound = shape[1] * torch.finfo(torch.float32).eps * (rows.abs() @ weight.double().abs().T)
+    assert ((whole - rows @ weight.double().T).abs() <= bound).all()
+    assert not torch.equal(whole, linear(weight)(x))  # which does not round
+    for count in range(ROWS + 1):
+        assert torch.equal(layer(x[:count]), whole[:count]), count
+        assert torch.equal(layer(x[ROWS - count :]), whole[ROWS - count :]), count
+
+
+@DOTS
+def test_rows_are_rounded_only_where_both_sides_fit() -> None:
+    x = drawn(9, 60, 2)
+    odd_inputs, odd_weight = drawn(64, 60, 1, bfloat16=True), drawn(64, 96, 1)
+    assert torch.equal(rounded_linear(odd_inputs)(x), linear(odd_inputs)(x))
+    wide = drawn(9, 96, 2)
+    assert torch.equal(rounded_linear(odd_weight)(wide), linear(odd_weight)(wide))
+
+
 @TILINGS
 def test_bits_do_not_depend_on_tiles_threads_or_how_a_weight_is_kept(tiling: Tiling) -> None:
     weight, x = drawn(1537, 320, 1, bfloat16=True), drawn(ROWS, 320, 2)
@@ -65,6 +94,18 @@ def test_a_weight_is_kept_in_as_few_bytes_as_hold_it() -> None:
     assert StreamedLinear(weight).weight_bytes == weight.numel() * 2
     weight[639, 319] += 1e-6 * weight[639, 319].abs()
     assert StreamedLinear(weight).weight_bytes == weight.numel() * 4
+
+
+@DOTS
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu"])
+def test_gated_layers_of_rounded_rows(activation: str) -> None:
+    gate, up, x = (drawn(rows, 96, seed, bfloat16=True).div(8) for seed, rows in enumerate((200, 200, 7)))
+    layer = rounded_gated(gate, up, activation)
+    torch.testing.assert_close(layer(x), PlainGated(gate, up, activation)(x), atol=1e-5, rtol=1e-5)
+    fine = x * 1.001
+    torch.testing.assert_close(
+        layer(fine), PlainGated(gate, up, activation)(fine.bfloat16().float()), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "silu"])

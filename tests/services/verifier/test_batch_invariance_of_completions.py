@@ -8,8 +8,8 @@ from support import tiny
 from support.targets import new_cache
 
 from benchmarks.invariance import completions, differing, requests
-from dspark.kernels import TORCH
-from dspark.kernels.linear_int8 import with_int8_weights
+from dspark.devices import pick_numerics
+from dspark.errors import ConfigError
 from dspark.models.target import load_target
 from services.verifier.engine import VerifyEngine
 
@@ -18,10 +18,11 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("weights", ["plain", "int8"])
 def test_alone_and_together(tiny_gemma: Path, weights: str) -> None:
-    if weights == "int8" and not torch.cpu._is_vnni_supported():
-        pytest.skip("no VNNI instructions here")
-    kernels = with_int8_weights(TORCH, CPU) if weights == "int8" else TORCH
-    model = load_target(tiny_gemma, dtype=torch.bfloat16, device=CPU, kernels=kernels)
+    try:
+        own = pick_numerics("auto", "auto", CPU, weights=weights)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    model = load_target(tiny_gemma, dtype=own.dtype, device=CPU, kernels=own.kernels)
     engine = VerifyEngine(model, new_cache(model, pages=2048, prefix_cache=False))
     wanted = [r for r in requests(60, 8, tiny.VOCAB) if len(r.token_ids) < 400]
     assert not differing(engine, wanted)

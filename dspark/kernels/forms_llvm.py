@@ -1,0 +1,195 @@
+"""What one step of a product is: how weights lie, what is broadcast of a row, and how both are added to a sum.
+
+Knows nothing of tiles and threads, which are `tiles_llvm`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from llvmlite import ir
+
+from dspark.kernels.parts_llvm import FLOAT, INT32, Writer, number
+
+__all__ = ["Bfloat16", "Codes", "Dots", "Float32", "Form"]
+
+
+class Form(Protocol):
+    """A step takes `inputs` inputs: `vectors` vectors `stored` of a panel, and one `element` of each row.
+
+    `behind`: vectors at the end of a panel that are no step's.
+    """
+
+    name: str
+    inputs: int
+    vectors: int
+    behind: int
+    stored: ir.VectorType
+    element: ir.Type
+
+    def room(self, write: Writer, inputs: ir.Value, rows: int) -> ir.Value:
+        """Memory of a thread for so many rows."""
+
+    def rows(self, write: Writer, x: ir.Value, first: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:
+        """Elements of the rows at `x`, an address, that have numbers `first` to `first + count`."""
+
+    def start(self, write: Writer, behind: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Sums of both halves of a panel's outputs before the first step, given where its steps end."""
+
+    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """A step's weights of outputs 0 to lanes - 1 of a panel, and of the others."""
+
+    def add(self, write: Writer, one: ir.Value, half: ir.Value, total: ir.Value) -> ir.Value:
+        """The sums, with this step."""
+
+    def end(self, write: Writer, totals: Sequence[ir.Value], behind: ir.Value, scale: ir.Value) -> list[ir.Value]:
+        """Outputs in float32 of both halves; `scale` is where the row's lies."""
+
+
+class _Summed:
+    """Sums in float32, from nothing to the outputs."""
+
+    behind = 0
+
+    def start(self, write: Writer, behind: ir.Value) -> tuple[ir.Value, ir.Value]:  # noqa: ARG002 - other forms need it
+        """Nothing yet."""
+        return write.zero, write.zero
+
+    def end(self, write: Writer, totals: Sequence[ir.Value], behind: ir.Value, scale: ir.Value) -> list[ir.Value]:  # noqa: ARG002
+        """As they are."""
+        return list(totals)
+
+
+class _AsTheyAre(_Summed):
+    """Rows of float32, multiplied and added with one rounding."""
+
+    inputs = 1
+    element = FLOAT
+
+    def room(self, write: Writer, inputs: ir.Value, rows: int) -> ir.Value:  # noqa: ARG002 - other forms need them
+        """None is needed."""
+        return number(0)
+
+    def rows(self, write: Writer, x: ir.Value, first: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:  # noqa: ARG002
+        """As they lie."""
+        return write.at(write.floats(x), first)
+
+    def add(self, write: Writer, one: ir.Value, half: ir.Value, total: ir.Value) -> ir.Value:
+        """A fused multiply-add."""
+        return write.fma(one, half, total)
+
+
+class Bfloat16(_AsTheyAre):
+    """Outputs n and n + lanes of a panel in the lower and upper half of 32 bits, widened by a shift and by a mask."""
+
+    name = "bfloat16"
+    vectors = 1
+
+    def __init__(self, lanes: int) -> None:
+        self.stored = ir.VectorType(INT32, lanes)
+
+    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Both halves of the panel's outputs, widened."""
+        pair = write.load(at, self.stored)
+        low = write.build.shl(pair, ir.Constant(self.stored, [16] * self.stored.count))
+        high = write.build.and_(pair, ir.Constant(self.stored, [0xFFFF0000] * self.stored.count))
+        return write.build.bitcast(low, write.vector), write.build.bitcast(high, write.vector)
+
+
+class Float32(_AsTheyAre):
+    """Outputs n to n + lanes of a panel, then the other half."""
+
+    name = "float32"
+    vectors = 2
+
+    def __init__(self, lanes: int) -> None:
+        self.stored = ir.VectorType(FLOAT, lanes)
+
+    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Both halves of the panel's outputs."""
+        return write.load(at), write.load(write.at(at, number(1)))
+
+
+class Dots(_Summed):
+    """Two inputs a step, in bfloat16, of outputs n to n + lanes of a panel, then of the other half (AVX512-BF16).
+
+    Rows are rounded to bfloat16 as a thread needs them: a sixtieth of its multiplications.
+    """
+
+    name = "dots"
+    inputs = 2
+    vectors = 2
+    element = INT32
+
+    def __init__(self, lanes: int) -> None:
+        self.stored = ir.VectorType(INT32, lanes)
+
+    def room(self, write: Writer, inputs: ir.Value, rows: int) -> ir.Value:
+        """On the thread's stack."""
+        return write.build.alloca(INT32, write.times(inputs, -(-rows // 2)))
+
+    def rows(self, write: Writer, x: ir.Value, first: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:
+        """Rounded to the nearest, to even in the middle."""
+        lanes, x = write.lanes, write.at(write.floats(x), first)
+        halves = ir.VectorType(ir.IntType(16), lanes)
+        with write.counting(number(0), count, lanes) as at:
+            narrow = write.call("x86.avx512bf16.cvtneps2bf16.512", halves, write.load(write.at(x, at)))
+            write.store(narrow, write.at(room, write.build.sdiv(at, number(self.inputs))))
+        return room
+
+    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Both halves of the panel's outputs, in pairs."""
+        return write.load(at, self.stored), write.load(write.at(at, number(1)), self.stored)
+
+    def add(self, write: Writer, one: ir.Value, half: ir.Value, total: ir.Value) -> ir.Value:
+        """Both products are added to the sum."""
+        return write.call("x86.avx512bf16.dpbf16ps.512", write.vector, total, one, half)
+
+
+class Codes:
+    """Four inputs a step, as signed bytes, over rows in unsigned bytes around 128; sums are int32 (AVX512-VNNI).
+
+    Behind a panel's steps lie, for each half of its outputs, what 128 times the weights take from a sum, then the
+    weights' scales.
+    """
+
+    name = "codes"
+    inputs = 4
+    vectors = 2
+    behind = 4
+    element = INT32
+
+    def __init__(self, lanes: int) -> None:
+        self.stored = ir.VectorType(INT32, lanes)
+
+    def room(self, write: Writer, inputs: ir.Value, rows: int) -> ir.Value:  # noqa: ARG002 - other forms need them
+        """None is needed: rows come as codes."""
+        return number(0)
+
+    def rows(self, write: Writer, x: ir.Value, first: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:  # noqa: ARG002
+        """As they lie."""
+        codes = write.build.inttoptr(x, INT32.as_pointer())
+        return write.at(codes, write.build.sdiv(first, number(self.inputs)))
+
+    def start(self, write: Writer, behind: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Minus 128 times the weights' sums, so that codes count from 0."""
+        return self.load(write, behind)
+
+    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Both halves of the panel's outputs, in fours."""
+        return write.load(at, self.stored), write.load(write.at(at, number(1)), self.stored)
+
+    def add(self, write: Writer, one: ir.Value, half: ir.Value, total: ir.Value) -> ir.Value:
+        """Four products are added to the sum."""
+        return write.call("x86.avx512.vpdpbusd.512", self.stored, total, one, half)
+
+    def end(self, write: Writer, totals: Sequence[ir.Value], behind: ir.Value, scale: ir.Value) -> list[ir.Value]:
+        """Times the row's scale and the weights'."""
+        build, row = write.build, write.broadcast(write.build.load(scale))
+        return [
+            build.fmul(
+                build.sitofp(total, write.vector), build.fmul(row, write.load(write.at(behind, number(2 + half))))
+            )
+            for half, total in enumerate(totals)
+        ]
