@@ -7,6 +7,7 @@ finds it awake, and no second team competes for the cores.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["alone", "available", "barrier", "noting", "run"]
+__all__ = ["alone", "available", "barrier", "noting", "run", "settle"]
 
 
 def available() -> bool:
@@ -34,6 +35,21 @@ def alone(function: int, arguments: ctypes.Structure) -> None:
     """Call it in this thread: for work that is done sooner than a team is told of it."""
     _note(function, arguments)
     _FUNCTION(function)(ctypes.addressof(arguments))
+
+
+def settle() -> bool:
+    """Give each thread of this thread's team a core of its own, for good; False where there are more or fewer cores.
+
+    Otherwise the system may wake two of them on one core and see only milliseconds later that another stands idle.
+    """
+    parallel = _parallel()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()  # Linux has it
+    if parallel is None or len(cores) != torch.get_num_threads():
+        return False
+    left = iter(sorted(cores))
+    move = _FUNCTION(lambda _: os.sched_setaffinity(0, {next(left)}))
+    parallel(ctypes.cast(move, ctypes.c_void_p).value or 0, 0, len(cores), 0)
+    return next(left, None) is None
 
 
 @contextmanager

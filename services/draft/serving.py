@@ -14,6 +14,7 @@ from dspark import program
 from dspark.costs import CostModel, CostProfile, Refined
 from dspark.costs.files import loading
 from dspark.devices import Numerics, pick_device, pick_numerics, usage_of
+from dspark.kernels import team
 from dspark.messages import AttachSequence, DrafterInfo, ProposeItem, Sampling, SequenceKey
 from dspark.models.drafters import Drafter
 from dspark.models.fingerprint import cost_fingerprint
@@ -113,6 +114,8 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
+    if settings.bind_threads and device.type == "cpu":
+        team.settle()
     numerics = pick_numerics(settings.kernels, settings.dtype, device)
     with loading():
         engine, offer = _load(settings, numerics, device)

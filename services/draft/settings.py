@@ -45,6 +45,7 @@ class Settings(BaseSettings):
         bool, Field(description="Copy what repeats, where that came true before, whatever the drafter")
     ] = True
     threads: Annotated[int, Field(ge=0, description="CPU threads of the model; 0: as many as there are cores")] = 0
+    bind_threads: Annotated[bool, Field(description="Each CPU thread on its own core, if there are as many")] = True
     connect_seconds: Annotated[float, Field(gt=0, description="How long an attach may wait for its verifier")] = 5.0
     profile: Annotated[
         Literal["auto", "measure", "off"],

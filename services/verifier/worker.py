@@ -18,6 +18,7 @@ from dspark.costs import CostModel, CostProfile, Refined
 from dspark.costs.files import loading
 from dspark.devices import pick_device, pick_numerics, processor_name, usage_of
 from dspark.errors import InternalError
+from dspark.kernels import team
 from dspark.messages import ModelInfo
 from dspark.models.fingerprint import cost_fingerprint, numerics_fingerprint
 from dspark.models.kv_cache import KVCache
@@ -100,6 +101,8 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
+    if settings.bind_threads and device.type == "cpu":
+        team.settle()
     numerics = pick_numerics(settings.kernels, settings.dtype, device, weights=settings.weights)
     own = EngineSettings(max_step_tokens=settings.max_step_tokens, noise_candidates=settings.noise_candidates)
     with loading():

@@ -1,0 +1,73 @@
+"""A team's threads: each on a core of its own where there are as many."""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dspark.kernels import team
+
+pytestmark = pytest.mark.skipif(
+    not team.available() or not hasattr(os, "sched_setaffinity"), reason="no team to be had, or no cores to choose"
+)
+
+Cores = list[frozenset[int]]
+
+
+class Nothing(ctypes.Structure):
+    """No arguments."""
+
+
+def cores_of_team() -> Cores:
+    """Where each thread of the present thread's team may run."""
+    found: Cores = []
+    look = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: found.append(frozenset(os.sched_getaffinity(0))))
+    team.run(ctypes.cast(look, ctypes.c_void_p).value or 0, Nothing())
+    return found
+
+
+def elsewhere(work: Callable[[], None]) -> None:
+    """In another thread: what it does to itself is gone with it."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def test_threads_settle_each_on_its_own_core() -> None:
+    here, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    settled: list[bool] = []
+    cores: Cores = []
+
+    def work() -> None:
+        torch.set_num_threads(len(here))
+        settled.append(team.settle())
+        cores.extend(cores_of_team())
+
+    try:
+        elsewhere(work)
+    finally:
+        torch.set_num_threads(threads)
+    assert settled == [True]
+    assert sorted(cores, key=min) == [frozenset({core}) for core in sorted(here)]
+    assert os.sched_getaffinity(0) == here
+
+
+def test_they_stay_where_they_are_if_cores_and_threads_differ() -> None:
+    here, threads = frozenset(os.sched_getaffinity(0)), torch.get_num_threads()
+    settled: list[bool] = []
+    cores: Cores = []
+
+    def work() -> None:
+        torch.set_num_threads(len(here) + 1)
+        settled.append(team.settle())
+        cores.extend(cores_of_team())
+
+    try:
+        elsewhere(work)
+    finally:
+        torch.set_num_threads(threads)
+    assert settled == [False]
+    assert cores == [here] * (len(here) + 1)
