@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch.nn import functional
@@ -35,6 +35,14 @@ class Linear(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, in) ↦ (rows, out)."""
+
+
+@runtime_checkable
+class LinearInto(Linear, Protocol):
+    """A layer that also writes where it is told to."""
+
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """(rows, in) ↦ `out` (rows, out), filled; contiguous both."""
 
 
 def linear(weight: torch.Tensor) -> Linear:

@@ -78,6 +78,12 @@ class Streamed:
         out = self.product(x.contiguous(), x.new_empty(x.shape[0], self._padded))
         return out if self._padded == self._outputs else out[:, : self._outputs].contiguous()
 
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """(rows, in) ↦ `out` (rows, out), filled; contiguous both."""
+        if self._padded == self._outputs:
+            return self.product(x.contiguous(), out)
+        return out.copy_(self(x))
+
     def product(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """`out` (rows, outputs of whole groups of panels), filled; both are contiguous."""
         assert x.dtype == torch.float32

@@ -13,6 +13,7 @@ import torch
 
 from dspark.errors import ModelFileError
 from dspark.kernels import Kernels, Plan
+from dspark.kernels.linear import LinearInto
 from dspark.messages import ModelInfo
 from dspark.models import gemma3, qwen3
 from dspark.models.batch import RaggedBatch
@@ -134,9 +135,20 @@ class TargetModel:
         return [normed, *(captured[layer] for layer in capture)]
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden rows (n, d) after the final norm ↦ logits (n, vocab) in the model's dtype."""
-        return self._head(hidden)
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden rows (n, d) after the final norm ↦ logits (n, vocab) in the model's dtype.
+
+        `out`: their memory, for a model that `writes_logits`.
+        """
+        if out is None:
+            return self._head(hidden)
+        assert isinstance(self._head, LinearInto)
+        return self._head.into(hidden, out)
+
+    @property
+    def writes_logits(self) -> bool:
+        """Whether `logits` writes where it is told."""
+        return isinstance(self._head, LinearInto)
 
     def _steps(self, batch: RaggedBatch) -> dict[str, GroupStep]:
         return {

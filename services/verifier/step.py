@@ -17,6 +17,7 @@ from dspark.messages import Sampling, Verdict
 from dspark.models.batch import RaggedBatch
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
+from dspark.sampling.scratch import scratch
 from services.verifier.candidates import Candidate, Outcome
 from services.verifier.features import FeatureStore
 from services.verifier.kernels import verifier_kernels
@@ -26,6 +27,7 @@ __all__ = ["Computed", "Stepper", "split", "warm_up"]
 
 SAMPLED_BYTES = {
     "cpu": 24 << 20,  # of logits at a time: 24 rows in float32 over 262k tokens; memory is kept for up to 32 MiB
+    "kept": 64 << 20,  # in memory that lives on: head weights are read once for so many rows
     "cuda": 128 << 20,
 }
 
@@ -88,14 +90,24 @@ class Stepper:
         """What the items that reach their anchor came to."""
         anchored = [(own, first + own.count - 1) for own, first in _first_rows(work) if own.reaches_anchor]
         outcomes: dict[Work, Outcome] = {}
-        row = self._model.config.vocab_size * hidden.element_size()
-        most = max(1, SAMPLED_BYTES.get(hidden.device.type, SAMPLED_BYTES["cpu"]) // row)
-        for part in split(anchored, most, lambda entry: 1 + len(entry[0].draft_tokens)):
+        for part in split(anchored, self._sampled_rows(hidden), lambda entry: 1 + len(entry[0].draft_tokens)):
             rows = [row for own, first in part for row in range(first, first + 1 + len(own.draft_tokens))]
-            logits = self._model.logits(hidden[torch.tensor(rows, device=hidden.device)])
+            logits = self._logits(hidden[torch.tensor(rows, device=hidden.device)])
             chosen = self._verify(logits, _candidates(part), noise_candidates=self._noise_candidates)
             outcomes |= zip((own for own, _ in part), chosen, strict=True)
         return outcomes
+
+    def _sampled_rows(self, hidden: Tensor) -> int:
+        """Rows whose logits there are at a time."""
+        where = "kept" if self._model.writes_logits else hidden.device.type
+        row = self._model.config.vocab_size * hidden.element_size()
+        return max(1, SAMPLED_BYTES.get(where, SAMPLED_BYTES["cpu"]) // row)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if not self._model.writes_logits:
+            return self._model.logits(hidden)
+        size = len(hidden), self._model.config.vocab_size
+        return self._model.logits(hidden, scratch.take("sampled", *size, hidden.device, hidden.dtype))
 
     def _commit(self, work: Work, outcome: Outcome | None) -> Verdict:
         state = work.state
