@@ -166,7 +166,8 @@ class Scheduler:
         if not chosen.any() and self.payoff.wins:  # rounds say otherwise than costs
             chosen = able
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
-        if able.any() and round_.decodes and self._looks.due(pays=bool(chosen.any())):
+        load = len(round_.running) + round_.prompt_price
+        if able.any() and round_.decodes and self._looks.due(load, pays=bool(chosen.any())):
             chosen = able if self._looks.first else most_promising(predicted, able, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.base_rows)

@@ -205,7 +205,7 @@ async def test_drafting_that_does_not_seem_to_pay_is_looked_at_for_a_few_streams
     trace = tmp_path / "rounds.jsonl"
     options = by_fives(policy=Adaptive(), explore=0.0, trace=trace)
     async with cluster(PricedVerifier(), dear, options=options) as toys:
-        await crowd(toys, 12, 100)
+        await crowd(toys, 12, 160)
     rounds = [json.loads(line) for line in trace.read_text().splitlines()]
     later = [one["drafted"] for one in rounds[2 * FIRST :] if one["running"] == 12]
     assert max(one["drafted"] for one in rounds[:FIRST]) == 12
