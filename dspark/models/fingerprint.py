@@ -72,7 +72,8 @@ def cost_fingerprint(
         "device": _device_name(device),
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        # The process's, not this thread's, which may have a core of its own.
+        "cores": len(os.sched_getaffinity(os.getpid())) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch": torch.__version__,
         "dspark": __version__,
         "revision": _COSTS,
