@@ -44,7 +44,7 @@ def make_logits(rows: int, vocab: int) -> torch.Tensor:
     torch.manual_seed(0)
     logits = torch.randn(rows, vocab)
     logits[:, :200] += torch.linspace(15, 5, 200)
-    return logits.bfloat16()
+    return logits
 
 
 def plain(sampling: Sampling, rows: int) -> list[Candidate]:

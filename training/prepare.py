@@ -78,7 +78,7 @@ def open_target(path: Path) -> Iterator[tuple[TensorSource, TargetConfig]]:
 def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[Texts]) -> TargetStates:
     """The states of the data sets' texts, one after the other; `Mismatch` where another model wrote any."""
     device = torch.device(plan.device)
-    own = pick_numerics("auto", "auto", device)
+    own, dtype = pick_numerics("auto", "auto", device), pick_dtype("auto", device)
     target = load_target(plan.target, dtype=own.dtype, device=device, kernels=own.kernels)
     for path, manifest in zip(plan.data, manifests, strict=True):
         if target.info.model_fingerprint != manifest.model_fingerprint:
@@ -92,13 +92,12 @@ def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[
     hinted = Hinted(config.hint_lengths, config.block_size) if config.hint_lengths else None
     cache: States
     if device.type == "cpu":
-        numerics = f"{own.dtype} {own.kernels.name} {device.type}"
+        numerics = f"{own.dtype} {own.kernels.name} {dtype} {device.type}"
         cache = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size, numerics)))
     else:
         lengths, width = [len(ids) for ids in joined.token_ids], target.config.hidden_size
         room = min(plan.cache_gb, torch.cuda.mem_get_info(device)[0] / 2e9)
         cache = StateMemory(lengths, layers=len(layers), width=width, gigabytes=room, device=device)
-    dtype = pick_dtype("auto", device)
     return TargetStates(joined, target, layers, cache, dtype=dtype, normalise=not plan.shape.plain_tap, hinted=hinted)
 
 

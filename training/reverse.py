@@ -144,7 +144,7 @@ def _probabilities(texts: Sequence[Observed], positions: Tensor, ids: Tensor) ->
     places = [(one, at - one.text.prompt_length) for one, at in zip(texts, positions.tolist(), strict=True)]
     hidden = torch.stack([one.hidden[at] for one, at in places])
     head = texts[0].head
-    # Rounded as the verifier's logits are.
+    # Rounded as logits of a model whose tensors are bfloat16.
     logits = (head[ids].float() @ hidden.float()[..., None])[..., 0].to(head.dtype).double()
     log_z = torch.stack([one.log_z[at] for one, at in places if one.log_z is not None])
     temperatures = log_z.new_tensor([one.text.temperature for one in texts])

@@ -168,7 +168,8 @@ class TargetStates:
         parts = [torch.zeros(first, device=hidden.device)]
         at_once = _SUMMED_ROWS.get(hidden.device.type, _HEAD_ROWS)
         for rows in torch.split(hidden[first:], _HEAD_ROWS):
-            logits = self._target.logits(rows)
+            seen = rows.to(self._dtype).to(rows.dtype)  # as the loss, which computes them again, has them
+            logits = self._target.logits(seen).to(self._dtype)
             parts += [torch.logsumexp(some.float(), -1) for some in torch.split(logits, at_once)]
         return torch.cat(parts)
 

@@ -93,7 +93,8 @@ def _verify(path: Path, asked: _Asked) -> CostModel:
     from services.verifier.settings import Settings
     from services.verifier.worker import prepare
 
-    engine, _ = prepare(Settings(model=str(path), **asked.settings), path)
+    with program.one_thread("profile") as thread:  # as workers have one, whose team has cores of its own
+        engine, _ = thread.submit(prepare, Settings(model=str(path), **asked.settings), path).result()
     return _known(engine.costs, "step")
 
 
@@ -101,7 +102,9 @@ def _draft(drafter: Path, path: Path, asked: _Asked) -> CostModel:
     from services.draft.serving import prepare
     from services.draft.settings import Settings
 
-    engine, _ = prepare(Settings(drafter=drafter, target=str(path), **asked.settings))
+    with program.one_thread("profile") as thread:
+        settings = Settings(drafter=drafter, target=str(path), **asked.settings)
+        engine, _ = thread.submit(prepare, settings).result()
     return _known(engine.costs, "draft")
 
 

@@ -41,8 +41,12 @@ class Linear(Protocol):
 class LinearInto(Linear, Protocol):
     """A layer that also writes where it is told to."""
 
+    @property
+    def width(self) -> int:
+        """Numbers of a row that it writes, at least as many as it has outputs."""
+
     def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """(rows, in) ↦ `out` (rows, out), filled; contiguous both."""
+        """(rows, in) ↦ (rows, out), the outputs among what is written to `out` (rows, width); contiguous both."""
 
 
 def linear(weight: torch.Tensor) -> Linear:

@@ -32,6 +32,7 @@ __all__ = [
 
 _SHARES = 8  # that a thread takes of a product one by one, so that a disturbed thread leaves its rest to the others
 _ALONE = 16 << 20  # rows times bytes of weights that one thread has done before a sleeping team would begin
+_MOST_ROUNDED = 1 << 15  # inputs of rows that a thread rounds on its stack, a tile of them at a time
 _PART = 1 << 14  # outputs looked at together
 
 
@@ -78,11 +79,14 @@ class Streamed:
         out = self.product(x.contiguous(), x.new_empty(x.shape[0], self._padded))
         return out if self._padded == self._outputs else out[:, : self._outputs].contiguous()
 
+    @property
+    def width(self) -> int:
+        """Outputs of whole groups of panels."""
+        return self._padded
+
     def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """(rows, in) ↦ `out` (rows, out), filled; contiguous both."""
-        if self._padded == self._outputs:
-            return self.product(x.contiguous(), out)
-        return out.copy_(self(x))
+        """(rows, in) ↦ (rows, out), the outputs among what is written to `out` (rows, width); contiguous both."""
+        return self.product(x.contiguous(), out)[:, : self._outputs]
 
     def product(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """`out` (rows, outputs of whole groups of panels), filled; both are contiguous."""
@@ -108,7 +112,8 @@ class StreamedLinear(Streamed):
 
     def __init__(self, weight: torch.Tensor, product: Product | None = None, *, rounded: bool = False) -> None:
         product = product or compiled()
-        rounded = rounded and not weight.shape[1] % product.tiling.lanes
+        inputs = weight.shape[1]
+        rounded = rounded and not inputs % product.tiling.lanes and inputs <= _MOST_ROUNDED
         super().__init__(*_arranged(weight, product, rounded=rounded), weight.shape, product.tiling)
 
 

@@ -165,7 +165,7 @@ def _write_norm(write: Writer, *, summed: bool, normed: bool) -> None:
 
 
 def _write_codes(write: Writer) -> None:
-    """Rows as whole numbers 1 to 255 around 128, and what one of them is."""
+    """Rows as whole numbers 1 to 255 around 128, and what one of them is: NaN where the row holds one."""
     given, build, lanes = _given(write, CodeArguments), write.build, write.lanes
     size, bytes_ = given["size"], ir.VectorType(ir.IntType(8), lanes)
     with _rows(write, given) as row:
@@ -174,10 +174,10 @@ def _write_codes(write: Writer) -> None:
 
         def widest(at: ir.Value, most: list[ir.Value]) -> list[ir.Value]:
             value = write.load(write.at(x, at))
-            return [write.larger(write.larger(value, build.fsub(write.zero, value)), most[0])]
+            return [write.maximum(write.maximum(value, build.fsub(write.zero, value)), most[0])]
 
         (most,) = write.summing(number(0), size, [write.constant(_LEAST)], widest, step=lanes)
-        most = write.broadcast(write.folded(most, lambda a, b: build.select(build.fcmp_ordered(">", a, b), a, b)))
+        most = write.broadcast(write.folded(most, write.maximum))
         scale = build.fdiv(most, write.constant(127.0))
         build.store(build.extract_element(scale, ir.Constant(INT32, 0)), write.at(given["scales"], row))
         steps = build.fdiv(write.constant(127.0), most)

@@ -94,6 +94,8 @@ def activated(both: torch.Tensor, size: int, activation: str) -> torch.Tensor:
 
 def codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (n, d) float32, contiguous, as uint8 around 128, and the scales (n,) by which they were divided."""
+    assert x.dtype == torch.float32
+    assert x.is_contiguous()
     out, scales = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(len(x))
     addresses = x.data_ptr(), out.data_ptr(), scales.data_ptr()
     _run("codes", x.shape[1], CodeArguments, *addresses, x.shape[1], rows=len(x))

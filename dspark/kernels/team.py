@@ -38,18 +38,28 @@ def alone(function: int, arguments: ctypes.Structure) -> None:
 
 
 def settle() -> bool:
-    """Give each thread of this thread's team a core of its own, for good; False where there are more or fewer cores.
+    """Give each other thread of this thread's team a core of its own, for good; whether that was done.
 
-    Otherwise the system may wake two of them on one core and see only milliseconds later that another stands idle.
+    Otherwise the system may wake two of them on one core and see only milliseconds later that another stands idle. This
+    thread keeps its cores, as what it starts inherits them: the system finds it the one that the others leave. Nothing
+    is done in the main thread, whose cores stand for the program's, nor where there are more or fewer cores.
     """
     parallel = _parallel()
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()  # Linux has it
-    if parallel is None or len(cores) != torch.get_num_threads():
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux has it
+    here = threading.current_thread() is threading.main_thread()
+    if parallel is None or here or len(cores) != torch.get_num_threads():
         return False
-    left = iter(sorted(cores))
-    move = _FUNCTION(lambda _: os.sched_setaffinity(0, {next(left)}))
-    parallel(ctypes.cast(move, ctypes.c_void_p).value or 0, 0, len(cores), 0)
-    return next(left, None) is None
+    place = ctypes.CDLL(None).omp_get_thread_num
+    moved: list[int] = []
+
+    def move(_: int) -> None:
+        if own := place():
+            os.sched_setaffinity(0, {cores[own]})
+        moved.append(own)
+
+    callback = _FUNCTION(move)  # what it raises is told on stderr
+    parallel(ctypes.cast(callback, ctypes.c_void_p).value or 0, 0, len(cores), 0)
+    return len(moved) == len(cores)
 
 
 @contextmanager

@@ -138,7 +138,7 @@ class TargetModel:
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden rows (n, d) after the final norm ↦ logits (n, vocab) in the model's dtype.
 
-        `out`: their memory, for a model that `writes_logits`.
+        `out` (n, written_logits): memory for them, which they are a view of then.
         """
         if out is None:
             return self._head(hidden)
@@ -146,9 +146,9 @@ class TargetModel:
         return self._head.into(hidden, out)
 
     @property
-    def writes_logits(self) -> bool:
-        """Whether `logits` writes where it is told."""
-        return isinstance(self._head, LinearInto)
+    def written_logits(self) -> int:
+        """Numbers of a row that `logits` writes where it is told; 0 if it does not."""
+        return self._head.width if isinstance(self._head, LinearInto) else 0
 
     def _steps(self, batch: RaggedBatch) -> dict[str, GroupStep]:
         return {

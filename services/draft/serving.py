@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import structlog
 import torch
@@ -114,19 +115,20 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
-    if settings.bind_threads and device.type == "cpu":
-        team.settle()
+    target = resolve_model(settings.target) if settings.target else None  # what it starts must have every core
+    bound = settings.bind_threads and device.type == "cpu" and team.settle()
     numerics = pick_numerics(settings.kernels, settings.dtype, device)
     with loading():
-        engine, offer = _load(settings, numerics, device)
+        engine, offer = _load(settings, target, numerics, device)
     seconds = round(time.perf_counter() - began, 2)
-    _log.info("drafter loaded", drafter=offer.drafter.name, kernels=numerics.kernels.name, seconds=seconds)
-    engine.costs = _costs(settings, engine, offer, numerics, device)
+    _log.info("drafter loaded", drafter=offer.drafter.name, kernels=numerics.kernels.name, bound=bound, seconds=seconds)
+    engine.costs = _costs(settings, engine, offer, numerics, device, bound=bound)
     return engine, offer
 
 
-def _load(settings: Settings, numerics: Numerics, device: torch.device) -> tuple[DraftEngine, TapOffer]:
-    target = resolve_model(settings.target) if settings.target else None
+def _load(
+    settings: Settings, target: Path | None, numerics: Numerics, device: torch.device
+) -> tuple[DraftEngine, TapOffer]:
     drafter = load(settings.drafter, target, dtype=numerics.dtype, device=device)
     offer = TapOffer.of(drafter, settings.drafter)
     engine = DraftEngine(
@@ -143,7 +145,7 @@ def _load(settings: Settings, numerics: Numerics, device: torch.device) -> tuple
 
 
 def _costs(
-    settings: Settings, engine: DraftEngine, offer: TapOffer, numerics: Numerics, device: torch.device
+    settings: Settings, engine: DraftEngine, offer: TapOffer, numerics: Numerics, device: torch.device, *, bound: bool
 ) -> Refined | None:
     """What drafting costs, kept or measured; the number of threads counts and is set by now."""
     drafter = offer.drafter
@@ -153,6 +155,7 @@ def _costs(
         dtype=numerics.dtype,
         kernels=numerics.kernels,
         device=device,
+        bound=bound,
         target=drafter.model_fingerprint,
         vocab_size=drafter.vocab_size,
         draft_top_k=settings.draft_top_k,

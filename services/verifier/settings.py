@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     ] = "auto"
     weights: Annotated[
         Literal["plain", "int8"],
-        Field(description="int8: on a CPU, round matrices to half their bytes; outputs are then that model's own"),
+        Field(description="int8: round matrices to half their bytes (AVX512-VNNI); outputs are then that model's own"),
     ] = "plain"
     kernels: Annotated[Literal["auto", "torch", "llvm", "triton"], Field(description="Kernel implementations")] = "auto"
     pages: Annotated[int, Field(ge=2, description="K/V cache pages")] = 2048

@@ -99,15 +99,14 @@ class Stepper:
 
     def _sampled_rows(self, hidden: Tensor) -> int:
         """Rows whose logits there are at a time."""
-        where = "kept" if self._model.writes_logits else hidden.device.type
+        where = "kept" if self._model.written_logits else hidden.device.type
         row = self._model.config.vocab_size * hidden.element_size()
         return max(1, SAMPLED_BYTES.get(where, SAMPLED_BYTES["cpu"]) // row)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        if not self._model.writes_logits:
+        if not (width := self._model.written_logits):
             return self._model.logits(hidden)
-        size = len(hidden), self._model.config.vocab_size
-        return self._model.logits(hidden, scratch.take("sampled", *size, hidden.device, hidden.dtype))
+        return self._model.logits(hidden, scratch.take("sampled", len(hidden), width, hidden.device, hidden.dtype))
 
     def _commit(self, work: Work, outcome: Outcome | None) -> Verdict:
         state = work.state

@@ -101,8 +101,7 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
-    if settings.bind_threads and device.type == "cpu":
-        team.settle()
+    bound = settings.bind_threads and device.type == "cpu" and team.settle()
     numerics = pick_numerics(settings.kernels, settings.dtype, device, weights=settings.weights)
     own = EngineSettings(max_step_tokens=settings.max_step_tokens, noise_candidates=settings.noise_candidates)
     with loading():
@@ -124,9 +123,10 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
         model=info.name,
         path=str(path),
         kernels=numerics.kernels.name,
+        bound=bound,
         seconds=round(time.perf_counter() - began, 2),
     )
-    engine.costs = _costs(settings, model, cache, own, info)
+    engine.costs = _costs(settings, model, cache, own, info, bound=bound)
     return engine, tokenizer_files(path, info)
 
 
@@ -144,7 +144,7 @@ def _info(settings: Settings, model: TargetModel, path: Path) -> ModelInfo:
 
 
 def _costs(
-    settings: Settings, model: TargetModel, cache: KVCache, own: EngineSettings, info: ModelInfo
+    settings: Settings, model: TargetModel, cache: KVCache, own: EngineSettings, info: ModelInfo, *, bound: bool
 ) -> Refined | None:
     """What steps cost, kept or measured; the number of threads counts and is set by now."""
     fingerprint = cost_fingerprint(
@@ -153,6 +153,7 @@ def _costs(
         dtype=model.dtype,
         kernels=model.kernels,
         device=model.device,
+        bound=bound,
         page_size=settings.page_size,
         max_step_tokens=own.max_step_tokens,
         noise_candidates=own.noise_candidates,

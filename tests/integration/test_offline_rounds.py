@@ -12,10 +12,13 @@ from support import pairs
 
 from dspark.cli.offline import compare_rounds
 from dspark.cluster import Cluster
+from dspark.devices import pick_numerics
 from dspark.evaluation import Evaluation, Settings, evaluate
-from dspark.models.drafters import Drafter
+from dspark.models.drafters import Drafter, load_drafter
+from dspark.models.target import TargetModel, load_target
 from training.texts import answer, numbered_prompts
 
+CPU = torch.device("cpu")
 NEW = 48
 MADE = torch.Generator().manual_seed(9)
 
@@ -41,12 +44,19 @@ def cluster_of(pair: tuple[Path, Path], dtype: str) -> Cluster:
     return Cluster(*pair, policy="fixed:4", draft_args=drafts, verify_args=alone, verify_length=4)
 
 
+def served_pair(pair: tuple[Path, Path], dtype: str) -> tuple[TargetModel, Drafter]:
+    """Both as workers compute them for that dtype."""
+    own = pick_numerics("auto", dtype, CPU)
+    target = load_target(pair[0], dtype=own.dtype, device=CPU, kernels=own.kernels)
+    return target, load_drafter(pair[1], target_path=pair[0], dtype=own.dtype, device=CPU)
+
+
 async def test_accepted_lengths_agree_near_and_far_and_behind_a_cached_prefix(
     pair: tuple[Path, Path], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    target, drafter = pairs.load_pair(pair, getattr(torch, dtype))
+    target, drafter = served_pair(pair, dtype)
     short, far = [ids(3 + 7 * i) for i in range(10)], [ids(1500), ids(1460)]
     warm, cold = Settings(NEW, 1.0, 20), Settings(NEW, 0.0)
     async with cluster_of(pair, dtype) as cluster, cluster.client() as client:

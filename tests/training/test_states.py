@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
+from dspark.devices import pick_numerics
 from dspark.errors import ConfigError
 from dspark.models.batch import RaggedBatch
 from dspark.models.kv_cache import KVCache
-from dspark.models.target import TargetModel
+from dspark.models.target import TargetModel, load_target
 from training.dataset import Texts, read_texts
 from training.state_cache import StateCache, StateCaches, TextStates
 from training.state_memory import StateMemory
@@ -38,6 +40,17 @@ def test_batch_holds_the_targets_states(target: TargetModel, data_set: Path) -> 
         assert torch.equal(batch.captured[row, :n], rms_normalise(captured, 1e-6))
         logz = torch.logsumexp(target.logits(forward.hidden[first:]).float(), -1)
         torch.testing.assert_close(batch.logz[row, first:n], logz, atol=1e-3, rtol=1e-4)
+
+
+def test_a_loss_in_bfloat16_has_the_sum_of_what_it_computes_itself(tiny_gemma: Path, data_set: Path) -> None:
+    own = pick_numerics("auto", "float32", torch.device("cpu"))
+    target = load_target(tiny_gemma, dtype=own.dtype, device=torch.device("cpu"), kernels=own.kernels)
+    texts = read_texts(data_set)
+    batch = TargetStates(texts, target, LAYERS, dtype=torch.bfloat16).batch([3])
+    assert batch.hidden.dtype == batch.captured.dtype == torch.bfloat16
+    first, n = texts.prompt_lengths[3], len(texts.token_ids[3])
+    logits = functional.linear(batch.hidden[0, first:n].float(), target.head_weight).bfloat16().float()
+    torch.testing.assert_close(batch.logz[0, first:n], torch.logsumexp(logits, -1), atol=2e-3, rtol=1e-4)
 
 
 def test_what_is_kept_is_what_was_computed(target: TargetModel, data_set: Path, tmp_path: Path) -> None:

@@ -63,6 +63,16 @@ def test_a_row_of_zeros_stays_one() -> None:
     assert not result[1].any()
 
 
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_gives_nothing_finite(odd: float) -> None:
+    x = normal(3, 640, 1)
+    whole = linear_int8.linear(normal(64, 640, 2))(x)
+    x[1, 77] = odd
+    found = linear_int8.linear(normal(64, 640, 2))(x)
+    assert not found[1].isfinite().any()
+    assert torch.equal(found[::2], whole[::2])
+
+
 def test_inputs_that_are_no_whole_vectors_keep_their_weights() -> None:
     assert not isinstance(linear_int8.linear(normal(64, 60, 1)), linear_int8.Int8Linear)
 

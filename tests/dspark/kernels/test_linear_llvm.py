@@ -64,6 +64,16 @@ def test_rounded_products_are_those_of_bfloat16_rows(shape: tuple[int, int]) -> 
         assert torch.equal(layer(x[ROWS - count :]), whole[ROWS - count :]), count
 
 
+@pytest.mark.parametrize("outputs", [256, 300])
+def test_outputs_are_written_where_they_are_told_to(outputs: int) -> None:
+    weight, x = drawn(outputs, 64, 1), drawn(9, 64, 2)
+    layer = StreamedLinear(weight)
+    memory = torch.full((9, layer.width), torch.nan)
+    found = layer.into(x, memory)
+    assert torch.equal(found, layer(x))
+    assert found.data_ptr() == memory.data_ptr()
+
+
 @DOTS
 def test_rows_are_rounded_only_where_both_sides_fit() -> None:
     x = drawn(9, 60, 2)
