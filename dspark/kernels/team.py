@@ -38,11 +38,12 @@ def alone(function: int, arguments: ctypes.Structure) -> None:
 
 
 def settle() -> bool:
-    """Give each other thread of this thread's team a core of its own, for good; whether that was done.
+    """Give each thread of this thread's team a core of its own, for good; whether that was done.
 
-    Otherwise the system may wake two of them on one core and see only milliseconds later that another stands idle. This
-    thread keeps its cores, as what it starts inherits them: the system finds it the one that the others leave. Nothing
-    is done in the main thread, whose cores stand for the program's, nor where there are more or fewer cores.
+    Otherwise the system may wake two of them on one core and see only milliseconds later that another stands idle. What
+    this thread starts from then on inherits its core, so nothing is done in the main thread, whose cores stand for the
+    program's. Nor is it where there are more or fewer cores, and it is not for teams that a library runs in part: who
+    is left out ends, and comes back with this thread's core.
     """
     parallel = _parallel()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux has it
@@ -53,9 +54,8 @@ def settle() -> bool:
     moved: list[int] = []
 
     def move(_: int) -> None:
-        if own := place():
-            os.sched_setaffinity(0, {cores[own]})
-        moved.append(own)
+        os.sched_setaffinity(0, {cores[place()]})
+        moved.append(place())
 
     callback = _FUNCTION(move)  # what it raises is told on stderr
     parallel(ctypes.cast(callback, ctypes.c_void_p).value or 0, 0, len(cores), 0)

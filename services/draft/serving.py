@@ -116,8 +116,9 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     target = resolve_model(settings.target) if settings.target else None  # what it starts must have every core
-    bound = settings.bind_threads and device.type == "cpu" and team.settle()
     numerics = pick_numerics(settings.kernels, settings.dtype, device)
+    compiled = numerics.kernels.implementation == "llvm"
+    bound = settings.bind_threads and compiled and team.settle()
     with loading():
         engine, offer = _load(settings, target, numerics, device)
     seconds = round(time.perf_counter() - began, 2)

@@ -101,8 +101,9 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
-    bound = settings.bind_threads and device.type == "cpu" and team.settle()
     numerics = pick_numerics(settings.kernels, settings.dtype, device, weights=settings.weights)
+    compiled = numerics.kernels.implementation == "llvm"
+    bound = settings.bind_threads and compiled and team.settle()
     own = EngineSettings(max_step_tokens=settings.max_step_tokens, noise_candidates=settings.noise_candidates)
     with loading():
         model = load_target(path, dtype=numerics.dtype, device=device, kernels=numerics.kernels)
