@@ -61,6 +61,17 @@ class _Summed:
         return list(totals)
 
 
+class _Beside:
+    """A step has a vector of outputs n to n + lanes of a panel, then one of the other half."""
+
+    vectors = 2
+    stored: ir.VectorType
+
+    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Both halves of the panel's outputs."""
+        return write.load(at, self.stored), write.load(write.at(at, number(1)), self.stored)
+
+
 class _AsTheyAre(_Summed):
     """Rows of float32, multiplied and added with one rounding."""
 
@@ -97,29 +108,23 @@ class Bfloat16(_AsTheyAre):
         return write.build.bitcast(low, write.vector), write.build.bitcast(high, write.vector)
 
 
-class Float32(_AsTheyAre):
-    """Outputs n to n + lanes of a panel, then the other half."""
+class Float32(_Beside, _AsTheyAre):
+    """Weights as rows are."""
 
     name = "float32"
-    vectors = 2
 
     def __init__(self, lanes: int) -> None:
         self.stored = ir.VectorType(FLOAT, lanes)
 
-    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Both halves of the panel's outputs."""
-        return write.load(at), write.load(write.at(at, number(1)))
 
-
-class Dots(_Summed):
-    """Two inputs a step, in bfloat16, of outputs n to n + lanes of a panel, then of the other half (AVX512-BF16).
+class Dots(_Beside, _Summed):
+    """Two inputs a step, in bfloat16 (AVX512-BF16).
 
     Rows are rounded to bfloat16 as a thread needs them: a sixtieth of its multiplications.
     """
 
     name = "dots"
     inputs = 2
-    vectors = 2
     element = INT32
 
     def __init__(self, lanes: int) -> None:
@@ -138,16 +143,12 @@ class Dots(_Summed):
             write.store(narrow, write.at(room, write.build.sdiv(at, number(self.inputs))))
         return room
 
-    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Both halves of the panel's outputs, in pairs."""
-        return write.load(at, self.stored), write.load(write.at(at, number(1)), self.stored)
-
     def add(self, write: Writer, one: ir.Value, half: ir.Value, total: ir.Value) -> ir.Value:
         """Both products are added to the sum."""
         return write.call("x86.avx512bf16.dpbf16ps.512", write.vector, total, one, half)
 
 
-class Codes:
+class Codes(_Beside):
     """Four inputs a step, as signed bytes, over rows in unsigned bytes around 128; sums are int32 (AVX512-VNNI).
 
     Behind a panel's steps lie, for each half of its outputs, what 128 times the weights take from a sum, then the
@@ -156,7 +157,6 @@ class Codes:
 
     name = "codes"
     inputs = 4
-    vectors = 2
     behind = 4
     element = INT32
 
@@ -175,10 +175,6 @@ class Codes:
     def start(self, write: Writer, behind: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Minus 128 times the weights' sums, so that codes count from 0."""
         return self.load(write, behind)
-
-    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Both halves of the panel's outputs, in fours."""
-        return write.load(at, self.stored), write.load(write.at(at, number(1)), self.stored)
 
     def add(self, write: Writer, one: ir.Value, half: ir.Value, total: ir.Value) -> ir.Value:
         """Four products are added to the sum."""

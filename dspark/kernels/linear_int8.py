@@ -70,8 +70,5 @@ def _panels(weight: torch.Tensor, lanes: int) -> torch.Tensor:
         scales[part] = own = values.abs().amax(1).div_(127).clamp_(min=1e-30)
         quantised[part] = (values / own[:, None]).round_()
         taken[part] = quantised[part].sum(1, dtype=torch.int32).mul_(-_ZERO_POINT)
-    parts = (
-        in_panels(quantised.view(torch.int32), (2, lanes), (0, 3, 1, 2)).flatten(1),
-        *(in_panels(one[:, None].view(torch.int32), (2, lanes), (0, 3, 1, 2)).flatten(1) for one in (taken, scales)),
-    )
-    return torch.cat(parts, 1)
+    parts = (quantised, taken[:, None], scales[:, None])
+    return torch.cat([in_panels(one.view(torch.int32), (2, lanes), (0, 3, 1, 2)).flatten(1) for one in parts], 1)

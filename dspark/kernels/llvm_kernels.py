@@ -1,8 +1,7 @@
 """The kernels that are compiled for a CPU.
 
 Layers of models in bfloat16, and what these kernels leave out, are torch's. Noise and sampling are compiled for those,
-too. `ROUNDED` and `INT8` multiply bfloat16 and
-bytes in models whose tensors are float32: only where the processor does.
+too. `ROUNDED` and `INT8` multiply bfloat16 and bytes in models whose tensors are float32, where the processor does.
 """
 
 from __future__ import annotations

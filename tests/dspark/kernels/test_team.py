@@ -3,7 +3,6 @@
 import ctypes
 import os
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,47 +28,38 @@ def cores_of_team() -> Cores:
     return found
 
 
-def elsewhere(work: Callable[[], None]) -> None:
-    """In another thread: what it does to itself is gone with it."""
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-
-
-def test_threads_settle_each_on_its_own_core() -> None:
-    here, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    settled: list[bool] = []
+def settled(threads: int) -> tuple[bool, Cores]:
+    """What settling a team of so many gives, and where its threads may run then; in a thread that ends with this."""
+    before = torch.get_num_threads()
+    done: list[bool] = []
     cores: Cores = []
 
     def work() -> None:
-        torch.set_num_threads(len(here))
-        settled.append(team.settle())
+        torch.set_num_threads(threads)
+        done.append(team.settle())
         cores.extend(cores_of_team())
 
+    thread = threading.Thread(target=work)
     try:
-        elsewhere(work)
+        thread.start()
+        thread.join()
     finally:
-        torch.set_num_threads(threads)
-    assert settled == [True]
+        torch.set_num_threads(before)
+    return done[0], cores
+
+
+def test_threads_settle_each_on_its_own_core() -> None:
+    here = os.sched_getaffinity(0)
+    done, cores = settled(len(here))
+    assert done
     assert sorted(cores, key=min) == [frozenset({core}) for core in sorted(here)]
     assert os.sched_getaffinity(0) == here
 
 
 def test_they_stay_where_they_are_if_cores_and_threads_differ() -> None:
-    here, threads = frozenset(os.sched_getaffinity(0)), torch.get_num_threads()
-    settled: list[bool] = []
-    cores: Cores = []
-
-    def work() -> None:
-        torch.set_num_threads(len(here) + 1)
-        settled.append(team.settle())
-        cores.extend(cores_of_team())
-
-    try:
-        elsewhere(work)
-    finally:
-        torch.set_num_threads(threads)
-    assert settled == [False]
+    here = frozenset(os.sched_getaffinity(0))
+    done, cores = settled(len(here) + 1)
+    assert not done
     assert cores == [here] * (len(here) + 1)
 
 
