@@ -15,9 +15,12 @@ from torch import Tensor
 
 from training.states import Batch
 
-__all__ = ["Graphed"]
+__all__ = ["Ahead", "Drawn", "Graphed"]
 
 _WARM_UPS = 3
+
+Drawn = tuple[Batch, Tensor, int]
+"""A step's texts, the anchors of its blocks, and their length."""
 
 Work = Callable[[Batch, Tensor, int], Tensor]
 """Adds a batch's gradients to the parameters', and gives the step's figures."""
@@ -31,6 +34,34 @@ class _Recorded:
     batch: Batch
     anchors: Tensor
     figures: Tensor
+
+
+class Ahead:
+    """Gathers a step's texts on a stream of their own while the card computes the step before.
+
+    What has to travel to the card waits for nothing but what travels with it, then.
+    """
+
+    def __init__(self, device: torch.device, draw: Callable[[int], Drawn]) -> None:
+        self._draw = draw
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._step = -1
+        self._drawn: Drawn | None = None
+
+    def take(self, step: int) -> Drawn:
+        """A step's, drawn now where it was not before; its memory stays until the next is drawn and taken."""
+        if self._drawn is None or self._step != step:
+            self.draw(step)
+        assert self._drawn is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # who draws next may reuse what was read
+        return self._drawn
+
+    def draw(self, step: int) -> None:
+        """Begin on a step's; whatever the caller's stream does next waits for it, but not what it does already."""
+        with torch.cuda.stream(self._stream):
+            self._step, self._drawn = step, self._draw(step)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
 class Graphed:

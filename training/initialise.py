@@ -6,7 +6,7 @@ those of the target layer it came from. Leaves training to `training.trainer`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,6 +22,7 @@ from dspark.models.weights import TensorSource
 from training.states import Batch, TargetStates
 
 _EMBEDDED = 0.5  # weight of the token beside the feature in a chain drafter's first rows
+_ROWS = 256  # of logits at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,12 @@ def drafter_config(target: TargetConfig, shape: Shape, *, name: str) -> DrafterC
 
 def sample_batch(states: TargetStates, rows: Sequence[int], count: int) -> Batch:
     """Some texts, evenly spread."""
-    return states.batch([rows[int(n)] for n in torch.linspace(0, len(rows) - 1, min(count, len(rows)))])
+    return states.batch(spread(rows, count))
+
+
+def spread(rows: Sequence[int], count: int) -> list[int]:
+    """So many of the rows, evenly spread; all where there are no more."""
+    return [rows[int(n)] for n in torch.linspace(0, len(rows) - 1, min(count, len(rows)), dtype=torch.float64)]
 
 
 def as_it_is(captured: Tensor) -> Standardisation:
@@ -137,14 +143,16 @@ def measure(captured: Tensor, lengths: Tensor) -> Standardisation:
 
 
 @torch.no_grad()
-def draft_vocabulary(batch: Batch, head: Tensor, size: int, *, keep: tuple[int, ...] = ()) -> Tensor:
+def draft_vocabulary(batches: Iterable[Batch], head: Tensor, size: int, *, keep: tuple[int, ...] = ()) -> Tensor:
     """The `d2t` (size,) of the tokens with the highest mean target probability over responses, and those in `keep`."""
-    places = torch.arange(batch.token_ids.shape[1], device=batch.lengths.device)
-    real = (places >= batch.prompt_lengths[:, None]) & (places < batch.lengths[:, None])
     mean = torch.zeros(len(head), device=head.device)
-    for hidden, logz in zip(torch.split(batch.hidden[real], 64), torch.split(batch.logz[real], 64), strict=True):
-        logits = functional.linear(hidden.to(head.dtype), head).float()
-        mean += logits.sub_(logz[:, None]).exp_().sum(0)
+    for batch in batches:
+        places = torch.arange(batch.token_ids.shape[1], device=batch.lengths.device)
+        real = (places >= batch.prompt_lengths[:, None]) & (places < batch.lengths[:, None])
+        rows = zip(torch.split(batch.hidden[real], _ROWS), torch.split(batch.logz[real], _ROWS), strict=True)
+        for hidden, logz in rows:
+            logits = functional.linear(hidden.to(head.dtype), head).float()
+            mean += logits.sub_(logz[:, None]).exp_().sum(0)
     mean[list(keep)] = torch.inf
     ids = mean.topk(size).indices.sort().values
     return ids - torch.arange(size, device=ids.device)

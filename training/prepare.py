@@ -34,6 +34,7 @@ from training.initialise import (
     drafter_config,
     measure,
     sample_batch,
+    spread,
     start_from_target,
 )
 from training.plan import RunPlan
@@ -48,6 +49,7 @@ __all__ = ["open_target", "prepare", "split", "target_states", "with_blocks"]
 HELD_OUT_EVERY = 40
 VALIDATED = 64
 SETUP_TEXTS = 96
+VOCABULARY_TEXTS = {"cpu": 192, "cuda": 4096}  # the rarer a token, the more of them it takes to know it
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
@@ -174,7 +176,9 @@ def _decide(
     sample = sample_batch(states, training, SETUP_TEXTS)
     if d2t is None:
         wide = head.to(sample.hidden.dtype)
-        d2t = draft_vocabulary(sample, wide, config.draft_vocab_size, keep=target.eos_token_ids)
+        rows = spread(training, VOCABULARY_TEXTS.get(head.device.type, SETUP_TEXTS))
+        batches = (states.batch(rows[n : n + SETUP_TEXTS]) for n in range(0, len(rows), SETUP_TEXTS))
+        d2t = draft_vocabulary(batches, wide, config.draft_vocab_size, keep=target.eos_token_ids)
     measured = as_it_is(sample.captured) if plan.shape.plain_tap else measure(sample.captured, sample.lengths)
     return d2t.cpu(), measured.to(torch.device("cpu"))
 

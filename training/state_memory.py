@@ -36,9 +36,13 @@ class StateMemory:
             torch.empty(tokens, device=device),
         )
 
+    def keeps(self, text: int) -> bool:
+        """Whether the text has a place."""
+        return text < len(self._known)
+
     def has(self, text: int) -> bool:
         """Whether the text's states are here."""
-        return text < len(self._known) and self._known[text]
+        return self.keeps(text) and self._known[text]
 
     def get(self, text: int) -> TextStates | None:
         """As `States.get`."""
@@ -50,7 +54,7 @@ class StateMemory:
 
     def put(self, text: int, states: TextStates) -> None:
         """As `States.put`."""
-        if text >= len(self._known):
+        if not self.keeps(text):
             return
         self._known[text] = True
         place = self.get(text)

@@ -7,6 +7,7 @@ it needs from the hidden state.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,8 +28,9 @@ from training.state_memory import StateMemory
 __all__ = ["Batch", "Hinted", "TargetStates", "rms_normalise"]
 
 _PAGE_SIZE = 16
-_HEAD_ROWS = 128
+_HEAD_ROWS = {"cpu": 128, "cuda": 512}
 _SUMMED_ROWS = {"cpu": 8}  # of logits, summed while they are in its caches
+_FILLED_TEXTS = 256  # of one forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,14 @@ class TargetStates:
             hints=None if self._hinted is None else self._hints_of(rows, self._hinted, width).to(device),
         )
 
+    def fill(self, rows: Sequence[int]) -> None:
+        """Compute what a card's memory will keep of these texts, many at once: one step's are too few to fill it."""
+        memory = self._cache
+        if isinstance(memory, StateMemory):
+            kept = [row for row in rows if memory.keeps(row)]
+            for first in range(0, len(kept), _FILLED_TEXTS):
+                self._states(kept[first : first + _FILLED_TEXTS])
+
     def _hints_of(self, rows: Sequence[int], hinted: Hinted, width: int) -> Hints:
         """Looked up once a text, and kept: for blocks of seven 29 bytes a token."""
         for row in rows:
@@ -152,26 +162,24 @@ class TargetStates:
         for place in places:
             cache.close(place)
         captured = torch.stack([forward.captured[layer] for layer in self._layer_ids], 1).bfloat16()
+        spans = list(itertools.pairwise(batch.first_rows))
         firsts = [self.texts.prompt_lengths[row] for row in rows]
-        spans = zip(batch.first_rows[:-1], batch.first_rows[1:], firsts, strict=True)
-        return [
-            TextStates(
-                captured[start:end],
-                forward.hidden[start:end].bfloat16(),
-                self._logz(forward.hidden[start:end], first),
-            )
-            for start, end, first in spans
-        ]
+        logz = self._logz(forward.hidden, [range(a + first, b) for (a, b), first in zip(spans, firsts, strict=True)])
+        return [TextStates(captured[a:b], forward.hidden[a:b].bfloat16(), logz[a:b]) for a, b in spans]
 
-    def _logz(self, hidden: Tensor, first: int) -> Tensor:
-        """Log Z (t,) of the rows from `first` on, 0 before."""
-        parts = [torch.zeros(first, device=hidden.device)]
-        at_once = _SUMMED_ROWS.get(hidden.device.type, _HEAD_ROWS)
-        for rows in torch.split(hidden[first:], _HEAD_ROWS):
-            seen = rows.to(self._dtype).to(rows.dtype)  # as the loss, which computes them again, has them
+    def _logz(self, hidden: Tensor, answers: Sequence[range]) -> Tensor:
+        """Log Z (t,) of the rows in `answers`, 0 elsewhere."""
+        logz = torch.zeros(len(hidden), device=hidden.device)
+        if not any(answers):
+            return logz
+        wanted = torch.tensor([row for rows in answers for row in rows], dtype=torch.int64, device=hidden.device)
+        kind = hidden.device.type
+        for some in torch.split(wanted, _HEAD_ROWS.get(kind, _HEAD_ROWS["cpu"])):
+            seen = hidden[some].to(self._dtype).to(hidden.dtype)  # as the loss, which computes them again, has them
             logits = self._target.logits(seen).to(self._dtype)
-            parts += [torch.logsumexp(some.float(), -1) for some in torch.split(logits, at_once)]
-        return torch.cat(parts)
+            summed = torch.split(logits, _SUMMED_ROWS.get(kind, max(1, len(some))))
+            logz[some] = torch.cat([torch.logsumexp(rows.float(), -1) for rows in summed])
+        return logz
 
     def _room(self, ids: Sequence[Sequence[int]]) -> KVCache:
         """K/V pages for one forward, kept for the next."""

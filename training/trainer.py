@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from dspark.errors import ConfigError
 from dspark.models.drafters import Drafter
 from training.blocks import anchors_at, arithmetic_of, block_rows
-from training.graphed import Graphed
+from training.graphed import Ahead, Drawn, Graphed
 from training.initialise import Standardisation
 from training.losses import EAGER, block_loss, compiled, position_weights
 from training.state import Progress
@@ -153,6 +153,7 @@ class Trainer:
         self._arithmetic = compiled() if settings.compile else EAGER
         graphed = drafter.embed_weight.device.type == "cuda" and settings.accumulate == 1
         self._graphed = Graphed(self._backward, self.parameters) if graphed else None
+        self._ahead = Ahead(drafter.embed_weight.device, lambda step: next(self._draw(step))) if graphed else None
         self._width = states.longest if graphed else 0
 
     @property
@@ -180,15 +181,18 @@ class Trainer:
 
     def _gradients(self) -> Tensor:
         """Those of this step, left with the parameters; its figures, averaged over parts."""
-        if self._graphed is not None:
-            return self._graphed(*next(self._draw()))
+        if self._graphed is not None and self._ahead is not None:
+            figures = self._graphed(*self._ahead.take(self.progress.step))
+            if self.progress.step + 1 < self.settings.steps:
+                self._ahead.draw(self.progress.step + 1)
+            return figures
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack([self._backward(*drawn) for drawn in self._draw()]).mean(0)
+        return torch.stack([self._backward(*drawn) for drawn in self._draw(self.progress.step)]).mean(0)
 
-    def _draw(self) -> Iterator[tuple[Batch, Tensor, int]]:
-        """This process's texts, anchors and block length of this step, in `accumulate` parts."""
+    def _draw(self, step: int) -> Iterator[Drawn]:
+        """This process's texts, anchors and block length of a step, in `accumulate` parts."""
         settings, world = self.settings, self.exchange.world
-        generator = torch.Generator().manual_seed(_seed(settings.seed, self.progress.step))
+        generator = torch.Generator().manual_seed(_seed(settings.seed, step))
         chosen = torch.randint(len(self._rows), (settings.sequences,), generator=generator).tolist()
         seeds = torch.randint(1 << 32, (settings.sequences,), generator=generator).tolist()
         length, anchors = self._cut(generator)

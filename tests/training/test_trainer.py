@@ -158,7 +158,7 @@ def test_blocks_are_cut_to_lengths_and_rows_stay_as_many(plan: RunPlan, architec
     trainer = begin(cut)
     seen = {len(trainer.step().acceptance) for _ in range(8)}
     assert seen == {1, 3}
-    for _, anchors, length in trainer._draw():
+    for _, anchors, length in trainer._draw(trainer.progress.step):
         assert anchors.shape[1] * length == 4 * 3
     with pytest.raises(ConfigError, match=r"lengths .* between 1 and the block's 3"):
         replace(SETTINGS, lengths=(4,)).check(1, 3)
