@@ -71,8 +71,8 @@ peers: $(VENV)/.run model  ## against vLLM, llama.cpp, …: PROMPTS=file PEERS="
 	@test -n "$(PROMPTS)" || { echo 'make peers needs PROMPTS=FILE.jsonl, see docs/peers.md' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.peers --prompts $(PROMPTS) --template qa $(PEERS:%=--peer %) $(GGUF:%=--gguf %) $(JSON:%=--json %) $(ARGS)
 
-baselines: $(VENV)/.dev model  ## train DFlash, Eagle3, MTP and DSpark alike: PROMPTS=file [BLOCKS=300000 OUT=runs]
-	OUT=$(or $(OUT),runs) BLOCKS=$(or $(BLOCKS),300000) PROMPTS=$(PROMPTS) BIN=$(BIN) MODEL=$(MODEL) bash benchmarks/baselines.sh
+baselines: $(VENV)/.dev model  ## train DFlash, Eagle3, MTP and DSpark alike: PROMPTS=file [BLOCKS=300000 OUT=runs LAYERS=2 SEQUENCES=4 DATA="sets"]
+	OUT=$(or $(OUT),runs) BLOCKS=$(or $(BLOCKS),300000) PROMPTS=$(PROMPTS) BIN=$(BIN) MODEL=$(MODEL) LAYERS=$(or $(LAYERS),2) SEQUENCES=$(or $(SEQUENCES),4) DATA="$(DATA)" bash benchmarks/baselines.sh
 
 compose-test: $(VENV)/.run model  ## the docker-compose cluster, two workers in each pool, from the host
 	bash deploy/test_compose.sh

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from dspark.errors import ConfigError, ModelFileError
 from dspark.models.gguf import GgufSource
@@ -51,6 +52,7 @@ def write_converted(source: Path, directory: Path, *, report: Report = lambda *_
     _write_json(directory / "config.json", {**gguf.config, "dtype": "bfloat16"})
     report("tokenizer", 0, 1)
     _write_tokenizer(source, directory)
+    check_beginning(gguf.first_token_id, directory / "tokenizer.json")
     report("tokenizer", 1, 1)
 
 
@@ -70,3 +72,16 @@ def _write_tokenizer(source: Path, directory: Path) -> None:
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
         raise ModelFileError(f"{source}: its tokenizer is not readable: {error}") from error
     tokenizer.save_pretrained(directory)
+
+
+def check_beginning(token_id: int | None, path: Path) -> None:
+    """`ModelFileError` unless texts begin with this token, if any, as a GGUF file wants: else it was rebuilt wrongly.
+
+    Before 5.23 transformers forgot the token and split Gemma's words otherwise than the model was trained to read them.
+    """
+    found = Tokenizer.from_file(str(path)).encode("").ids[:1]
+    if token_id is not None and found != [token_id]:
+        raise ModelFileError(
+            f"{path.name}: texts begin with {found}, not with token {token_id}: this transformers does not rebuild the"
+            " tokenizer rightly; pip install -U transformers"
+        )

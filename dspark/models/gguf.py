@@ -111,6 +111,12 @@ class GgufSource:
                 tensors[top[tensor.name]] = tensor
         return tensors
 
+    @property
+    def first_token_id(self) -> int | None:
+        """The token that the file wants texts to begin with, if any."""
+        wanted = self._value("tokenizer.ggml.add_bos_token", False)
+        return int(self._value("tokenizer.ggml.bos_token_id")) if wanted else None
+
     def _value(self, key: str, default: Any = None) -> Any:
         field = self._reader.fields.get(key)
         if field is not None:

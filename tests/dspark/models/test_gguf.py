@@ -11,9 +11,10 @@ from support import tiny
 from support.gguf_files import write_gguf
 from support.targets import load, new_cache, prefill, random_ids
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from dspark.errors import ConfigError, ModelFileError
-from dspark.models.convert import convert_gguf
+from dspark.models.convert import check_beginning, convert_gguf
 from dspark.models.gguf import GgufSource
 
 
@@ -84,3 +85,14 @@ def test_broken_files(tiny_qwen: Path, tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ModelFileError, match="architecture 'llama' is not supported"):
         GgufSource(path)
+
+
+def test_tokenizer_that_begins_texts_otherwise_than_the_file_says_is_refused(tiny_qwen: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(tiny_qwen / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    tokenizer.save(str(path))
+    check_beginning(1, path)
+    check_beginning(None, path)
+    with pytest.raises(ModelFileError, match="pip install -U transformers"):
+        check_beginning(2, path)
