@@ -5,11 +5,12 @@
 set -euo pipefail
 if [ -z "${DATA:-}" ]; then
   : "${PROMPTS:?PROMPTS=FILE with one {\"turns\": [\"…\"]} a line}"
-  DATA="$OUT/data"
-  "$BIN/dspark" train data --model "$MODEL" --prompts "$PROMPTS" --out "$DATA" --count 5120 --first 3328 --seed 1
+  data=(--data "$OUT/data")
+  "$BIN/dspark" train data --model "$MODEL" --prompts "$PROMPTS" --out "$OUT/data" --count 5120 --first 3328 --seed 1
+else
+  data=()
+  for set in $DATA; do data+=(--data "$set"); done
 fi
-data=()
-for set in $DATA; do data+=(--data "$set"); done
 for architecture in dspark dflash eagle3 mtp; do
   layers=${LAYERS:-2}
   [ "$architecture" = eagle3 ] && layers=1

@@ -52,6 +52,7 @@ class Ahead:
     def take(self, step: int) -> Drawn:
         """A step's, drawn now where it was not before; its memory stays until the next is drawn and taken."""
         if self._drawn is None or self._step != step:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # what came before the first step
             self.draw(step)
         assert self._drawn is not None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # who draws next may reuse what was read

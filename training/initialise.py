@@ -22,7 +22,7 @@ from dspark.models.weights import TensorSource
 from training.states import Batch, TargetStates
 
 _EMBEDDED = 0.5  # weight of the token beside the feature in a chain drafter's first rows
-_ROWS = 256  # of logits at a time
+_ROWS = 128  # of logits at a time
 
 
 @dataclass(frozen=True, slots=True)

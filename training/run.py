@@ -73,12 +73,13 @@ def train(plan: RunPlan, exchange: Exchange, report: Callable[[StepReport], None
     if exchange.rank == 0:  # nothing is written before all that can be checked has been
         claim(plan, manifests)
     exchange.meet()
-    if plan.settings.steps * plan.settings.sequences >= len(training):  # else few of them are needed
-        states.fill([*held_out, *training])
     with open_target(plan.target) as (source, config):
         drafter, standardisation = prepare(plan, source, config, states, training, exchange)
     trainer = Trainer(drafter, states, training, standardisation, plan.settings, exchange=exchange)
     trainer.progress = load_state(plan.run, drafter, trainer.optimizer)
+    left = (plan.settings.steps - trainer.progress.step) * plan.settings.sequences // exchange.world
+    if left >= len(training):  # else few of them are needed
+        states.fill([*held_out, *training])
     last = None
     with Recorder(plan, trainer, lambda d: validate(d, states, held_out, standardisation), standardisation) as recorder:
         while not trainer.finished:

@@ -21,6 +21,7 @@ from dspark.models.drafters import Hints
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
 from services.draft.hints import hints_along
+from services.verifier.step import split
 from training.dataset import Texts
 from training.state_cache import States, TextStates
 from training.state_memory import StateMemory
@@ -29,8 +30,8 @@ __all__ = ["Batch", "Hinted", "TargetStates", "rms_normalise"]
 
 _PAGE_SIZE = 16
 _HEAD_ROWS = {"cpu": 128, "cuda": 512}
-_SUMMED_ROWS = {"cpu": 8}  # of logits, summed while they are in its caches
-_FILLED_TEXTS = 256  # of one forward
+_SUMMED_ROWS = {"cpu": 8, "cuda": 128}  # of logits: on a CPU, while they are in its caches
+_FILLED_TOKENS = 32_768  # of one forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,9 @@ class TargetStates:
         memory = self._cache
         if isinstance(memory, StateMemory):
             kept = [row for row in rows if memory.keeps(row)]
-            for first in range(0, len(kept), _FILLED_TEXTS):
-                self._states(kept[first : first + _FILLED_TEXTS])
+            for some in split(kept, _FILLED_TOKENS, lambda row: len(self.texts.token_ids[row])):
+                self._states(some)
+            self._kv, self._kv_pages = None, 0  # a step's texts need less
 
     def _hints_of(self, rows: Sequence[int], hinted: Hinted, width: int) -> Hints:
         """Looked up once a text, and kept: for blocks of seven 29 bytes a token."""
@@ -168,17 +170,20 @@ class TargetStates:
         return [TextStates(captured[a:b], forward.hidden[a:b].bfloat16(), logz[a:b]) for a, b in spans]
 
     def _logz(self, hidden: Tensor, answers: Sequence[range]) -> Tensor:
-        """Log Z (t,) of the rows in `answers`, 0 elsewhere."""
+        """Log Z (t,) of the rows in `answers`, 0 elsewhere.
+
+        On a CPU each answer by itself, so that its bits do not depend on whose states are missing beside it.
+        """
         logz = torch.zeros(len(hidden), device=hidden.device)
-        if not any(answers):
-            return logz
-        wanted = torch.tensor([row for rows in answers for row in rows], dtype=torch.int64, device=hidden.device)
         kind = hidden.device.type
-        for some in torch.split(wanted, _HEAD_ROWS.get(kind, _HEAD_ROWS["cpu"])):
-            seen = hidden[some].to(self._dtype).to(hidden.dtype)  # as the loss, which computes them again, has them
-            logits = self._target.logits(seen).to(self._dtype)
-            summed = torch.split(logits, _SUMMED_ROWS.get(kind, max(1, len(some))))
-            logz[some] = torch.cat([torch.logsumexp(rows.float(), -1) for rows in summed])
+        groups = answers if kind == "cpu" else [[row for rows in answers for row in rows]]
+        for group in groups:
+            wanted = torch.tensor(list(group), dtype=torch.int64, device=hidden.device)
+            for some in torch.split(wanted, _HEAD_ROWS.get(kind, _HEAD_ROWS["cpu"])) if len(wanted) else ():
+                seen = hidden[some].to(self._dtype).to(hidden.dtype)  # as the loss, which computes them again, has them
+                logits = self._target.logits(seen).to(self._dtype)
+                summed = torch.split(logits, _SUMMED_ROWS.get(kind, _SUMMED_ROWS["cpu"]))
+                logz[some] = torch.cat([torch.logsumexp(rows.float(), -1) for rows in summed])
         return logz
 
     def _room(self, ids: Sequence[Sequence[int]]) -> KVCache:

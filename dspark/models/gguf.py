@@ -114,8 +114,12 @@ class GgufSource:
     @property
     def first_token_id(self) -> int | None:
         """The token that the file wants texts to begin with, if any."""
-        wanted = self._value("tokenizer.ggml.add_bos_token", False)
-        return int(self._value("tokenizer.ggml.bos_token_id")) if wanted else None
+        spoken = self._value("tokenizer.ggml.model", "") == "llama"  # such as Gemma's do so where nothing is said
+        wanted, token = (
+            self._value("tokenizer.ggml.add_bos_token", spoken),
+            self._value("tokenizer.ggml.bos_token_id", -1),
+        )
+        return int(token) if wanted and token >= 0 else None
 
     def _value(self, key: str, default: Any = None) -> Any:
         field = self._reader.fields.get(key)

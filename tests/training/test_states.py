@@ -151,3 +151,20 @@ def test_memory_gives_back_what_it_was_given(target: TargetModel, data_set: Path
     together = memory.together([7, 3], wide)
     assert together.captured.shape == (2, wide, 3, 64)
     assert torch.equal(together.logz[1, : lengths[3]], plain.batch([3]).logz[0])
+
+
+def test_filling_computes_what_the_memory_keeps_and_changes_no_batch(target: TargetModel, data_set: Path) -> None:
+    texts = read_texts(data_set)
+    lengths = [len(ids) for ids in texts.token_ids]
+    room = sum(lengths[:10]) * (2 * 4 * 64 + 4) + 100
+    memory = StateMemory(lengths, layers=3, width=64, gigabytes=room / 1e9, device=torch.device("cpu"))
+    filled = TargetStates(texts, target, LAYERS, memory)
+    filled.fill(range(len(texts)))
+    assert filled.computed == 10
+    found, fresh = filled.batch([3, 9, 12]), TargetStates(texts, target, LAYERS).batch([3, 9, 12])
+    assert filled.computed == 11  # the one without a place
+    for row, text in enumerate([3, 9, 12]):
+        for name in ("captured", "hidden"):
+            ours, theirs = getattr(found, name)[row, : lengths[text]], getattr(fresh, name)[row, : lengths[text]]
+            torch.testing.assert_close(ours, theirs.bfloat16().to(ours.dtype), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(found.logz[row, : lengths[text]], fresh.logz[row, : lengths[text]])
