@@ -7,7 +7,7 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Self, TypeAlias
 
 import grpc
 import structlog
@@ -19,6 +19,8 @@ from dspark.rpc.options import REQUEST_ID, RETRY_AFTER
 __all__ = ["ErrorInterceptor"]
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+_STOPPING = "the server is stopping"
 
 _log = structlog.get_logger(__name__)
 _FACTORIES = {
@@ -47,7 +49,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self) -> None:
         self._calls: set[asyncio.Task[Any]] = set()
-        self._sessions: set[asyncio.Task[Any]] = set()
+        self._sessions: dict[asyncio.Task[Any], _Requests] = {}
         self._stopping = False
 
     async def intercept_service(
@@ -59,11 +61,19 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         return None if handler is None else self._wrap(handler, handler_call_details.method)
 
-    def end_sessions(self) -> None:
-        """Ends calls that stream both ways with UNAVAILABLE: they have no end of their own to wait for."""
+    async def end_sessions(self, seconds: float) -> None:
+        """Ends calls that stream both ways with UNAVAILABLE: they have no end of their own to wait for.
+
+        What they have read they answer first, as if the caller had ended the stream, for so many seconds at most.
+        """
         self._stopping = True
-        for task in self._sessions:
-            task.cancel()
+        sessions = list(self._sessions)
+        for requests in self._sessions.values():
+            requests.end()
+        if sessions:
+            _, late = await asyncio.wait(sessions, timeout=seconds)
+            for task in late:
+                task.cancel()
 
     async def wait(self, seconds: float) -> None:
         """Returns when no handler runs any more, or after so many seconds."""
@@ -78,26 +88,27 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             (True, False): handler.stream_unary,
             (True, True): handler.stream_stream,
         }[streams]
-        check = _checked_stream if handler.request_streaming else _checked
         guard = self._guard_generator if inspect.isasyncgenfunction(behaviour) else self._guard_coroutine
         return _FACTORIES[streams](
-            guard(behaviour, check, method, all(streams)),
+            guard(behaviour, streams, method),
             request_deserializer=_tolerant(handler.request_deserializer, method),
             response_serializer=handler.response_serializer,
         )
 
-    def _guard_coroutine(self, behaviour: Any, check: Any, method: str, session: bool) -> Any:
+    def _guard_coroutine(self, behaviour: Any, streams: tuple[bool, bool], method: str) -> Any:
         async def call(request: Any, context: Any) -> Any:
-            async with self._call(context, method, session=session):
-                return await behaviour(check(request), context)
+            request = _Requests(request) if streams[0] else request
+            async with self._call(context, method, request if all(streams) else None):
+                return await behaviour(_checked(request), context)
 
         return call
 
-    def _guard_generator(self, behaviour: Any, check: Any, method: str, session: bool) -> Any:
+    def _guard_generator(self, behaviour: Any, streams: tuple[bool, bool], method: str) -> Any:
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+            request = _Requests(request) if streams[0] else request
             async with (
-                self._call(context, method, session=session),
-                aclosing(behaviour(check(request), context)) as replies,
+                self._call(context, method, request if all(streams) else None),
+                aclosing(behaviour(_checked(request), context)) as replies,
             ):
                 async for reply in replies:
                     yield reply
@@ -105,24 +116,29 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     @asynccontextmanager
-    async def _call(self, context: Any, method: str, *, session: bool) -> AsyncIterator[None]:
+    async def _call(self, context: Any, method: str, session: _Requests | None) -> AsyncIterator[None]:
         """Around a handler's body: its request id, its place among the running, and what becomes of its errors."""
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(self._calls.discard)
         self._calls.add(task)
-        if session:
-            task.add_done_callback(self._sessions.discard)
-            self._sessions.add(task)
+        if session is not None:
+            task.add_done_callback(self._sessions.pop)
+            self._sessions[task] = session
+            if self._stopping:
+                session.end()
         _bind_request_id(context)
         try:
             yield
         except asyncio.CancelledError:
-            if not (session and self._stopping):
+            if session is None or not self._stopping:
                 raise
-            await _abort(context, Unavailable("the server is stopping"), method)
+            await _abort(context, Unavailable(_STOPPING), method)
         except Exception as error:  # noqa: BLE001 - the edge of the process: everything becomes a status
             await _abort(context, error, method)
+        else:
+            if session is not None and session.cut:
+                await _abort(context, Unavailable(_STOPPING), method)
 
 
 def _tolerant(deserialize: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]:
@@ -143,9 +159,41 @@ def _checked(request: Any) -> Any:
     return request
 
 
-async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)
+class _Requests:
+    """The requests of a stream, checked. Ends as the caller ends it, or where the server does (`end`)."""
+
+    def __init__(self, requests: AsyncIterator[Any]) -> None:
+        self._requests = requests
+        self._reader: asyncio.Task[Any] | None = None  # who waits for the next one
+        self._ended = False
+        self.cut = False
+        """The handler was told of an end that is the server's."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._ended:
+            raise self._cut()
+        self._reader = asyncio.current_task()
+        try:
+            return _checked(await anext(self._requests))
+        except asyncio.CancelledError:
+            if not self._ended or self._reader is None or self._reader.uncancel():
+                raise
+            raise self._cut() from None
+        finally:
+            self._reader = None
+
+    def end(self) -> None:
+        """No further request is read."""
+        self._ended = True
+        if self._reader is not None:
+            self._reader.cancel()
+
+    def _cut(self) -> StopAsyncIteration:
+        self.cut = True
+        return StopAsyncIteration()
 
 
 def _bind_request_id(context: Any) -> None:

@@ -50,7 +50,7 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._health.enter_graceful_shutdown()
-        self._calls.end_sessions()
+        await self._calls.end_sessions(self._grace)
         await self._server.stop(self._grace)
         await self._calls.wait(self._grace)
 
@@ -85,7 +85,8 @@ def serve(
 ) -> Server:
     """A server for `async with`: listens on `host:port` (port 0: a free one), with health and reflection.
 
-    Once the block is left, sessions (calls that stream both ways) end, and others may run `grace` seconds more. With
-    `serving=False` health checks fail until `set_serving(True)`. `ConfigError` where the address cannot be bound.
+    Once the block is left, sessions (calls that stream both ways) read no more and end as they have answered what they
+    had read; they and then the others may run `grace` seconds more. With `serving=False` health checks fail until
+    `set_serving(True)`. `ConfigError` where the address cannot be bound.
     """
     return Server(address, servicers, max_message_bytes=max_message_bytes, grace=grace, serving=serving)

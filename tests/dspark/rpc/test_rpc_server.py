@@ -235,16 +235,26 @@ async def test_a_broken_session_fails_everything_pending() -> None:
             await session.call(open_request("s"))
 
 
-async def test_a_stopping_server_ends_its_sessions_at_once() -> None:
-    async with running(Verifier(), grace=30) as server:
-        address = f"127.0.0.1:{server.port}"
-        async with session_at(address) as session:
+async def test_a_stopping_server_answers_what_it_has_read_and_ends_its_sessions() -> None:
+    async with running(Verifier(), grace=30) as server, session_at(f"127.0.0.1:{server.port}") as session:
+        pending = [asyncio.create_task(session.call(open_request("slow"))) for _ in range(3)]
+        await asyncio.sleep(0)  # they are sent
+        await session.call(open_request("s"))  # and read
+        await asyncio.wait_for(server.__aexit__(None, None, None), 2)
+        assert [(await reply).load.running for reply in pending] == [1, 1, 1]
+        await asyncio.wait_for(session.broken.wait(), 2)
+        with pytest.raises(errors.Unavailable, match="the server is stopping"):
             await session.call(open_request("s"))
-            pending = asyncio.create_task(session.call(open_request("slow")))
-            await asyncio.sleep(0.05)
-            await asyncio.wait_for(server.__aexit__(None, None, None), 1)
-            with pytest.raises(errors.Unavailable, match="the server is stopping"):
-                await pending
+
+
+async def test_a_stopping_server_waits_for_no_session_longer_than_its_grace() -> None:
+    async with running(Verifier(), grace=0.05) as server, session_at(f"127.0.0.1:{server.port}") as session:
+        pending = asyncio.create_task(session.call(open_request("slow")))
+        await asyncio.sleep(0)
+        await session.call(open_request("s"))
+        await asyncio.wait_for(server.__aexit__(None, None, None), 1)
+        with pytest.raises(errors.Unavailable, match="the server is stopping"):
+            await pending
 
 
 async def test_a_session_with_nobody_there_is_unavailable() -> None:
