@@ -1,6 +1,6 @@
 """Times of verify and draft steps beside what the machine could do at best.
 
-    python -m benchmarks.steps [--weights int8] [--tokens 1 8 64] [--contexts 64 512] [--json FILE]
+    python -m benchmarks.steps [--weights int8] [--draft-weights plain] [--tokens 1 8 64] [--contexts 64 512]
 
 Steps run in the engines, whole: plan, forward, head, sampling at temperature 1, commit. Each sample is followed by one
 of reading as many bytes as the target's weights have in bfloat16, the least that a step could take; a neighbour on the
@@ -106,7 +106,7 @@ def verify_steps(args: argparse.Namespace, model: TargetModel, machine: Machine,
 
 def draft_steps(args: argparse.Namespace, target: Path, machine: Machine) -> list[dict[str, Any]]:
     """One entry for each number of blocks and context."""
-    numerics = pick_numerics(args.kernels, args.dtype, _CPU)
+    numerics = pick_numerics(args.kernels, args.dtype, _CPU, weights=args.draft_weights)
     kernels = numerics.kernels
     path = find_drafter(args.drafter, args.model)
     if path is None:
@@ -118,7 +118,8 @@ def draft_steps(args: argparse.Namespace, target: Path, machine: Machine) -> lis
         steps = stack.enter_context(rehearsal(engine, size))
         shapes = [(blocks, context) for blocks in (1, 8) for context in args.contexts]
         return [
-            {"blocks": blocks, "context": context} | sample(machine, partial(steps.time, blocks, context), args.repeats)
+            {"blocks": blocks, "context": context, "kernels": kernels.name}
+            | sample(machine, partial(steps.time, blocks, context), args.repeats)
             for blocks, context in shapes
         ]
 
@@ -170,6 +171,8 @@ def show(report: dict[str, Any]) -> None:
     for e in report["draft"]:
         share = e["least_ms"] / alone[e["context"]]
         draft.add_row(str(e["blocks"]), str(e["context"]), f"{e['ms']:.1f}", f"{e['least_ms']:.1f}", f"{share:.0%}")
+    if report["draft"]:
+        draft.caption = f"Kernels {report['draft'][0]['kernels']}."
     Console().print(draft)
 
 
@@ -179,6 +182,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--drafter", default="default")
     parser.add_argument("--weights", choices=("plain", "int8"), default="plain")
+    parser.add_argument("--draft-weights", choices=("auto", "plain", "int8"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--kernels", choices=("auto", "torch", "llvm"), default="auto")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])

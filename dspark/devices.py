@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from dspark.kernels import Kernels, select_kernels
 from dspark.kernels.linear import fast_bf16
 from dspark.store import Usage, cpu_usage, gpu_usage
 
-__all__ = ["Numerics", "pick_device", "pick_dtype", "pick_numerics", "processor_name", "usage_of"]
+__all__ = ["Numerics", "drafting", "pick_device", "pick_dtype", "pick_numerics", "processor_name", "usage_of"]
 
 
 _X86 = ("x86_64", "amd64")
@@ -55,11 +55,30 @@ def pick_numerics(kernels: str, dtype: str, device: torch.device, *, weights: st
 
     Compiled kernels multiply bfloat16 where an x86 processor does (AVX512-BF16) and keep all between two products in
     float32; elsewhere "auto" is float32 for them. Other kernels have tensors of the dtype, as `pick_dtype` says.
-    `weights` may be "int8" where compiled kernels have the instructions. `ConfigError` for what does not go together.
+    `weights` may be "int8" where compiled kernels have the instructions, and "auto" is that where they multiply
+    bfloat16 otherwise. `ConfigError` for what does not go together.
     """
     own = select_kernels(kernels, device)
     if weights == "int8":
         return _int8(own, dtype, device)
+    plain = _plain(own, dtype, device)
+    return plain if weights == "plain" else replace(plain, kernels=drafting(plain.kernels))
+
+
+def drafting(kernels: Kernels) -> Kernels:
+    """What a draft worker computes with unless told otherwise, where a target is served with these kernels.
+
+    That is int8 weights where products are of bfloat16 and the processor has the instructions: drafts decide nothing
+    but how many of them are accepted.
+    """
+    if kernels.implementation != "llvm":
+        return kernels
+    from dspark.kernels.llvm_kernels import INT8, ROUNDED, multiplies_int8  # noqa: PLC0415 - needs an extra
+
+    return INT8 if kernels is ROUNDED and multiplies_int8() else kernels
+
+
+def _plain(own: Kernels, dtype: str, device: torch.device) -> Numerics:
     asked = pick_dtype(dtype, device)
     if own.implementation == "llvm" and dtype != "float32" and platform.machine().lower() in _X86:
         from dspark.kernels.llvm_kernels import ROUNDED, multiplies_bfloat16  # noqa: PLC0415 - needs an extra

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from dspark.devices import drafting
 from dspark.models.drafters import Drafter
 from dspark.models.target import TargetModel
 from training.rounds import Rounds, play
@@ -65,7 +66,7 @@ def _pieces(
         texts = answer(target, asked[first : first + _PIECE], how.max_new, batch=how.batch)
         observed = observe(target, texts, [drafter], laws="rejection" in settings)
         for setting in settings:
-            rounds = play(drafter, observed, setting, batch=how.batch, kernels=target.kernels)
+            rounds = play(drafter, observed, setting, batch=how.batch, kernels=drafting(target.kernels))
             parts[setting].append(replace(rounds, text=rounds.text + first))
         passed(len(texts))
     return {setting: Rounds.joined(played) for setting, played in parts.items()}

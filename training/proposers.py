@@ -59,7 +59,8 @@ class Proposer:
         self._tap_id = model.tap.tap_id if model else ""
         self._mode = Mode.REJECTION if setting == "rejection" else Mode.COUPLED
         self._reverse = ReverseChooser(draft_top_k=draft_top_k) if setting == "rejection" else None
-        kernels = kernels or pick_numerics("auto", "auto", model.norm.weight.device if model else _CPU).kernels
+        device = model.norm.weight.device if model else _CPU
+        kernels = kernels or pick_numerics("auto", "auto", device, weights="auto").kernels
         longest = max((one.text.max_len for one in texts), default=1)
         self._engine = DraftEngine(
             drafter,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark.devices import drafting
 from dspark.errors import ConfigError
 from dspark.kernels import Kernels
 from dspark.models.drafters import Drafter
@@ -103,7 +104,7 @@ def make_rows(
             for setting in settings:
                 for name, drafter in drafters.items():
                     said(f"{data}: {name}, {setting}")
-                    rows.append(_row(name, drafter, data, texts, setting, plan, target.kernels))
+                    rows.append(_row(name, drafter, data, texts, setting, plan, drafting(target.kernels)))
     return rows
 
 

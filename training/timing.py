@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dspark.devices import drafting
 from dspark.kernels import Kernels
 from dspark.messages import AttachSequence, OpenSequence, ProposeItem, Sampling, SequenceKey, StepItem
 from dspark.models.drafters import Drafter, DSparkDrafter
@@ -58,12 +59,13 @@ def time_round(
     """Time a round of `streams` sequences with `context` tokens each."""
     block = block_size_of(drafter)
     keys = [SequenceKey(str(number), 0) for number in range(streams)]
+    kernels = drafting(target.kernels)
     return RoundTime(
         drafter=name,
         streams=streams,
         context=context,
-        draft=_least(_drafting(drafter, target.kernels, keys, context), target.device, repeats),
-        head=_least(_head(drafter, target.kernels, streams), target.device, repeats)
+        draft=_least(_drafting(drafter, kernels, keys, context), target.device, repeats),
+        head=_least(_head(drafter, kernels, streams), target.device, repeats)
         if isinstance(drafter, DSparkDrafter)
         else 0.0,
         verify=_least(_verifying(target, keys, context, block, repeats + 2), target.device, repeats),

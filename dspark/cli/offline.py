@@ -72,6 +72,7 @@ def compare_rounds(
     drafter: AnyDrafter,
 ) -> dict[str, Any]:
     """Each round of the streams against the one that is played offline at its place in the same text."""
+    from dspark.devices import drafting
     from dspark.models.drafters import Drafter
     from training.agreement import Stream, compare
     from training.texts import Text, observe
@@ -85,7 +86,7 @@ def compare_rounds(
     setting = "greedy" if settings.temperature == 0 else "coupled"
     observed = observe(target, texts, [drafter] if isinstance(drafter, Drafter) else [])
     length = min(served.verify_length, fixed_length(settings.policy or served.policy) or served.verify_length)
-    found = compare(drafter, observed, streams, setting, verify_length=length, kernels=target.kernels)
+    found = compare(drafter, observed, streams, setting, verify_length=length, kernels=drafting(target.kernels))
     if not found.accepted:
         raise ConfigError("the cluster kept no draft token: agreement would say nothing")
     return {**asdict(found), "share": found.share}

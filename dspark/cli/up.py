@@ -21,6 +21,14 @@ class Weights(enum.Enum):
     INT8 = "int8"
 
 
+class DraftWeights(enum.Enum):
+    """How draft workers keep their drafter's matrices."""
+
+    AUTO = "auto"
+    PLAIN = "plain"
+    INT8 = "int8"
+
+
 @app.command()
 def up(
     model: common.Model = DEFAULT_MODEL,
@@ -37,6 +45,9 @@ def up(
     weights: Annotated[
         Weights, typer.Option(help="int8: on a CPU, half the bytes; outputs are then that model's own.")
     ] = Weights.PLAIN,
+    draft_weights: Annotated[
+        DraftWeights, typer.Option(help="As --weights, of drafters; auto: int8 where the processor has AVX512-VNNI.")
+    ] = DraftWeights.AUTO,
     log_dir: common.LogDir = None,
     trace: common.Trace = None,
     as_json: common.AsJson = False,
@@ -53,6 +64,7 @@ def up(
         log_dir=log_dir,
         trace=trace,
         verify_args=("--weights", weights.value),
+        draft_args=("--weights", draft_weights.value),
     )
     common.run(_serve(settings, settings.cluster(listen=listen, store=store), as_json=as_json))
 

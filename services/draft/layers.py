@@ -7,7 +7,7 @@ remembered from one block to the next.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class DraftStack:
         self._memory = self.own_kernels.memory(shape, positions, self.dtype, self.device)
         self._repeated = kernels.repeated()
         self._embed = drafter.embed_weight
-        self._layers = [_arrange(layer, kernels) for layer in draft_layers(drafter)]
+        self._layers = [_arrange(layer, kernels, self.own_kernels.spiky) for layer in draft_layers(drafter)]
         thetas = dict.fromkeys(config.rope_thetas)
         self._rotary = {theta: RotaryTable(RopeConfig(theta), config.head_dim, self.device) for theta in thetas}
         self._final_norm = drafter.norm.weight.float()
@@ -141,7 +141,7 @@ def draft_layers(drafter: Drafter) -> list[DraftLayer]:
     return [layer for layer in drafter.layers if isinstance(layer, DraftLayer)]
 
 
-def _arrange(module: DraftLayer, kernels: Kernels) -> _Layer:
+def _arrange(module: DraftLayer, kernels: Kernels, spiky: Callable[[Tensor], Linear]) -> _Layer:
     attention, mlp = module.self_attn, module.mlp
     q_norm = attention.q_norm.weight.float().expand(attention.heads, -1)
     k_norm = attention.k_norm.weight.float().expand(attention.kv_heads, -1)
@@ -153,5 +153,5 @@ def _arrange(module: DraftLayer, kernels: Kernels) -> _Layer:
         output=kernels.linear(attention.o_proj.weight),
         mlp_norm=module.post_attention_layernorm.weight.float(),
         gated=kernels.gated(mlp.gate_proj.weight, mlp.up_proj.weight, activation),
-        down=kernels.linear(mlp.down_proj.weight),
+        down=spiky(mlp.down_proj.weight),
     )

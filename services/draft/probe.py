@@ -1,7 +1,7 @@
 """One block for each of some prompts, without a cluster: the way to check a drafter's checkpoint.
 
 Runs the target and the drafter as they are served, except that features stay in the model's dtype instead of being
-rounded to bfloat16 for the wire.
+rounded to bfloat16 for the wire, and weights are never rounded to int8.
 """
 
 from __future__ import annotations

@@ -38,6 +38,10 @@ class Settings(BaseSettings):
         Literal["auto", "bfloat16", "float32"],
         Field(description="What products multiply; auto: bfloat16 where the device multiplies it fast"),
     ] = "auto"
+    weights: Annotated[
+        Literal["auto", "plain", "int8"],
+        Field(description="int8: round matrices to half their bytes (AVX512-VNNI); auto: where bfloat16 is multiplied"),
+    ] = "auto"
     kernels: Annotated[Literal["auto", "torch", "llvm", "triton"], Field(description="Kernel implementations")] = "auto"
     context_positions: Annotated[int, Field(ge=16, description="Room for context K/V, all sequences")] = 131_072
     draft_top_k: Annotated[int, Field(ge=1, le=1024, description="Most likely tokens that a draft is drawn from")] = 64

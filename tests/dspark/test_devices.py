@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from dspark.devices import pick_dtype, pick_numerics
+from dspark.devices import drafting, pick_dtype, pick_numerics
 from dspark.errors import ConfigError
 from dspark.kernels.linear import fast_bf16
 
@@ -38,3 +38,13 @@ def test_compiled_kernels_keep_float32_between_products() -> None:
         assert auto.kernels.name != exact.kernels.name
     with pytest.raises(ConfigError, match="'half' is not one of"):
         pick_numerics("auto", "half", CPU)
+
+
+def test_int8_by_itself_where_bfloat16_is_multiplied_only() -> None:
+    for kernels, dtype in (("torch", "auto"), ("auto", "float32")):
+        assert pick_numerics(kernels, dtype, CPU, weights="auto") == pick_numerics(kernels, dtype, CPU)
+    plain, auto = (pick_numerics("auto", "auto", CPU, weights=weights) for weights in ("plain", "auto"))
+    assert (auto.dtype, auto.products) == (plain.dtype, plain.products)
+    assert auto.kernels is drafting(plain.kernels)
+    if auto != plain:
+        assert auto == pick_numerics("auto", "auto", CPU, weights="int8")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark.kernels import Kernels
+from dspark.kernels.linear import Linear
 from services.draft.context import ContextMemory, KVShape, OwnMemory
 from services.draft.drafting import Drafted
 from services.draft.kernels import attention, sequential
@@ -22,27 +23,34 @@ class DraftKernels:
     """One implementation of what drafting computes beyond `dspark.kernels`.
 
     `services.draft.kernels.attention` and `.sequential` say what each of them means, `services.draft.context` what
-    `memory` does; a plan is read by its maker only.
+    `memory` does; a plan is read by its maker only. `spiky` is the shared `linear` for inputs of which a few are far
+    larger than the rest: bytes, with one scale a row, would hold little of those, so it never rounds to int8.
     """
 
     memory: Callable[[KVShape, int, torch.dtype, torch.device], ContextMemory]
     plan_block: Callable[..., Any]
     attend: Callable[..., Tensor]
     draft_tokens: Callable[..., Drafted]
-
-
-_TORCH = DraftKernels(OwnMemory, attention.plan_block, attention.attend, sequential.draft_tokens)
+    spiky: Callable[[Tensor], Linear]
 
 
 def draft_kernels(shared: Kernels) -> DraftKernels:
     """Those that go with the shared kernels."""
     if shared.implementation == "torch":
-        return _TORCH
+        return DraftKernels(OwnMemory, attention.plan_block, attention.attend, sequential.draft_tokens, shared.linear)
     if shared.implementation == "llvm":
-        from services.draft.kernels import attention_llvm as own  # noqa: PLC0415 - llvmlite is an extra
+        from dspark.kernels.llvm_kernels import INT8, ROUNDED  # noqa: PLC0415 - llvmlite is an extra
+        from services.draft.kernels import attention_llvm as own  # noqa: PLC0415
         from services.draft.kernels import sequential_llvm  # noqa: PLC0415
 
-        return DraftKernels(own.memory, own.plan_block, own.attend, sequential_llvm.draft_tokens)
+        spiky = ROUNDED.linear if shared is INT8 else shared.linear
+        return DraftKernels(own.memory, own.plan_block, own.attend, sequential_llvm.draft_tokens, spiky)
     from services.draft.kernels import attention_triton, sequential_triton  # noqa: PLC0415 - triton is an extra
 
-    return DraftKernels(OwnMemory, attention_triton.plan_block, attention_triton.attend, sequential_triton.draft_tokens)
+    return DraftKernels(
+        OwnMemory,
+        attention_triton.plan_block,
+        attention_triton.attend,
+        sequential_triton.draft_tokens,
+        shared.linear,
+    )
