@@ -26,6 +26,8 @@ from services.draft.kernels.sequential import SequentialHead, unrolled
 
 __all__ = ["draft_tokens"]
 
+_MANY = 4  # rows, from which on a team is told
+
 
 @torch.inference_mode()
 def draft_tokens(
@@ -88,7 +90,7 @@ class _Choosing:
             0 if self._d2t is None else self._d2t.data_ptr(), self._rows.data_ptr(), self._temperatures.data_ptr(),
             most, *out, count, 0,
         )  # fmt: skip
-        team.alone(compiled(), arguments)
+        (team.run if count >= _MANY else team.alone)(compiled(), arguments)
         self._rows[:, 1] += 1
         self.logits.append(logits)
         self.chosen.append(chosen)
