@@ -69,7 +69,7 @@ def test_texts_features_and_rounds_are_the_engines(
         assert rows.view(torch.uint8).numpy().tobytes() == theirs.features
 
     setting = "greedy" if temperature == 0 else "coupled"
-    rounds = play(models[1], observed, setting, verify_length=verify_length, batch=3)
+    rounds = play(models[1], observed, setting, verify_length=verify_length, batch=3, kernels=models[0].kernels)
     expected = [
         (text, committed, min(accepted, len(one.token_ids) - committed))  # none is known past the end of a text
         for text, one in enumerate(decoded)
@@ -109,7 +109,7 @@ def test_every_architecture_gets_the_rounds_that_the_engines_give_it(
     more: dict[str, Any] = {"num_target_layers": 5, "mask_token_id": 3, "block_size": 3}
     pair = models[0], make_any(architecture, **shapes, **more)
     decoded, observed = decode(pair, 1.0), observed_of(pair, 1.0)
-    rounds = play(pair[1], observed, "coupled")
+    rounds = play(pair[1], observed, "coupled", kernels=pair[0].kernels)
     assert rounds.accepted.sum() > 5
     assert rounds.logits.isnan().all()
     assert rounds.committed.tolist() == [committed for one in decoded for committed in one.committed]
