@@ -7,8 +7,9 @@ A step is one ragged forward over prompt pieces and draft prefixes together (`st
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -37,7 +38,7 @@ from dspark.models.kv_cache import CachedSequence, KVCache
 from dspark.models.target import TargetModel
 from services.verifier.backfill import Backfill
 from services.verifier.features import FeatureStore
-from services.verifier.feed import FeatureStream, Feed, refused
+from services.verifier.feed import FeatureStream, Feed, flush, refused
 from services.verifier.metrics import Metrics
 from services.verifier.sequences import Limits, SequenceState, Work, check_open, describe, plan, refusal, step_shape
 from services.verifier.step import Computed, Stepper, split
@@ -119,7 +120,7 @@ class VerifyEngine:
         two items about one sequence the second is refused. Rows past max_step_tokens go into a further forward.
         """
         began = time.perf_counter()
-        self.publish_due()
+        self.publish_due()()
         self._holding = hold_features
         planned = self._plan(items)
         work = [entry for entry in planned if isinstance(entry, Work)]
@@ -142,17 +143,24 @@ class VerifyEngine:
 
         Apart from `step` so that features may be held back; every other call does it before anything else.
         """
+        self._queue()
+        self._feed.flush()
+
+    def publish_due(self) -> Callable[[], None]:
+        """`publish`, unless the last step's features may wait for those of further ones and few wait yet.
+
+        Its last part, in which subscribers are told, is returned; any thread may call it.
+        """
+        if not self._holding or sum(part.rows for part in self._unpublished) > HELD_ROWS:
+            self._queue()
+        return partial(flush, self._feed.filled())
+
+    def _queue(self) -> None:
         computed, self._unpublished, self._holding = self._unpublished, [], False
         if computed:
             self._stepper.keep_features(computed)
         for state in dict.fromkeys(work.state for part in computed for work in part.work):
             self._feed.push(state)
-        self._feed.flush()
-
-    def publish_due(self) -> None:
-        """`publish`, unless the last step's features may wait for those of further ones and few wait yet."""
-        if not self._holding or sum(part.rows for part in self._unpublished) > HELD_ROWS:
-            self.publish()
 
     def find(self, key: SequenceKey) -> SequenceState:
         """An open sequence. `UnknownSequence`, or `StaleMessage` for another epoch."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dspark.errors import DSparkError, FeaturesMissing, InvalidRequest, Mismatch, UnknownSequence
@@ -24,7 +24,7 @@ from dspark.messages import FeatureBlock, SequenceKey
 from services.verifier.features import FeatureStore
 from services.verifier.sequences import SequenceState, describe
 
-__all__ = ["IDS_ONLY", "FeatureStream", "Feed", "refused"]
+__all__ = ["IDS_ONLY", "FeatureStream", "Feed", "flush", "refused"]
 
 IDS_ONLY = ""
 PIECE_BYTES = 1 << 20
@@ -146,9 +146,12 @@ class Feed:
 
     def flush(self) -> None:
         """Let go what was queued: one message for many sequences costs little more than one for each."""
+        flush(self.filled())
+
+    def filled(self) -> Iterable[FeatureStream]:
+        """Streams with something in the queue that they have not been told of; whoever asks tells them (`flush`)."""
         filled, self._filled = self._filled, set()
-        for stream in filled:
-            stream.flush()
+        return filled
 
     def followed(self, stream: FeatureStream) -> list[str]:
         """Sequences that a stream is subscribed to."""
@@ -197,6 +200,12 @@ class Feed:
                 f"{describe(state.key)}: features from {subscription.position} are being recomputed"
             )
             self._put(subscription.stream, refused(state.key, error, subscription.position))
+
+
+def flush(streams: Iterable[FeatureStream]) -> None:
+    """Tell them that something was queued. Any thread may."""
+    for stream in streams:
+        stream.flush()
 
 
 def refused(key: SequenceKey, error: DSparkError, start: int = 0) -> FeatureBlock:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -35,6 +36,10 @@ _log = structlog.get_logger(__name__)
 
 def _nothing() -> None:
     """The function of a call that is a step."""
+
+
+def _at_once(function: Callable[[], None]) -> None:
+    function()
 
 
 @dataclass(slots=True, eq=False)
@@ -60,11 +65,22 @@ class EngineThread:
     """Runs an engine in a thread of its own, for `with`. `submit` and `step` may be called from any thread."""
 
     def __init__(
-        self, engine: VerifyEngine, *, on_end: Callable[[], None] = _nothing, executor: Executor | None = None
+        self,
+        engine: VerifyEngine,
+        *,
+        on_end: Callable[[], None] = _nothing,
+        hand_over: Callable[[Callable[[], None]], object] = _at_once,
+        executor: Executor | None = None,
     ) -> None:
-        """`on_end`: called in the thread as it ends, whatever ends it. `executor`: of one thread, which is to be it."""
+        """`on_end`: called in the thread as it ends, whatever ends it. `executor`: of one thread, which is to be it.
+
+        `hand_over`: runs what tells others of a step, where they are. Given an event loop's `call_soon_threadsafe`,
+        verdicts and features of a step come with one wake-up, in this order: where a drafter shares the cores, it has
+        taken them as soon as features reach it, and whoever computed or sent until then is the last in line.
+        """
         self.engine = engine
         self._on_end = on_end
+        self._hand_over = hand_over
         self._calls: deque[_Call] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -176,12 +192,19 @@ class EngineThread:
             for call in live:
                 call.answer.set_exception(InternalError(f"the step failed: {type(error).__name__}: {error}"))
             return
-        self._guard(self.engine.publish_due)  # before the verdicts: the way from features to drafts is the longer one
+        news: list[Callable[[], None]] = []
         verdicts, rows = iter(result.verdicts), sum(call.rows for call in live)
         for call in live:
             own = tuple(itertools.islice(verdicts, len(call.items or ())))
             queued, others = began - call.queued_at, rows - call.rows
-            call.answer.set_result(replace(result, verdicts=own, queue_seconds=queued, other_tokens=others))
+            answer = replace(result, verdicts=own, queue_seconds=queued, other_tokens=others)
+            news.append(partial(call.answer.set_result, answer))
+        self._guard(lambda: news.append(self.engine.publish_due()))
+        self._hand_over(partial(self._tell, news))
+
+    def _tell(self, news: Sequence[Callable[[], None]]) -> None:
+        for tell in news:
+            self._guard(tell)
 
     def _execute(self, call: _Call) -> None:
         if not call.answer.set_running_or_notify_cancel():

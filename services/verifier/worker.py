@@ -48,7 +48,8 @@ async def serve_until_told(settings: Settings, path: Path) -> None:
         executor = stack.enter_context(program.one_thread("engine"))
         engine, files = await asyncio.get_running_loop().run_in_executor(executor, prepare, settings, path)
         on_end = _from_another_thread(stop.set)
-        thread = stack.enter_context(EngineThread(engine, on_end=on_end, executor=executor))
+        hand_over = asyncio.get_running_loop().call_soon_threadsafe
+        thread = stack.enter_context(EngineThread(engine, on_end=on_end, hand_over=hand_over, executor=executor))
         metrics = stack.enter_context(
             start_metrics_server(settings.metrics_port, host=settings.metrics_host, registry=engine.metrics.registry)
         )

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -131,14 +132,27 @@ class Background:
         if self.left < 0:
             raise RuntimeError("a fault in held features")
 
-    def publish_due(self) -> None:
-        pass
+    def publish_due(self) -> Callable[[], None]:
+        return lambda: self.log.append("told")
 
     def step(self, items: list[StepItem], *, hold_features: bool) -> StepResult:
         self.log.append("step")
         if not items:
             raise RuntimeError("a fault in a step")
         return StepResult(())
+
+
+def test_verdicts_and_features_of_a_step_are_handed_over_as_one_and_in_this_order() -> None:
+    engine, handed = Background(pieces=0), list[Callable[[], None]]()
+    with EngineThread(engine, hand_over=handed.append) as thread:  # type: ignore[arg-type]
+        answer = thread.step([StepItem(SequenceKey("a", 0), 1, 1)])
+        answer.add_done_callback(lambda _: engine.log.append("answered"))
+        thread.submit(lambda: None).result(5)  # runs after the step
+        assert engine.log == ["step"]
+        assert len(handed) == 1
+        handed[0]()
+        assert engine.log == ["step", "answered", "told"]
+        assert answer.result(0) == StepResult((), queue_seconds=answer.result(0).queue_seconds)
 
 
 def test_background_work_fills_gaps_and_is_never_starved() -> None:

@@ -183,7 +183,7 @@ def test_features_that_may_wait_come_later_and_are_the_same(tiny_gemma: Path) ->
                 result = engine.step([one.item() for one in some], hold_features=holds)
                 for one, verdict in zip(some, result.verdicts, strict=True):
                     one.take(verdict)
-                engine.publish_due()
+                engine.publish_due()()
             assert bool(reader.stream.queued_bytes) != holds
         engine.publish()
         found.append(reader.rows(stream.key, info.feature_size))
@@ -204,7 +204,7 @@ def test_features_of_many_rows_do_not_wait(tiny_gemma: Path) -> None:
     for stream in streams:
         rows += stream.item().count
         stream.take(engine.step([stream.item()], hold_features=True).verdicts[0])
-        engine.publish_due()
+        engine.publish_due()()
         assert bool(reader.stream.queued_bytes) == (rows > HELD_ROWS)
     assert rows > HELD_ROWS
 
