@@ -32,7 +32,8 @@ class Round:
         scheduled: (R,) whose policy looks at costs.
         explored: (R,) blocks verified as far as they were drafted, whatever they promise; `FREE` elsewhere.
         seconds: T over the step's rows, up to all that it may have.
-        base_tokens: of the step without our drafts: one of each running sequence, and what other routers' rows yield.
+        base_tokens: of the step without our drafts: one of each sequence, as if those with prompts decoded as well
+            (what they wait for drafts they lose, too), and what other routers' rows yield.
         unhidden: seconds that the drafting of this round is expected to take.
         decision: what speculation may do at all; None where no sequence's policy looks at costs.
         hold_features: whether the features that the step brings may wait at the verify worker.
@@ -85,14 +86,19 @@ class Round:
         return len(self.running) + self.prompt_price
 
     @property
-    def decode_seconds(self) -> Floats:
-        """`seconds` from `base_rows` on without what the prompts take.
+    def streams(self) -> int:
+        """Those that run, and those that will as soon as their prompts are computed: all of them pay for a round."""
+        return len(self.running) + len(self.prompts)
 
-        They take it in any case. Left in, it would hide what drafts cost: τ / T of a round that is long already hardly
-        falls with rows that, without the prompts, would not be worth their time.
+    @property
+    def decode_seconds(self) -> Floats:
+        """`seconds` from `base_rows` on, as if those with prompts decoded as well instead of having them computed.
+
+        Prompts take their time in any case. Left in, it would hide what drafts cost: τ / T of a round that is long
+        already hardly falls with rows that, without the prompts, would not be worth their time.
         """
         last = len(self.seconds) - 1
-        prompts = self.seconds[min(self.base_rows, last)] - self.seconds[min(len(self.running), last)]
+        prompts = self.seconds[min(self.base_rows, last)] - self.seconds[min(self.streams, last)]
         return np.asarray(self.seconds - max(0.0, float(prompts)))
 
     @property

@@ -41,7 +41,7 @@ from services.router.shares import level
 
 __all__ = ["Scheduler"]
 
-EXPLORED_ROWS = 0.02  # of a step's rows without drafts, that exploring may add on average
+EXPLORED_ROWS = 0.02  # of a step's streams, that exploring may add rows for on average
 LOOKED = 4  # requests drafted for in a later look: whether drafting pays is seen of any number
 SPARED = 2  # rounds in a row that would not draft for a sequence, before its drafter leaves it
 IDLE_EXPLORED_ROWS = 0.005  # the same while drafting pays for nobody: then a draft is asked for to be explored
@@ -117,7 +117,7 @@ class Scheduler:
             explored=np.full(len(running), FREE),
             before=self._memory.histories.before(slots)[:, :block],
             seconds=self.costs.verify(max(len(running) + price, rows - sum(pieces) + price), context),
-            base_tokens=len(running) + self.costs.other_rows * self._yield,
+            base_tokens=len(running) + len(prompts) + self.costs.other_rows * self._yield,
             unhidden=0.0,
             decision=decision,
             once=np.zeros(len(running), np.bool_),
@@ -170,7 +170,7 @@ class Scheduler:
         if able.any() and round_.decodes and self._looks.due(load, pays=bool(chosen.any())):
             chosen = able if self._looks.first else most_promising(predicted, able, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
-        explored = explore(room, self._random, share=self._options.explore, rows=share * round_.base_rows)
+        explored = explore(room, self._random, share=self._options.explore, rows=share * round_.streams)
         round_.explored = np.where(room > 0, explored, FREE)
         wanted = np.where(scheduled & able, chosen | (round_.explored > 0), True)
         staying = standing(round_)  # what comes unasked is drafted already, so using it is free

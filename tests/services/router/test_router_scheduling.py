@@ -26,7 +26,7 @@ from dspark.errors import DSparkError
 from dspark.messages import StepItem, StepResult
 from dspark.v1.verifier_pb2 import DescribeVerifierResponse
 from services.router.holding import QUIET
-from services.router.scheduler import LOOKED
+from services.router.scheduler import LOOKED, SPARED
 from services.router.scheduling.looks import FIRST, SERIES
 from services.router.scheduling.policies import Adaptive, CapAccept, Policy
 
@@ -240,6 +240,26 @@ async def test_a_prompt_in_the_step_makes_no_drafts_worth_while_that_are_not_wit
     beside = [one for one in rounds if one["prompt_rows"] > one["running"] >= 6]
     assert beside
     assert not any(one["drafted"] for one in beside)
+
+
+async def test_nobody_is_drafted_for_at_the_cost_of_many_who_wait_for_their_prompts(tmp_path: Path) -> None:
+    """A draft that pays for a stream alone keeps twelve others waiting that would bring more in the time."""
+    dear = drafter()
+    dear.costs = CostProfile("draft", "toy-dear-costs", tuple(Point(n, 64, 0.004) for n in (1, 64)), 0.0)
+    dear.delay = 0.004
+    trace = tmp_path / "rounds.jsonl"
+    options = by_fives(policy=Adaptive(), explore=0.0, trace=trace)
+    async with cluster(PricedVerifier(), dear, options=options) as toys:
+        alone = asyncio.create_task(toys.generate("hello", max_tokens=250))
+        await asyncio.sleep(0.5)
+        await asyncio.gather(*(toys.generate("hello " * 150, max_tokens=1) for _ in range(12)))
+        await alone
+    rounds = [json.loads(line) for line in trace.read_text().splitlines()]
+    before = next(i for i, one in enumerate(rounds[1:], 1) if one["prompt_rows"])
+    beside = [one["drafted"] for one in rounds[before:] if one["prompt_rows"] and one["running"] == 1]
+    assert sum(one["drafted"] for one in rounds[FIRST:before]) > 0.5 * (before - FIRST)
+    assert len(beside) > 2 * SPARED
+    assert not any(beside[SPARED + 1 : -len(beside) // 3])
 
 
 async def test_features_wait_while_nobody_is_drafted_for_and_are_there_when_somebody_is() -> None:
