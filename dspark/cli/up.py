@@ -43,11 +43,13 @@ def up(
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
     weights: Annotated[
-        Weights, typer.Option(help="int8: on a CPU, half the bytes; outputs are then that model's own.")
-    ] = Weights.PLAIN,
+        Weights | None,
+        typer.Option(help="plain, or int8: half the bytes, on a CPU; outputs are then that model's own."),
+    ] = None,
     draft_weights: Annotated[
-        DraftWeights, typer.Option(help="As --weights, of drafters; auto: int8 where the processor has AVX512-VNNI.")
-    ] = DraftWeights.AUTO,
+        DraftWeights | None,
+        typer.Option(help="Of drafters; auto: int8 where the processor multiplies it, and bfloat16 otherwise."),
+    ] = None,
     log_dir: common.LogDir = None,
     trace: common.Trace = None,
     as_json: common.AsJson = False,
@@ -63,8 +65,8 @@ def up(
         dtype=dtype,
         log_dir=log_dir,
         trace=trace,
-        verify_args=("--weights", weights.value),
-        draft_args=("--weights", draft_weights.value),
+        verify_args=("--weights", weights.value) if weights else (),
+        draft_args=("--draft-weights", draft_weights.value) if draft_weights else (),
     )
     common.run(_serve(settings, settings.cluster(listen=listen, store=store), as_json=as_json))
 

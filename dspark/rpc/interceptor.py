@@ -188,6 +188,10 @@ class _Requests:
     def end(self) -> None:
         """No further request is read."""
         self._ended = True
+        asyncio.get_running_loop().call_soon(self._stop_waiting)
+
+    def _stop_waiting(self) -> None:
+        """A turn later: a request that has come already is read."""
         if self._reader is not None:
             self._reader.cancel()
 

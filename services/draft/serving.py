@@ -116,7 +116,7 @@ def prepare(settings: Settings) -> tuple[DraftEngine, TapOffer]:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     target = resolve_model(settings.target) if settings.target else None  # what it starts must have every core
-    numerics = pick_numerics(settings.kernels, settings.dtype, device, weights=settings.weights)
+    numerics = pick_numerics(settings.kernels, settings.dtype, device, weights=settings.draft_weights)
     compiled = numerics.kernels.implementation == "llvm"
     bound = settings.bind_threads and compiled and team.settle()
     with loading():

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
         Literal["auto", "bfloat16", "float32"],
         Field(description="What products multiply; auto: bfloat16 where the device multiplies it fast"),
     ] = "auto"
-    weights: Annotated[
+    draft_weights: Annotated[
         Literal["auto", "plain", "int8"],
         Field(description="int8: round matrices to half their bytes (AVX512-VNNI); auto: where bfloat16 is multiplied"),
     ] = "auto"

@@ -232,7 +232,10 @@ async def test_what_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
             (["--drafter", good, "--store", nowhere], "cannot reach the store at redis://127.0.0.1:1/0"),
             (["--drafter", good, "--store", url, "--listen", taken], f"cannot listen on {taken}"),
             (["--drafter", good, "--store", url, "--threads", "-1"], "threads: "),
-            (["--drafter", good, "--store", url, "--weights", "int8", "--kernels", "torch"], "int8 needs compiled"),
+            (
+                ["--drafter", good, "--store", url, "--draft-weights", "int8", "--kernels", "torch"],
+                "int8 needs compiled",
+            ),
             (["--drafter", good], "store: "),
         ]
         for arguments, complaint in cases:
