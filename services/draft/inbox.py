@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from dspark.messages import FeatureBlock, SequenceKey
@@ -31,7 +31,7 @@ class FeatureInbox:
         self._arrived = arrived
         self._lengths: dict[SequenceKey, int] = {}
         self._anchors: dict[SequenceKey, int] = {}
-        self._blocks: list[FeatureBlock] = []
+        self._blocks: dict[SequenceKey, list[FeatureBlock]] = {}
         self._positions = 0
         self.pressing = False
         """A block among them leaves a gap: the engine has to be asked for what is missing."""
@@ -45,6 +45,7 @@ class FeatureInbox:
         """Forget a sequence; nobody waits for it any longer."""
         self._lengths.pop(key, None)
         self._anchors.pop(key, None)
+        self._forget_blocks(key)
         for wait in self._waits.pop(key, set()):
             _reached(wait, key)
 
@@ -61,6 +62,7 @@ class FeatureInbox:
         if key in self._lengths:
             self._lengths[key] = length
             self._anchors.pop(key, None)
+            self._forget_blocks(key)  # they would leave a gap; all of it comes again
 
     def feed(self, block: FeatureBlock) -> None:
         """Take a block from a verifier; one that leaves a gap is handed on for the engine to refuse."""
@@ -68,7 +70,7 @@ class FeatureInbox:
         end = block.start + block.count
         if length is None or end <= length:
             return
-        self._blocks.append(block)
+        self._blocks.setdefault(block.key, []).append(block)
         self._positions += block.count
         self.pressing |= block.start > length
         if block.start <= length:
@@ -78,15 +80,28 @@ class FeatureInbox:
             self._wake(block.key, end)
         self._arrived()
 
-    def take(self) -> list[FeatureBlock]:
-        """Everything that came since the last call, oldest first."""
-        blocks, self._blocks, self._positions, self.pressing = self._blocks, [], 0, False
+    def take(self, keys: Collection[SequenceKey], oldest: int = 0) -> list[FeatureBlock]:
+        """What is here of these sequences, and of others, first come first, until so many positions are taken.
+
+        Everything, where some of it is pressing. A sequence's blocks come in the order in which they came.
+        """
+        taken: list[FeatureBlock] = []
+        before = self._positions
+        for key in [*keys, *self._blocks]:
+            if key in keys or self.pressing or before - self._positions < oldest:
+                taken += self._forget_blocks(key)
+        self.pressing = False
+        return taken
+
+    def _forget_blocks(self, key: SequenceKey) -> list[FeatureBlock]:
+        blocks = self._blocks.pop(key, [])
+        self._positions -= sum(block.count for block in blocks)
         return blocks
 
     @property
     def keys(self) -> Iterator[SequenceKey]:
-        """Sequences of what waits to be taken, one for each block."""
-        return (block.key for block in self._blocks)
+        """Sequences of what waits to be taken."""
+        return iter(self._blocks)
 
     def __len__(self) -> int:
         """Positions waiting to be taken."""

@@ -1,9 +1,10 @@
 """The engine's thread: what it is given to do, and when.
 
 Whatever has gathered while the engine was busy is done in its next job, features first: calls of several routers share
-one forward, and what is drafted unasked (`standing.py`) is in it as well. K/V of the context is computed with the next
-block that needs it, or once enough has gathered: on cores that both services share, a job for every few rows would
-hold up the verifier's step at each of its parallel regions.
+one forward, and what is drafted unasked (`standing.py`) is in it as well. K/V of a context is computed with the next
+block behind it: on cores that both services share, a job for every few rows would hold up the verifier's step at each
+of its parallel regions, and of sequences that nobody drafts for none is ever needed. Too much of that is computed
+piece by piece, so that what a first block has to wait for is bounded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from services.draft.standing import Deliver, StandingOrders
 
 __all__ = ["EngineJobs"]
 
-GATHERED = 512  # positions: fewer wait for the next block that is drafted, and are computed with it
+GATHERED = 4096  # positions: fewer wait for a block behind them
+PIECE = 512  # positions computed at a time where more have gathered
 
 _log = structlog.get_logger(__name__)
 ResultT = TypeVar("ResultT")
@@ -122,10 +124,9 @@ class EngineJobs:
             return
         self._busy = True
         calls, self._calls = self._calls, []
-        blocks = self.inbox.take()
         looked_at, self._looked_at = self._looked_at, set()
-        fresh = [*(block.key for block in blocks), *looked_at]
-        calls += self._unasked(fresh, {item.key for call in calls for item in call.items})
+        calls += self._unasked([*self.inbox.keys, *looked_at], {item.key for call in calls for item in call.items})
+        blocks = self._taken({item.key for call in calls for item in call.items})
         self._metrics.received(sum(block.count for block in blocks))
         job = self.submit(lambda: self._job(blocks, [item for call in calls for item in call.items]))
         job.add_done_callback(lambda done: self._finished(done, calls, blocks))
@@ -136,6 +137,11 @@ class EngineJobs:
         if self._calls or inbox.pressing or len(inbox) >= GATHERED:
             return True
         return self._standing.concerns(inbox.keys) or self._standing.behind(self._looked_at, inbox)
+
+    def _taken(self, drafted: set[SequenceKey]) -> list[FeatureBlock]:
+        """Of those who are drafted for now or whenever features come, and a piece where too much has gathered."""
+        ordered = {key for key in self.inbox.keys if self._standing.concerns((key,))}
+        return self.inbox.take(drafted | ordered, PIECE if len(self.inbox) >= GATHERED else 0)
 
     def _unasked(self, keys: Iterable[SequenceKey], asked: Container[SequenceKey]) -> Iterator[_Call]:
         """Calls that nobody made, of those who stay and whose features came."""
