@@ -160,11 +160,15 @@ def _checked(request: Any) -> Any:
 
 
 class _Requests:
-    """The requests of a stream, checked. Ends as the caller ends it, or where the server does (`end`)."""
+    """The requests of a stream, checked. Ends as the caller ends it, or where the server does (`end`).
+
+    Each is read in a task of its own, which nobody cancels: gRPC writes what comes next to where its read says so.
+    """
 
     def __init__(self, requests: AsyncIterator[Any]) -> None:
         self._requests = requests
-        self._reader: asyncio.Task[Any] | None = None  # who waits for the next one
+        self._read: asyncio.Future[Any] | None = None  # of the next one
+        self._waiter: asyncio.Future[None] | None = None  # of whoever waits for it
         self._ended = False
         self.cut = False
         """The handler was told of an end that is the server's."""
@@ -173,31 +177,40 @@ class _Requests:
         return self
 
     async def __anext__(self) -> Any:
-        if self._ended:
-            raise self._cut()
-        self._reader = asyncio.current_task()
-        try:
-            return _checked(await anext(self._requests))
-        except asyncio.CancelledError:
-            if not self._ended or self._reader is None or self._reader.uncancel():
-                raise
-            raise self._cut() from None
-        finally:
-            self._reader = None
+        if self._read is None and not self._ended:
+            self._read = asyncio.ensure_future(_next(self._requests))
+            self._read.add_done_callback(self._wake)
+        if self._read is not None and not self._read.done() and not self._ended:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._read is None or not self._read.done():
+            self.cut = True
+            raise StopAsyncIteration
+        read, self._read = self._read, None
+        if (request := read.result()) is _NO_MORE:
+            raise StopAsyncIteration
+        return _checked(request)
 
     def end(self) -> None:
-        """No further request is read."""
+        """Nothing is read that has not come yet."""
         self._ended = True
-        asyncio.get_running_loop().call_soon(self._stop_waiting)
+        self._wake()
 
-    def _stop_waiting(self) -> None:
-        """A turn later: a request that has come already is read."""
-        if self._reader is not None:
-            self._reader.cancel()
+    def _wake(self, read: asyncio.Future[Any] | None = None) -> None:
+        if read is not None and not read.cancelled():
+            read.exception()  # told to whoever asks; if nobody does any more, it is no news
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
-    def _cut(self) -> StopAsyncIteration:
-        self.cut = True
-        return StopAsyncIteration()
+
+_NO_MORE = object()
+
+
+async def _next(requests: AsyncIterator[Any]) -> Any:
+    """The next request, or `_NO_MORE`: a task cannot raise StopAsyncIteration."""
+    async for request in requests:
+        return request
+    return _NO_MORE
 
 
 def _bind_request_id(context: Any) -> None:

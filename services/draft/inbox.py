@@ -6,8 +6,8 @@ Knows positions only; the engine computes K/V from what `take` hands over, and f
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dspark.messages import FeatureBlock, SequenceKey
@@ -31,10 +31,9 @@ class FeatureInbox:
         self._arrived = arrived
         self._lengths: dict[SequenceKey, int] = {}
         self._anchors: dict[SequenceKey, int] = {}
-        self._blocks: dict[SequenceKey, list[FeatureBlock]] = {}
+        self._blocks: dict[SequenceKey, deque[FeatureBlock]] = {}
         self._positions = 0
-        self.pressing = False
-        """A block among them leaves a gap: the engine has to be asked for what is missing."""
+        self._gaps: set[SequenceKey] = set()  # sequences with a block that leaves one
         self._waits: dict[SequenceKey, set[_Wait]] = defaultdict(set)
 
     def open(self, key: SequenceKey) -> None:
@@ -58,11 +57,13 @@ class FeatureInbox:
         return self._anchors.get(key)
 
     def rewind(self, key: SequenceKey, length: int) -> None:
-        """The engine has only this much: what came after it was lost."""
+        """The engine has only this much: what came after it was lost, but for what is here still and goes on there."""
         if key in self._lengths:
             self._lengths[key] = length
             self._anchors.pop(key, None)
-            self._forget_blocks(key)  # they would leave a gap; all of it comes again
+            for block in tuple(self._forget_blocks(key)):
+                if block.start <= self._lengths[key]:
+                    self.feed(block)
 
     def feed(self, block: FeatureBlock) -> None:
         """Take a block from a verifier; one that leaves a gap is handed on for the engine to refuse."""
@@ -70,10 +71,11 @@ class FeatureInbox:
         end = block.start + block.count
         if length is None or end <= length:
             return
-        self._blocks.setdefault(block.key, []).append(block)
+        self._blocks.setdefault(block.key, deque()).append(block)
         self._positions += block.count
-        self.pressing |= block.start > length
-        if block.start <= length:
+        if block.start > length:
+            self._gaps.add(block.key)
+        else:
             self._lengths[block.key] = end
             if block.token_ids:
                 self._anchors[block.key] = block.token_ids[-1]
@@ -81,20 +83,24 @@ class FeatureInbox:
         self._arrived()
 
     def take(self, keys: Collection[SequenceKey], oldest: int = 0) -> list[FeatureBlock]:
-        """What is here of these sequences, and of others, first come first, until so many positions are taken.
+        """All of these sequences and of those with gaps, and of others, first come first, until so many positions.
 
-        Everything, where some of it is pressing. A sequence's blocks come in the order in which they came.
+        A sequence's blocks are in the order in which they came.
         """
-        taken: list[FeatureBlock] = []
-        before = self._positions
-        for key in [*keys, *self._blocks]:
-            if key in keys or self.pressing or before - self._positions < oldest:
-                taken += self._forget_blocks(key)
-        self.pressing = False
+        taken = [block for key in dict.fromkeys((*keys, *self._gaps)) for block in self._forget_blocks(key)]
+        left = oldest - sum(block.count for block in taken)
+        while left > 0 and self._blocks:
+            blocks = next(iter(self._blocks.values()))
+            taken.append(block := blocks.popleft())
+            left -= block.count
+            self._positions -= block.count
+            if not blocks:
+                del self._blocks[block.key]
         return taken
 
-    def _forget_blocks(self, key: SequenceKey) -> list[FeatureBlock]:
-        blocks = self._blocks.pop(key, [])
+    def _forget_blocks(self, key: SequenceKey) -> Iterable[FeatureBlock]:
+        self._gaps.discard(key)
+        blocks = self._blocks.pop(key, ())
         self._positions -= sum(block.count for block in blocks)
         return blocks
 
@@ -102,6 +108,11 @@ class FeatureInbox:
     def keys(self) -> Iterator[SequenceKey]:
         """Sequences of what waits to be taken."""
         return iter(self._blocks)
+
+    @property
+    def pressing(self) -> bool:
+        """A block among them leaves a gap: the engine has to be asked for what is missing."""
+        return bool(self._gaps)
 
     def __len__(self) -> int:
         """Positions waiting to be taken."""

@@ -99,7 +99,7 @@ class Round:
         """
         last = len(self.seconds) - 1
         prompts = self.seconds[min(self.base_rows, last)] - self.seconds[min(self.streams, last)]
-        return np.asarray(self.seconds - max(0.0, float(prompts)))
+        return np.asarray(self.seconds - float(prompts))
 
     @property
     def decodes(self) -> bool:

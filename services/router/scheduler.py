@@ -163,7 +163,7 @@ class Scheduler:
             round_.base_rows,
             base_tokens=round_.base_tokens,
         )
-        if not chosen.any() and self.payoff.wins:  # rounds say otherwise than costs
+        if not chosen.any() and not round_.prompts and self.payoff.wins:  # rounds say otherwise than costs
             chosen = able
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
         load = len(round_.running) + round_.prompt_price
