@@ -165,6 +165,7 @@ class StepItem:
     """Compute `count` committed positions, then the drafts; a token is chosen once the anchor is reached.
 
     At most `keep` drafts are committed, however many are accepted: the token after them is then an accepted draft.
+    With `hold_features` nobody drafts for the sequence, so features need not be computed yet.
     """
 
     key: SequenceKey
@@ -173,6 +174,7 @@ class StepItem:
     draft_tokens: tuple[int, ...] = ()
     draft_distributions: tuple[SparseDistribution, ...] = ()
     keep: int | None = None
+    hold_features: bool = False
 
 
 @dataclass(frozen=True, slots=True)

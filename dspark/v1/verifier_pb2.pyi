@@ -264,6 +264,7 @@ class StepItem(google.protobuf.message.Message):
     DRAFT_TOKENS_FIELD_NUMBER: builtins.int
     DRAFT_DISTRIBUTIONS_FIELD_NUMBER: builtins.int
     KEEP_FIELD_NUMBER: builtins.int
+    HOLD_FEATURES_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
     committed_len: builtins.int
@@ -272,6 +273,10 @@ class StepItem(google.protobuf.message.Message):
     """committed positions to compute now; 1 in a running sequence (the anchor)"""
     keep: builtins.int
     """commit at most so many draft tokens, however many are accepted; unset: all"""
+    hold_features: builtins.bool
+    """The next round does not draft for it: features may wait. They come after the next step whose item does not say so,
+    or when many wait.
+    """
     @property
     def draft_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """only when `count` reaches N"""
@@ -290,9 +295,10 @@ class StepItem(google.protobuf.message.Message):
         draft_tokens: collections.abc.Iterable[builtins.int] | None = ...,
         draft_distributions: collections.abc.Iterable[dspark.v1.types_pb2.SparseDistribution] | None = ...,
         keep: builtins.int | None = ...,
+        hold_features: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_keep", b"_keep", "keep", b"keep"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_keep", b"_keep", "committed_len", b"committed_len", "count", b"count", "draft_distributions", b"draft_distributions", "draft_tokens", b"draft_tokens", "epoch", b"epoch", "keep", b"keep", "sequence_id", b"sequence_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_keep", b"_keep", "committed_len", b"committed_len", "count", b"count", "draft_distributions", b"draft_distributions", "draft_tokens", b"draft_tokens", "epoch", b"epoch", "hold_features", b"hold_features", "keep", b"keep", "sequence_id", b"sequence_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_keep", b"_keep"]) -> typing.Literal["keep"] | None: ...
 
 global___StepItem = StepItem
@@ -302,20 +308,14 @@ class StepBatch(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ITEMS_FIELD_NUMBER: builtins.int
-    HOLD_FEATURES_FIELD_NUMBER: builtins.int
-    hold_features: builtins.bool
-    """The next round drafts for nobody: features may wait for those of later steps. They come with the next step that
-    does not say so, before anything else is answered, or when many wait.
-    """
     @property
     def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___StepItem]: ...
     def __init__(
         self,
         *,
         items: collections.abc.Iterable[global___StepItem] | None = ...,
-        hold_features: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["hold_features", b"hold_features", "items", b"items"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["items", b"items"]) -> None: ...
 
 global___StepBatch = StepBatch
 

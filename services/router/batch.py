@@ -29,21 +29,33 @@ def assemble(cohort: Cohort, round_: Round, proposals: Mapping[str, Proposal]) -
 
     Who was cancelled, has moved or rests since the round began is left out.
     """
-    plans = zip(round_.running, round_.keys, round_.proposed, *round_.lengths, strict=True)
+    plans = zip(round_.running, round_.keys, round_.proposed, round_.held.tolist(), *round_.lengths, strict=True)
     rounds = [
-        _round(row, sequence, proposals.get(sequence.sequence_id) if proposed else None, length, keep, missed=missed)
-        for row, (sequence, key, proposed, length, keep, missed) in enumerate(plans)
+        _round(row, sequence, proposals.get(sequence.sequence_id) if proposed else None, length, keep, held, missed)
+        for row, (sequence, key, proposed, held, length, keep, missed) in enumerate(plans)
         if _stays(sequence, key, cohort) and not sequence.outlet.full
     ]
     pieces = zip(round_.prompts, round_.prompt_keys, round_.pieces, strict=True)
-    return rounds + [_piece(prompt, count) for prompt, key, count in pieces if count and _stays(prompt, key, cohort)]
+    return rounds + [
+        _piece(prompt, count, held=round_.prompts_held)
+        for prompt, key, count in pieces
+        if count and _stays(prompt, key, cohort)
+    ]
 
 
 def _stays(sequence: Sequence, key: SequenceKey, cohort: Cohort) -> bool:
     return sequence.cohort is cohort and sequence.key == key
 
 
-def _round(row: int, sequence: Sequence, block: Proposal | None, length: int, keep: int, *, missed: int) -> Entry:
+def _round(
+    row: int,
+    sequence: Sequence,
+    block: Proposal | None,
+    length: int,
+    keep: int,
+    held: bool,
+    missed: int,
+) -> Entry:
     item = StepItem(
         sequence.key,
         sequence.committed_len,
@@ -51,12 +63,13 @@ def _round(row: int, sequence: Sequence, block: Proposal | None, length: int, ke
         block.tokens[:length] if block else (),
         block.distributions[:length] if block else (),
         keep if keep < length else None,
+        hold_features=held,
     )
     return Entry(sequence, item, row, drafted=len(block.tokens) if block else 0, missed=bool(missed))
 
 
-def _piece(sequence: Sequence, count: int) -> Entry:
-    return Entry(sequence, StepItem(sequence.key, sequence.committed_len, count))
+def _piece(sequence: Sequence, count: int, *, held: bool) -> Entry:
+    return Entry(sequence, StepItem(sequence.key, sequence.committed_len, count, hold_features=held))
 
 
 def rows(batch: Iterable[Entry]) -> int:

@@ -1,64 +1,92 @@
-"""Whether features may wait at the verify worker: while nobody is drafted for they need not leave after every step.
+"""Whose features may wait at the verify worker: while nobody drafts for a sequence they need not leave every step.
 
-A block can only be drafted from features that are there. So a round that wants blocks while features are held back has
-them sent, and drafts one round later for the same sequences. Decides nothing about drafting itself, see
+A block can only be drafted from features that are there. So a round that wants blocks of sequences whose features are
+held has these sent, and drafts for them one round later. Decides nothing about drafting itself, see
 `services.router.scheduler`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from dspark.messages import SequenceKey
 from services.router.round import Round
 from services.router.scheduling.payoff import Decision
-from services.router.scheduling.plan import FREE, Bools
+from services.router.scheduling.plan import FREE, Bools, Ints
 
 __all__ = ["QUIET", "Holding"]
 
-QUIET = 4  # rounds without drafts, after which features are held back
+QUIET = 4  # rounds without drafts, after which a sequence's features are held
+
+
+class _Wanted(NamedTuple):
+    """What is wanted of a sequence whose features are held: how much to explore, and whether for one round only."""
+
+    explored: int
+    once: bool
 
 
 @dataclass(slots=True)
 class Holding:
     """The state of one cohort."""
 
-    _quiet: int = 0
-    _held: bool = False
+    _quiet: int = 0  # rounds in which nobody was to be drafted for: how new sequences begin
     _decision: Decision | None = None
-    _postponed: dict[SequenceKey, int] = field(default_factory=dict)  # whom to draft for, and how much to explore
+    _postponed: dict[SequenceKey, _Wanted] = field(default_factory=dict)
+    _all: bool = False
 
     @property
-    def postponed(self) -> bool:
-        """Whether the round before this one wanted drafts and waits for their features."""
-        return bool(self._postponed)
+    def all_postponed(self) -> bool:
+        """Whether the round before this one wanted drafts and waits for the features of all of them."""
+        return self._all
 
     @property
     def decision(self) -> Decision | None:
-        """That of the round before, where its drafts were postponed."""
-        return self._decision if self._postponed else None
+        """That of the round before, where all of its drafts were postponed."""
+        return self._decision if self._all else None
+
+    def postponed(self, round_: Round) -> Bools:
+        """(R,) whom the round before would have drafted for."""
+        return np.array([key in self._postponed for key in round_.keys], np.bool_)
+
+    def explored(self, round_: Round, otherwise: Ints) -> Ints:
+        """(R,) what the round before would have explored of those; `otherwise` of the others."""
+        if not self._postponed:
+            return otherwise
+        stored = [self._postponed[key].explored if key in self._postponed else None for key in round_.keys]
+        pairs = zip(stored, otherwise.tolist(), round_.most.tolist(), strict=True)
+        return np.array([own if kept is None else min(kept, most) for kept, own, most in pairs], np.int64)
 
     def resume(self, round_: Round, bound: Bools) -> None:
         """Draft for whom the round before would have. `bound`: (R,) whom that concerns; others as they wish."""
-        wanted = np.array([key in self._postponed for key in round_.keys], np.bool_)
-        explored = np.array([self._postponed.get(key, FREE) for key in round_.keys], np.int64)
-        round_.explored = np.where(explored < 0, explored, np.minimum(explored, round_.most))
+        wanted = self.postponed(round_)
+        round_.explored = self.explored(round_, np.full(len(round_.keys), FREE))
+        round_.once = np.array([key in self._postponed and self._postponed[key].once for key in round_.keys], np.bool_)
         round_.asked = (round_.most > 0) & np.where(bound, wanted, True)
 
-    def settle(self, round_: Round, *, coming: bool) -> None:
-        """Postpone what has no features yet, and say whether those of this round's step may wait.
+    def settle(self, round_: Round, coming: Bools) -> None:
+        """Postpone what has no features yet, and say whose may wait after this round's step.
 
-        `coming`: whether anybody is to be drafted for who has a drafter or is about to.
+        `coming`: (R,) who is to be drafted for and has a drafter, or is about to.
         """
-        postpones = self._held and bool(round_.drafting.any())
-        asked = zip(round_.keys, round_.explored.tolist(), round_.drafting, strict=True)
-        self._postponed = {key: explored for key, explored, own in asked if own} if postpones else {}
+        held = np.array([sequence.quiet >= QUIET for sequence in round_.running], np.bool_)
+        self._postpone(round_, round_.drafting & held)
+        for sequence, own in zip(round_.running, coming, strict=True):
+            sequence.quiet = 0 if own else sequence.quiet + 1
+        if round_.running:  # a round of prompts alone says nothing of the rounds after it
+            self._quiet = 0 if coming.any() else self._quiet + 1
+        for prompt in round_.prompts:
+            prompt.quiet = self._quiet
+        round_.held = np.array([sequence.quiet >= QUIET for sequence in round_.running], np.bool_)
+        round_.prompts_held = self._quiet >= QUIET
+
+    def _postpone(self, round_: Round, late: Bools) -> None:
+        asked = zip(round_.keys, round_.explored.tolist(), round_.once.tolist(), late, strict=True)
+        self._postponed = {key: _Wanted(explored, once) for key, explored, once, own in asked if own}
+        self._all = bool(late.any()) and not (round_.drafting & ~late).any()
         self._decision = round_.decision
-        if postpones:
-            round_.asked, round_.drafting = np.zeros_like(round_.asked), np.zeros_like(round_.drafting)
-            round_.explored = np.full_like(round_.explored, FREE)
-        quiet = round_.running and not coming  # a round of prompts alone says nothing of the rounds after it
-        self._quiet = self._quiet + 1 if quiet else 0
-        self._held = round_.hold_features = self._quiet >= QUIET
+        round_.asked, round_.drafting = round_.asked & ~late, round_.drafting & ~late
+        round_.explored = np.where(late, FREE, round_.explored)

@@ -203,15 +203,9 @@ class VerifierLink(Link):
         reply = await self._call(codec.open_call(sequences), CALL_SECONDS)
         return _matching(sequences, codec.decode(reply.opened), self.worker_id)
 
-    async def step(
-        self,
-        items: list[StepItem],
-        timeout: float,  # noqa: ASYNC109 - as the session's
-        *,
-        hold_features: bool = False,
-    ) -> StepResult:
-        """One verdict per item, in their order. With `hold_features` the step's features may wait."""
-        reply = await self._call(codec.step_call(items, hold_features=hold_features), timeout)
+    async def step(self, items: list[StepItem], timeout: float) -> StepResult:  # noqa: ASYNC109 - as the session's
+        """One verdict per item, in their order."""
+        reply = await self._call(codec.step_call(items), timeout)
         result: StepResult = codec.decode(reply.step)
         _matching(items, result.verdicts, self.worker_id)
         return result

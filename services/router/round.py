@@ -36,7 +36,7 @@ class Round:
             (what they wait for drafts they lose, too), and what other routers' rows yield.
         unhidden: seconds that the drafting of this round is expected to take.
         decision: what speculation may do at all; None where no sequence's policy looks at costs.
-        hold_features: whether the features that the step brings may wait at the verify worker.
+        held: (R,) whose features may wait at the verify worker; prompts_held: whether those of prompts may.
         reach: (R,) how much of a block is asked for at most, or comes unasked, where its policy lets plans of late say
             so; 0 elsewhere.
         once: (R,) drafted for in this round only, if at all: nobody is to stay with them.
@@ -67,7 +67,8 @@ class Round:
     base_tokens: float
     unhidden: float
     decision: Decision | None
-    hold_features: bool = False
+    held: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
+    prompts_held: bool = False
     reach: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     once: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     joining: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))

@@ -43,10 +43,10 @@ def standing(round_: Round) -> Ints:
     return np.array([s.standing for s in round_.running], np.int64)
 
 
-def coming(round_: Round) -> bool:
-    """Whether somebody who is to be drafted for has a drafter, or soon will."""
-    pairs = zip(round_.asked, round_.running, strict=True)
-    return any(asked and (s.drafter is not None or s.attaching) for asked, s in pairs)
+def coming(round_: Round) -> Bools:
+    """(R,) who is to be drafted for and has a drafter, or soon will."""
+    attached = [s.drafter is not None or s.attaching for s in round_.running]
+    return (round_.asked | round_.joining) & np.array(attached, np.bool_)
 
 
 def most_promising(predicted: Floats, able: Bools, count: int) -> Bools:

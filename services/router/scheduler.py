@@ -127,7 +127,7 @@ class Scheduler:
         self._shorten(round_, block)
         self._join(round_)
         round_.drafting = round_.asked & self._ables(round_)
-        self._holding.settle(round_, coming=coming(round_))
+        self._holding.settle(round_, coming(round_))
         longest = int(round_.most[round_.drafting].max(initial=0))
         round_.unhidden = float(self._draft_seconds(len(running), context, longest)[np.count_nonzero(round_.drafting)])
         return round_
@@ -150,7 +150,7 @@ class Scheduler:
     def _choose(self, round_: Round, block: int) -> None:
         """Among those whose policy looks at costs; the others are drafted for as they wish."""
         able, scheduled = self._ables(round_), round_.scheduled
-        if self._holding.postponed:
+        if self._holding.all_postponed:
             self._holding.resume(round_, scheduled & able)
             return
         usual = np.where(shortening(round_), np.minimum(round_.most, self._reach.usual(block)), round_.most)
@@ -171,8 +171,8 @@ class Scheduler:
             chosen = able if self._looks.first else most_promising(predicted, able, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.streams)
-        round_.explored = np.where(room > 0, explored, FREE)
-        wanted = np.where(scheduled & able, chosen | (round_.explored > 0), True)
+        round_.explored = self._holding.explored(round_, np.where(room > 0, explored, FREE))
+        wanted = np.where(scheduled & able, chosen | (round_.explored > 0) | self._holding.postponed(round_), True)
         staying = standing(round_)  # what comes unasked is drafted already, so using it is free
         round_.asked = (round_.most > 0) & (wanted | (staying > 0))
         whole = (staying == 0) | (round_.explored < 0)

@@ -39,6 +39,7 @@ class Sequence:
         followed: its drafter has stayed with it, so can, and has had its features.
         steady: rounds in a row that have asked for drafts; below 0 while its drafter is not to stay with it.
         spared: rounds in a row that were better off without drafts for it.
+        quiet: rounds in a row in which it was not to be drafted for.
         standing: draft tokens that its drafter sends unasked behind whatever is committed; 0: none.
         skip_rounds, misses: rounds to go without asking the drafter, which missed this many in a row.
         failures: openings and steps that came to nothing since the last committed token.
@@ -73,6 +74,7 @@ class Sequence:
         self.followed = False
         self.steady = 0
         self.spared = 0
+        self.quiet = 0
         self.standing = 0
         self.skip_rounds = 0
         self.misses = 0

@@ -79,7 +79,7 @@ class Rounds:
         began = time.perf_counter()
         with phase("verify"):
             items = [entry.item for entry in batch]
-            result = await cohort.link.step(items, self._step_seconds, hold_features=round_.hold_features)
+            result = await cohort.link.step(items, self._step_seconds)
         seconds = time.perf_counter() - began
         with phase("commit"):
             took = self._commit(cohort, round_, batch, result, seconds + drafts.seconds)

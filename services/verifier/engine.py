@@ -7,7 +7,7 @@ A step is one ragged forward over prompt pieces and draft prefixes together (`st
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,14 +39,13 @@ from dspark.models.target import TargetModel
 from services.verifier.backfill import Backfill
 from services.verifier.features import FeatureStore
 from services.verifier.feed import FeatureStream, Feed, flush, refused
+from services.verifier.held import HeldStates
 from services.verifier.metrics import Metrics
 from services.verifier.sequences import Limits, SequenceState, Work, check_open, describe, plan, refusal, step_shape
 from services.verifier.step import Computed, Stepper, split
 from services.verifier.taps import Tap, check_info
 
 __all__ = ["EngineSettings", "VerifyEngine"]
-
-HELD_ROWS = 256  # whose states wait, at most, before their features are published although nobody asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,7 @@ class EngineSettings:
     noise_candidates: int = 256  # of coupled sampling; part of the numerics
     backfill_rows: int = 32  # of one background piece
     max_taps: int = 4  # feature buffers kept at once
+    held_bytes: int = 32 << 20  # of hidden states whose features nobody has asked for yet
 
 
 class VerifyEngine:
@@ -88,7 +88,7 @@ class VerifyEngine:
         self._stepper = Stepper(model, cache, self._features, noise_candidates=self.settings.noise_candidates)
         self._backfill = Backfill(model, cache, self._features, rows=self.settings.backfill_rows)
         self._feed = Feed(self._features, self._backfill.want)
-        self._unpublished: list[Computed] = []
+        self._held = HeldStates(self._features, limit_bytes=self.settings.held_bytes)
         self._holding = False
         self._load = WorkerLoad()
         self._note_load()
@@ -97,7 +97,7 @@ class VerifyEngine:
 
     def open(self, requests: Sequence[OpenSequence]) -> list[Opened]:
         """Reserve pages and take what the prefix cache has; each request fails alone."""
-        self.publish()
+        self._queue(held=False)
         opened = [self._answer_open(request) for request in requests]
         self._feed.flush()
         self._note_load()
@@ -105,29 +105,28 @@ class VerifyEngine:
 
     def close(self, keys: Iterable[SequenceKey]) -> None:
         """Free pages and end subscriptions. What is unknown or of another epoch is closed already: no error."""
-        self.publish()
-        for key in keys:
-            state = self._sequences.get(key.sequence_id)
-            if state is not None and state.key == key:
-                self._close(state)
+        self._queue(held=False)
+        found = {key: self._sequences.get(key.sequence_id) for key in keys}
+        self._close([state for key, state in found.items() if state is not None and state.key == key])
         self._feed.flush()
         self._note_load()
 
-    def step(self, items: Sequence[StepItem], *, hold_features: bool = False) -> StepResult:
-        """Compute, verify and commit. Features of what was committed wait for `publish_due`.
+    def step(self, items: Sequence[StepItem]) -> StepResult:
+        """Compute, verify and commit. Features wait for `publish_due`, those of items that say so for later ones.
 
         Verdicts come in the order of the items. An item that cannot be served gets an error and hurts no other; of
         two items about one sequence the second is refused. Rows past max_step_tokens go into a further forward.
         """
         began = time.perf_counter()
         self.publish_due()()
-        self._holding = hold_features
         planned = self._plan(items)
+        self._holding = all(item.hold_features for item in items)
         work = [entry for entry in planned if isinstance(entry, Work)]
         computed = [
             self._stepper.run(part) for part in split(work, self.settings.max_step_tokens, lambda own: own.rows)
         ]
-        self._unpublished += computed
+        for part in computed:
+            self._held.add(part)
         verdicts = self._collect(planned, computed)
         result = StepResult(
             verdicts,
@@ -139,27 +138,25 @@ class VerifyEngine:
         return self._learn(computed, result)
 
     def publish(self) -> None:
-        """Compute features of what was committed since and send them to subscribers.
-
-        Apart from `step` so that features may be held back; every other call does it before anything else.
-        """
-        self._queue()
+        """Compute features of all that was committed since, held or not, and send them to subscribers."""
+        self._queue(held=True)
         self._feed.flush()
 
     def publish_due(self) -> Callable[[], None]:
-        """`publish`, unless the last step's features may wait for those of further ones and few wait yet.
+        """`publish`, but for sequences whose features may wait while there is room for more.
 
-        Its last part, in which subscribers are told, is returned; any thread may call it.
+        Apart from `step`, whose verdicts go first. Its last part, in which subscribers are told, is returned; any
+        thread may call it.
         """
-        if not self._holding or sum(part.rows for part in self._unpublished) > HELD_ROWS:
-            self._queue()
+        self._queue(held=self._held.full)
         return partial(flush, self._feed.filled())
 
-    def _queue(self) -> None:
-        computed, self._unpublished, self._holding = self._unpublished, [], False
-        if computed:
-            self._stepper.keep_features(computed)
-        for state in dict.fromkeys(work.state for part in computed for work in part.work):
+    def _queue(self, *, held: bool) -> None:
+        behind = [state for state in self._sequences.values() if state.offered_len < state.computed_len]
+        due = [state for state in behind if held or not state.held]
+        self._held.keep(due)
+        for state in due:
+            state.offered_len = state.computed_len
             self._feed.push(state)
 
     def find(self, key: SequenceKey) -> SequenceState:
@@ -190,8 +187,8 @@ class VerifyEngine:
         self._features.add(tap, in_use=self._feed.taps_in_use)
 
     def subscribe(self, stream: FeatureStream, key: SequenceKey, tap_id: str, position: int) -> None:
-        """Send a sequence's features from a position on; what is wrong with the request is sent to the stream."""
-        self.publish()
+        """Send a sequence's features from a position on, held ones later; what is wrong is sent to the stream."""
+        self._queue(held=False)
         try:
             self._feed.subscribe(stream, self.find(key), tap_id, position)
         except DSparkError as error:
@@ -206,7 +203,7 @@ class VerifyEngine:
 
     def resume(self, stream: FeatureStream) -> None:
         """The stream has room again: go on where it was left behind."""
-        self.publish()
+        self._queue(held=False)
         for sequence_id in self._feed.followed(stream):
             self._feed.push(self._sequences[sequence_id])
         self._feed.flush()
@@ -223,7 +220,7 @@ class VerifyEngine:
 
     def run_background(self) -> None:
         """One bounded piece of recomputing missing features."""
-        self.publish()
+        self._queue(held=False)
         finished = self._backfill.run_piece()
         if finished is not None:
             self.metrics.recomputed.inc(finished.end)
@@ -250,9 +247,12 @@ class VerifyEngine:
         if self.draining:
             raise Unavailable("this worker is draining and opens nothing new")
         if present is not None:
-            self._close(present)
+            self._close([present])
         cached = self._reserve(request)
-        state = SequenceState(request, cached, list(request.token_ids), cached.computed_len)
+        state = SequenceState(request, cached, list(request.token_ids), cached.computed_len, held=self._holding)
+        if cached.computed_len and not state.held:  # what it shares may be held by others
+            self._held.keep(self._held.states)
+            state.offered_len = cached.computed_len
         self._sequences[request.key.sequence_id] = state
         self.metrics.prefix_queries.inc(state.committed_len)
         self.metrics.prefix_hits.inc(state.computed_len)
@@ -266,11 +266,15 @@ class VerifyEngine:
                 raise
             return self._cache.open(request.token_ids, request.max_len)
 
-    def _close(self, state: SequenceState) -> None:
-        del self._sequences[state.key.sequence_id]
-        self._feed.end(state)
-        self._cache.close(state.cached)
-        self._backfill.cancel(state)
+    def _close(self, states: Collection[SequenceState]) -> None:
+        if self._cache.shares_prefixes:  # whoever goes on with these pages would pay a forward for their features
+            self._held.keep(states)
+        self._held.drop(states)
+        for state in states:
+            del self._sequences[state.key.sequence_id]
+            self._feed.end(state)
+            self._cache.close(state.cached)
+            self._backfill.cancel(state)
 
     def _plan(self, items: Sequence[StepItem]) -> list[Work | Verdict]:
         seen: set[str] = set()
@@ -280,7 +284,9 @@ class VerifyEngine:
                 if item.key.sequence_id in seen:
                     raise InvalidRequest(f"{describe(item.key)}: a second item about one sequence in one step")
                 seen.add(item.key.sequence_id)
-                planned.append(plan(item, self.find(item.key), self._limits))
+                state = self.find(item.key)
+                planned.append(plan(item, state, self._limits))
+                state.held = item.hold_features
             except DSparkError as error:
                 self.metrics.refused.labels(type(error).__name__).inc()
                 planned.append(refusal(item, error))

@@ -169,9 +169,9 @@ class Feed:
 
     def _send(self, subscription: Subscription, state: SequenceState) -> None:
         step = self._positions_of_a_piece(subscription.tap_id)
-        while subscription.position < state.computed_len and subscription.stream.has_room():
+        while subscription.position < state.offered_len and subscription.stream.has_room():
             start = subscription.position
-            end = self._known_until(subscription, state, min(start + step, state.computed_len))
+            end = self._known_until(subscription, state, min(start + step, state.offered_len))
             if end == start:
                 self._missing(subscription, state)
                 return

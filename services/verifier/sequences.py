@@ -48,6 +48,8 @@ class SequenceState:
     token_ids: list[int]
     computed_len: int
     answered: Verdict | None = None
+    held: bool = False  # readers need not have what is new
+    offered_len: int = 0  # positions of which they may have it
 
     @property
     def key(self) -> SequenceKey:

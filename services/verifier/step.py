@@ -1,6 +1,7 @@
-"""One forward and what it commits: rows to hidden states, logits, outcomes, verdicts, and later features.
+"""One forward and what it commits: rows to hidden states, logits, outcomes, verdicts.
 
-Knows the model, the cache and the arithmetic of rows. Which items are served is decided before (`sequences.plan`).
+Knows the model, the cache and the arithmetic of rows. Which items are served is decided before (`sequences.plan`);
+what becomes of the hidden states is `held.py`'s business.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from services.verifier.features import FeatureStore
 from services.verifier.kernels import verifier_kernels
 from services.verifier.sequences import Work
 
-__all__ = ["Computed", "Stepper", "split", "warm_up"]
+__all__ = ["Computed", "Stepper", "first_rows", "split", "warm_up"]
 
 SAMPLED_BYTES = {
     "cpu": 24 << 20,  # of logits at a time: 24 rows in float32 over 262k tokens; memory is kept for up to 32 MiB
@@ -43,11 +44,6 @@ class Computed:
     captured: Mapping[int, Tensor]
     forward_seconds: float
     sample_seconds: float
-
-    @property
-    def rows(self) -> int:
-        """Of the forward."""
-        return sum(own.rows for own in self.work)
 
 
 class Stepper:
@@ -74,21 +70,9 @@ class Stepper:
         ended = time.perf_counter()
         return Computed(tuple(work), verdicts, forward.captured, sampled - began, ended - sampled)
 
-    @torch.inference_mode()
-    def keep_features(self, computed: Sequence[Computed]) -> None:
-        """Compute and store the features of the rows that were committed, for sequences that may be drafted for."""
-        parts = [part for part in computed if part.captured]
-        placed: list[tuple[Tensor, Sequence[int], int]] = []
-        first = 0
-        for part in parts:
-            placed += _placed(part, first)
-            first += part.rows
-        if placed:
-            self._features.write(_together([part.captured for part in parts]), placed)
-
     def _sample(self, hidden: Tensor, work: Sequence[Work]) -> dict[Work, Outcome]:
         """What the items that reach their anchor came to."""
-        anchored = [(own, first + own.count - 1) for own, first in _first_rows(work) if own.reaches_anchor]
+        anchored = [(own, first + own.count - 1) for own, first in first_rows(work) if own.reaches_anchor]
         outcomes: dict[Work, Outcome] = {}
         for part in split(anchored, self._sampled_rows(hidden), lambda entry: 1 + len(entry[0].draft_tokens)):
             rows = [row for own, first in part for row in range(first, first + 1 + len(own.draft_tokens))]
@@ -125,30 +109,12 @@ class Stepper:
             torch.cuda.synchronize(self._cache.device)
 
 
-def _first_rows(work: Sequence[Work]) -> Iterator[tuple[Work, int]]:
+def first_rows(work: Sequence[Work]) -> Iterator[tuple[Work, int]]:
     """Each item with the index of its first row."""
     first = 0
     for own in work:
         yield own, first
         first += own.rows
-
-
-def _placed(computed: Computed, first: int) -> Iterator[tuple[Tensor, Sequence[int], int]]:
-    """What became of a forward whose rows count from `first`, for the feature store: rows, pages, first position.
-
-    All rows of an item but its rejected drafts; how far it got is in its verdict, for its sequence may be further.
-    """
-    for (own, row), verdict in zip(_first_rows(computed.work), computed.verdicts, strict=True):
-        if own.state.request.features:
-            start = first + row
-            yield torch.arange(start, start + verdict.computed_len - own.start), own.state.cached.full_pages, own.start
-
-
-def _together(captured: Sequence[Mapping[int, Tensor]]) -> Mapping[int, Tensor]:
-    """The states of several forwards, row after row."""
-    if len(captured) == 1:
-        return captured[0]
-    return {layer: torch.cat([states[layer] for states in captured]) for layer in captured[0]}
 
 
 def _candidates(part: Sequence[tuple[Work, int]]) -> list[Candidate]:

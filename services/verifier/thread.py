@@ -48,7 +48,6 @@ class _Call:
 
     function: Callable[[], Any] = _nothing
     items: tuple[StepItem, ...] | None = None
-    hold_features: bool = False
     answer: Future[Any] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.perf_counter)
 
@@ -106,9 +105,9 @@ class EngineThread:
         """Queue a call of the engine."""
         return self._queue(_Call(function))
 
-    def step(self, items: Sequence[StepItem], *, hold_features: bool = False) -> Future[StepResult]:
-        """Queue a step. Its features may wait where all that are in one forward with it say so."""
-        return self._queue(_Call(items=tuple(items), hold_features=hold_features))
+    def step(self, items: Sequence[StepItem]) -> Future[StepResult]:
+        """Queue a step."""
+        return self._queue(_Call(items=tuple(items)))
 
     async def call(self, function: Callable[[], T]) -> T:
         """`submit`, awaited."""
@@ -183,10 +182,7 @@ class EngineThread:
         live = [call for call in calls if call.answer.set_running_or_notify_cancel()]
         began = time.perf_counter()
         try:
-            result = self.engine.step(
-                [item for call in live for item in call.items or ()],
-                hold_features=all(call.hold_features for call in live),
-            )
+            result = self.engine.step([item for call in live for item in call.items or ()])
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault in it
             _log.exception("a step failed")
             for call in live:
@@ -209,7 +205,6 @@ class EngineThread:
     def _execute(self, call: _Call) -> None:
         if not call.answer.set_running_or_notify_cancel():
             return
-        self._guard(self.engine.publish)  # held features: a fault in them is nothing to this call
         try:
             call.answer.set_result(call.function())
         except DSparkError as error:

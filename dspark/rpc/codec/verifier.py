@@ -15,10 +15,9 @@ def open_call(sequences: Sequence[m.OpenSequence]) -> pb.VerifierRequest:
     return pb.VerifierRequest(open=pb.OpenSequences(sequences=[encode(sequence) for sequence in sequences]))
 
 
-def step_call(items: Sequence[m.StepItem], *, hold_features: bool = False) -> pb.VerifierRequest:
+def step_call(items: Sequence[m.StepItem]) -> pb.VerifierRequest:
     """A session's request for one step."""
-    batch = pb.StepBatch(items=[encode(item) for item in items], hold_features=hold_features)
-    return pb.VerifierRequest(step=batch)
+    return pb.VerifierRequest(step=pb.StepBatch(items=[encode(item) for item in items]))
 
 
 def close_call(keys: Sequence[m.SequenceKey]) -> pb.VerifierRequest:
@@ -103,6 +102,7 @@ def _(message: m.StepItem) -> pb.StepItem:
         draft_tokens=message.draft_tokens,
         draft_distributions=[encode(distribution) for distribution in message.draft_distributions],
         keep=message.keep,
+        hold_features=message.hold_features,
     )
 
 
@@ -115,6 +115,7 @@ def _(message: pb.StepItem) -> m.StepItem:
         draft_tokens=tuple(message.draft_tokens),
         draft_distributions=tuple(decode(distribution) for distribution in message.draft_distributions),
         keep=message.keep if message.HasField("keep") else None,
+        hold_features=message.hold_features,
     )
 
 

@@ -59,16 +59,16 @@ class PricedVerifier(ToyVerifier):
 
 
 class HoldingVerifier(PricedVerifier):
-    """Writes down of every step whether its features may wait, and whether it has drafts."""
+    """Writes down of every step, by sequence, whether its features may wait and whether it has drafts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[tuple[bool, bool]] = []
+        self.told: list[dict[str, tuple[bool, bool]]] = []
 
     async def answer(self, request: Any, mine: set[str]) -> Any:
         if request.WhichOneof("call") == "step":
-            drafts = any(item.draft_tokens for item in request.step.items)
-            self.told.append((request.step.hold_features, drafts))
+            items = request.step.items
+            self.told.append({item.sequence_id: (item.hold_features, bool(item.draft_tokens)) for item in items})
         return await super().answer(request, mine)
 
 
@@ -268,11 +268,14 @@ async def test_features_wait_while_nobody_is_drafted_for_and_are_there_when_some
     dear.delay = 0.05
     async with cluster(verifier, dear, options=by_fives(policy=Adaptive())) as toys:
         assert_right(await crowd(toys, 6, 160), 160)
-    looked = [step for step in range(2 * FIRST, len(verifier.told)) if verifier.told[step][1]]
+    steps = list(enumerate(verifier.told))
+    looked = [(step, name) for step, told in steps[2 * FIRST :] for name, (_, drafts) in told.items() if drafts]
     assert looked
-    assert not any(verifier.told[step - 1][0] for step in looked)  # the step before brought the features
-    assert sum(held for held, _ in verifier.told) > len(verifier.told) / 2
-    assert not any(held for held, _ in verifier.told[: FIRST + QUIET - 1])
+    assert not any(verifier.told[step - 1][name][0] for step, name in looked)  # the step before brought the features
+    held = [sum(holds for holds, _ in told.values()) for told in verifier.told]
+    assert sum(count == 6 for count in held) > len(held) / 2
+    assert not any(held[: FIRST + QUIET - 1])
+    assert any(0 < held[step] < 6 for step, _ in looked)  # a look at some leaves the others' where they are
 
 
 async def test_routers_of_one_verifier_see_each_others_rows() -> None:

@@ -2,18 +2,15 @@
 
 import sys
 import threading
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
-from support.verifying import Stream, make_engine, make_tap
+from support.verifying import Stream, make_engine
 
 from dspark.errors import InternalError, Unavailable
 from dspark.messages import SequenceKey, StepItem, StepResult
 from services.verifier.engine import VerifyEngine
-from services.verifier.feed import FeatureStream
 from services.verifier.thread import EngineThread
 
 PROMPT = [2, *range(40, 60)]
@@ -76,30 +73,6 @@ def test_steps_that_do_not_fit_together_run_after_each_other(engine: VerifyEngin
         assert one.total_seconds != two.total_seconds
 
 
-def test_features_wait_only_where_all_of_a_forward_say_so(tiny_gemma: Path) -> None:
-    info, tensors = make_tap()
-    engine = make_engine(tiny_gemma)
-    engine.register_tap(info, tensors)
-    feed = FeatureStream(limit_bytes=1 << 20, on_blocks=lambda: None, on_room=lambda: None)
-    streams = [Stream(engine, f"s{i}", PROMPT, features=True) for i in range(2)]
-    with EngineThread(engine) as thread:
-        for stream in streams:
-            thread.submit(partial(engine.subscribe, feed, stream.key, info.tap_id, 0)).result(5)
-        for wishes in ((True, True), (True, False), (False, True), (True, True)):
-            held = Held(thread)  # a call publishes what is held
-            feed.take()
-            answers = [
-                thread.step([stream.item()], hold_features=wish) for stream, wish in zip(streams, wishes, strict=True)
-            ]
-            held.let_go()
-            for stream, answer in zip(streams, answers, strict=True):
-                stream.take(answer.result(5).verdicts[0])
-            until = time.monotonic() + (0.1 if all(wishes) else 5.0)
-            while not (sent := bool(feed.take())) and time.monotonic() < until:
-                time.sleep(0.005)
-            assert sent != all(wishes)
-
-
 def test_an_opening_between_two_steps_keeps_its_place(engine: VerifyEngine) -> None:
     order: list[str] = []
     with EngineThread(engine) as thread:
@@ -128,14 +101,10 @@ class Background:
         if self.left == 5:
             raise RuntimeError("a fault in the background")
 
-    def publish(self) -> None:
-        if self.left < 0:
-            raise RuntimeError("a fault in held features")
-
     def publish_due(self) -> Callable[[], None]:
         return lambda: self.log.append("told")
 
-    def step(self, items: list[StepItem], *, hold_features: bool) -> StepResult:
+    def step(self, items: list[StepItem]) -> StepResult:
         self.log.append("step")
         if not items:
             raise RuntimeError("a fault in a step")
@@ -179,11 +148,6 @@ def test_a_failed_step_fails_its_calls_and_nothing_else() -> None:
         assert thread.submit(lambda: 7).result(5) == 7
         with pytest.raises(InternalError, match="ZeroDivisionError"):
             thread.submit(lambda: 1 // 0).result(5)
-
-
-def test_a_fault_in_held_features_is_nothing_to_the_call_that_finds_them() -> None:
-    with EngineThread(Background(-1)) as thread:  # type: ignore[arg-type]
-        assert thread.submit(lambda: 7).result(5) == 7
 
 
 def test_what_waits_at_the_end_is_refused(engine: VerifyEngine) -> None:

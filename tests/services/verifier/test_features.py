@@ -1,6 +1,7 @@
 """Features: what is computed equals the formula on transformers' hidden states, and who wants it gets all of it."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from dspark.errors import (
 )
 from dspark.kernels import TORCH
 from dspark.messages import FeatureBlock, OpenSequence, Sampling, SequenceKey, TapInfo
-from services.verifier.engine import HELD_ROWS, VerifyEngine
+from services.verifier.engine import VerifyEngine
 from services.verifier.feed import FeatureStream
 from services.verifier.taps import Tap
 
@@ -180,7 +181,7 @@ def test_features_that_may_wait_come_later_and_are_the_same(tiny_gemma: Path) ->
         engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
         while not stream.done:
             for some in [plain], [stream, plain]:  # also steps that nobody wants features of lie between
-                result = engine.step([one.item() for one in some], hold_features=holds)
+                result = engine.step([replace(one.item(), hold_features=holds) for one in some])
                 for one, verdict in zip(some, result.verdicts, strict=True):
                     one.take(verdict)
                 engine.publish_due()()
@@ -194,19 +195,104 @@ def test_features_that_may_wait_come_later_and_are_the_same(tiny_gemma: Path) ->
 
 def test_features_of_many_rows_do_not_wait(tiny_gemma: Path) -> None:
     info, tensors = TAPS[0]
-    engine = make_engine(tiny_gemma, max_step_tokens=512)
+    probe = make_engine(tiny_gemma)
+    row = len(info.layer_ids) * 4 * probe.info.hidden_size
+    engine = make_engine(tiny_gemma, held_bytes=100 * row)
     engine.register_tap(info, tensors)
-    streams = [Stream(engine, f"s{i}", [2, i, *PROMPT * 2], features=True) for i in range(5)]
+    streams = [Stream(engine, f"s{i}", [2, i, *PROMPT], features=True) for i in range(5)]
     reader = Reader(engine)
     for stream in streams:
         engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
     rows = 0
     for stream in streams:
         rows += stream.item().count
-        stream.take(engine.step([stream.item()], hold_features=True).verdicts[0])
+        hold(engine, [stream])
+        assert bool(reader.stream.queued_bytes) == (rows > 100)
+    assert rows > 100
+
+
+def hold(engine: VerifyEngine, streams: list[Stream]) -> None:
+    """A step whose features may wait."""
+    result = engine.step([replace(stream.item(), hold_features=True) for stream in streams])
+    for stream, verdict in zip(streams, result.verdicts, strict=True):
+        stream.take(verdict)
+    engine.publish_due()()
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_openings_and_closings_compute_no_held_features_that_nobody_can_want(
+    tiny_gemma: Path, prefix_cache: bool
+) -> None:
+    """What closes is forgotten, unless its pages are kept; what goes on has all of its features in the end."""
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma, prefix_cache=prefix_cache, pages=24)
+    engine.register_tap(info, tensors)
+    reader = Reader(engine)
+    lasting = Stream(engine, "lasting", [2, 8, *PROMPT], features=True, new=60)
+    engine.subscribe(reader.stream, lasting.key, info.tap_id, 0)
+    hold(engine, [lasting])
+    for turn in range(6):  # more pages than there are: these are handed out again and again
+        short = Stream(engine, f"short{turn}", [2, 9 + turn, *PROMPT], features=True, new=3)
+        engine.subscribe(reader.stream, short.key, info.tap_id, 0)
+        while not short.done:
+            hold(engine, [lasting, short])
+        engine.close([short.key])
+        assert {type(error) for error in reader.errors()} == {UnknownSequence}
+        assert not any(block.count for block in reader.log)
+        assert bool(engine._features._buffers[info.tap_id].known.any()) == prefix_cache
+    engine.publish()
+    rows = reader.rows(lasting.key, info.feature_size)
+    assert close(rows, reference(tiny_gemma, lasting.ids[:-1], info, tensors))
+    assert not engine.has_background_work
+
+
+def test_a_sequence_s_features_leave_while_others_are_held(tiny_gemma: Path) -> None:
+    """And these are all there when they are wanted."""
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma)
+    engine.register_tap(info, tensors)
+    readers, streams = [Reader(engine) for _ in range(3)], []
+    for i, reader in enumerate(readers):
+        streams.append(Stream(engine, f"s{i}", [2, i, *PROMPT], features=True, drafts=garbage(2), piece=9))
+        engine.subscribe(reader.stream, streams[-1].key, info.tap_id, 0)
+    for turn in range(12):
+        wanted = turn // 4  # who is
+        items = [replace(stream.item(), hold_features=i != wanted) for i, stream in enumerate(streams)]
+        for stream, verdict in zip(streams, engine.step(items).verdicts, strict=True):
+            stream.take(verdict)
         engine.publish_due()()
-        assert bool(reader.stream.queued_bytes) == (rows > HELD_ROWS)
-    assert rows > HELD_ROWS
+        for reader in readers:
+            reader.read()
+        behind = [stream.computed > sum(b.count for b in r.log) for stream, r in zip(streams, readers, strict=True)]
+        assert behind == [i != wanted for i in range(3)]
+    engine.publish()
+    for reader, stream in zip(readers, streams, strict=True):
+        rows = reader.rows(stream.key, info.feature_size)
+        assert close(rows, reference(tiny_gemma, stream.ids[:-1], info, tensors))
+    assert not engine.has_background_work
+
+
+def test_a_text_that_shares_held_pages_gets_their_features_with_the_others(tiny_gemma: Path) -> None:
+    """Held is not missing: nothing is recomputed, also if who computed them has closed."""
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma)
+    engine.register_tap(info, tensors)
+    reader = Reader(engine)
+    first = Stream(engine, "first", PROMPT, features=True)
+    hold(engine, [first])
+    hold(engine, [first])
+    for name in ("second", "third"):
+        stream = Stream(engine, name, PROMPT, features=True)
+        assert stream.cached >= 32
+        engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
+        hold(engine, [stream])
+        if name == "second":
+            engine.close([first.key])
+        assert not reader.read()
+        assert not engine.has_background_work
+        engine.publish()
+        rows = reader.rows(stream.key, info.feature_size)
+        assert close(rows, reference(tiny_gemma, stream.ids[:-1], info, tensors))
 
 
 def test_features_come_with_prefix_cached_pages(tiny_gemma: Path) -> None:
