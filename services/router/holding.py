@@ -34,6 +34,7 @@ class Holding:
     """The state of one cohort."""
 
     _quiet: int = 0  # rounds in which nobody was to be drafted for: how new sequences begin
+    _held: bool = False  # all features of the round before
     _decision: Decision | None = None
     _postponed: dict[SequenceKey, _Wanted] = field(default_factory=dict)
     _all: bool = False
@@ -82,6 +83,8 @@ class Holding:
             prompt.quiet = self._quiet
         round_.held = np.array([sequence.quiet >= QUIET for sequence in round_.running], np.bool_)
         round_.prompts_held = self._quiet >= QUIET
+        held_before, self._held = self._held, bool(round_.held.all())
+        round_.plain = held_before and self._held
 
     def _postpone(self, round_: Round, late: Bools) -> None:
         asked = zip(round_.keys, round_.explored.tolist(), round_.once.tolist(), late, strict=True)

@@ -37,6 +37,7 @@ class Round:
         unhidden: seconds that the drafting of this round is expected to take.
         decision: what speculation may do at all; None where no sequence's policy looks at costs.
         held: (R,) whose features may wait at the verify worker; prompts_held: whether those of prompts may.
+        plain: nothing of it has to do with drafts: all features wait, and did in the round before.
         reach: (R,) how much of a block is asked for at most, or comes unasked, where its policy lets plans of late say
             so; 0 elsewhere.
         once: (R,) drafted for in this round only, if at all: nobody is to stay with them.
@@ -69,6 +70,7 @@ class Round:
     decision: Decision | None
     held: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     prompts_held: bool = False
+    plain: bool = False
     reach: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     once: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     joining: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))

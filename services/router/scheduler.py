@@ -272,8 +272,7 @@ class Scheduler:
         rows = judged + int(round_.outcome.verify.sum())
         self._yield += (took.tokens / rows - self._yield) / 16
         drafted = bool((round_.drafting & round_.scheduled).any())
-        others = bool((round_.drafting & ~round_.scheduled).any())  # then it is no measure of plain decoding either
-        if round_.decision is not None and self.costs.known and (drafted or not others):
+        if round_.decision is not None and self.costs.known and (drafted or round_.plain):
             self._payoffs.of(round_.decision).observe(
                 round_.decision,
                 drafted=drafted,
