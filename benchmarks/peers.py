@@ -59,6 +59,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     add("--drafter", default="default", help="as of `dspark up`")
     add("--policy", default=DEFAULT, help=f"ours: {POLICY_FORMS}")
     add("--mode", type=Mode, choices=list(Mode), default=Mode.COUPLED, help="ours")
+    add("--weights", choices=("plain", "int8"), help="ours; with int8 it is not quite the model that others run")
     add("--streams", type=int, nargs="+", default=[1, 8, 32])
     add(
         "--requests", type=int, nargs="+", default=[32], help="prompts of a turn: one number, or one for each --streams"
@@ -104,7 +105,7 @@ def _main(args: argparse.Namespace) -> int:
         "context": workload.context(prompts),
     }
     peers = [Peer(name, command, load, logs / f"{name}.log") for name, command in commands.items()]
-    ours = Ours(args.model, args.drafter, parse_policies(args.policy)[0], args.mode)
+    ours = Ours(args.model, args.drafter, parse_policies(args.policy)[0], args.mode, weights=args.weights)
     _measure(Session(workload, [ours, *peers], prompts, args.quiet, args.tries, args.wait, hear=notes.print), args.json)
     return 0
 

@@ -28,13 +28,14 @@ __all__ = ["Ours"]
 
 @dataclass(eq=False)
 class Ours:
-    """A cluster for `async with`. `policy` is the router's own where it is "default"."""
+    """A cluster for `async with`. `policy` is the router's own where it is "default", `weights` the worker's."""
 
     model: str
     drafter: str
     policy: str = DEFAULT
     mode: Mode = Mode.COUPLED
     router_args: Sequence[str] = ()
+    weights: str | None = None
     name: str = "dspark"
     _facts: dict[str, Any] = field(default_factory=dict)
 
@@ -50,7 +51,7 @@ class Ours:
                 self.drafter,
                 policy=None if self.policy == DEFAULT else self.policy,
                 router_args=self.router_args,
-                verify_args=("--no-prefix-cache",),
+                verify_args=("--no-prefix-cache", *(("--weights", self.weights) if self.weights else ())),
             )
             await stack.enter_async_context(cluster)
             self._client = await stack.enter_async_context(cluster.client())

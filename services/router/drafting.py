@@ -65,7 +65,7 @@ class Drafting:
         self._news.set()
 
     def wake(self) -> None:
-        """A draft worker came, or its load changed."""
+        """A draft worker came, or its load changed; or a sequence is no longer dormant."""
         self._news.set()
 
     async def run(self) -> None:
@@ -88,7 +88,8 @@ class Drafting:
         batches: dict[DraftLink, list[Sequence]] = defaultdict(list)
         for sequence in self._members.values():
             leaving = sequence.drafter is not None and sequence.drafter.load.draining
-            if (sequence.drafter is not None and not leaving) or sequence.attaching or now < sequence.draft_retry_at:
+            attached = sequence.attaching or (sequence.drafter is not None and not leaving)
+            if attached or sequence.dormant or now < sequence.draft_retry_at:
                 continue
             link = placement.choose_drafter(self._links.values(), sequence.model.info)
             if link is not None:

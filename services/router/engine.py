@@ -178,7 +178,12 @@ class Engine:
         self._served = True
         cohort = self._cohorts[link] = Cohort(link)
         self._schedulers[link] = Scheduler(
-            RoundCosts(link), self._memory, self.drafters.links, self._proposing.able, self.options
+            RoundCosts(link),
+            self._memory,
+            self.drafters.links,
+            self._proposing.able,
+            self.options,
+            attach=self.drafting.wake,
         )
         link.on_load = self.dispatcher.wake
         self._serving[link] = self._tasks.start(self._serve(cohort))
@@ -252,6 +257,8 @@ class Engine:
     def _opened(self, sequence: Sequence, link: VerifierLink) -> None:
         self._cohorts[link].join(sequence)
         if self._wants_drafts(sequence):
+            policy = sequence.request.policy or self.options.policy
+            sequence.dormant = policy.needs_costs and self._schedulers[link].quiet(len(link.sequences))
             self.drafting.enlist(sequence)
 
     def _wants_drafts(self, sequence: Sequence) -> bool:

@@ -1,12 +1,13 @@
-"""Whose features may wait at the verify worker: while nobody drafts for a sequence they need not leave every step.
+"""What nobody drafts for costs no draft worker anything: features wait at the verify worker, nobody is attached.
 
 A block can only be drafted from features that are there. So a round that wants blocks of sequences whose features are
-held has these sent, and drafts for them one round later. Decides nothing about drafting itself, see
-`services.router.scheduler`.
+held, or that have no drafter yet, sees to that and drafts for them one round later. Decides nothing about drafting
+itself, see `services.router.scheduler`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from dspark.messages import SequenceKey
 from services.router.round import Round
+from services.router.rows import dormant
 from services.router.scheduling.payoff import Decision
 from services.router.scheduling.plan import FREE, Bools, Ints
 
 __all__ = ["QUIET", "Holding"]
 
-QUIET = 4  # rounds without drafts, after which a sequence's features are held
+QUIET = 4  # rounds without drafts, after which a sequence's features are held, or a new one begins so
 
 
 class _Wanted(NamedTuple):
@@ -33,7 +35,7 @@ class _Wanted(NamedTuple):
 class Holding:
     """The state of one cohort."""
 
-    _quiet: int = 0  # rounds in which nobody was to be drafted for: how new sequences begin
+    _quiet: Counter[int] = field(default_factory=Counter)  # by size of load: rounds in which nobody was drafted for
     _held: bool = False  # all features of the round before
     _decision: Decision | None = None
     _postponed: dict[SequenceKey, _Wanted] = field(default_factory=dict)
@@ -48,6 +50,10 @@ class Holding:
     def decision(self) -> Decision | None:
         """That of the round before, where all of its drafts were postponed."""
         return self._decision if self._all else None
+
+    def quiet(self, streams: int) -> bool:
+        """Whether nobody was to be drafted for lately while there were about so many streams."""
+        return self._quiet[streams.bit_length()] >= QUIET
 
     def postponed(self, round_: Round) -> Bools:
         """(R,) whom the round before would have drafted for."""
@@ -68,23 +74,28 @@ class Holding:
         round_.once = np.array([key in self._postponed and self._postponed[key].once for key in round_.keys], np.bool_)
         round_.asked = (round_.most > 0) & np.where(bound, wanted, True)
 
-    def settle(self, round_: Round, coming: Bools) -> None:
+    def settle(self, round_: Round, coming: Bools) -> bool:
         """Postpone what has no features yet, and say whose may wait after this round's step.
 
-        `coming`: (R,) who is to be drafted for and has a drafter, or is about to.
+        `coming`: (R,) who is to be drafted for and has a drafter, or may have one. Returns whether somebody needs one.
         """
         held = np.array([sequence.quiet >= QUIET for sequence in round_.running], np.bool_)
-        self._postpone(round_, round_.drafting & held)
+        late = round_.drafting & (held | dormant(round_))
+        needs = bool((late & dormant(round_)).any())
+        self._postpone(round_, late)
         for sequence, own in zip(round_.running, coming, strict=True):
+            sequence.dormant &= not own
             sequence.quiet = 0 if own else sequence.quiet + 1
+        size = round_.streams.bit_length()
         if round_.running:  # a round of prompts alone says nothing of the rounds after it
-            self._quiet = 0 if coming.any() else self._quiet + 1
+            self._quiet[size] = 0 if coming.any() else self._quiet[size] + 1
         for prompt in round_.prompts:
-            prompt.quiet = self._quiet
+            prompt.quiet = self._quiet[size]
         round_.held = np.array([sequence.quiet >= QUIET for sequence in round_.running], np.bool_)
-        round_.prompts_held = self._quiet >= QUIET
+        round_.prompts_held = self.quiet(round_.streams)
         held_before, self._held = self._held, bool(round_.held.all())
-        round_.plain = held_before and self._held
+        round_.plain = held_before and self._held and (round_.prompts_held or not round_.prompts)
+        return needs
 
     def _postpone(self, round_: Round, late: Bools) -> None:
         asked = zip(round_.keys, round_.explored.tolist(), round_.once.tolist(), late, strict=True)

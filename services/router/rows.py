@@ -45,8 +45,13 @@ def standing(round_: Round) -> Ints:
 
 def coming(round_: Round) -> Bools:
     """(R,) who is to be drafted for and has a drafter, or soon will."""
-    attached = [s.drafter is not None or s.attaching for s in round_.running]
+    attached = [s.drafter is not None or s.attaching or s.dormant for s in round_.running]
     return (round_.asked | round_.joining) & np.array(attached, np.bool_)
+
+
+def dormant(round_: Round) -> Bools:
+    """(R,) who is attached to a draft worker as soon as it is to be drafted for."""
+    return np.array([s.dormant for s in round_.running], np.bool_)
 
 
 def most_promising(predicted: Floats, able: Bools, count: int) -> Bools:

@@ -23,6 +23,7 @@ from services.router.rows import (
     by_rejection,
     coming,
     confidences,
+    dormant,
     fresh,
     most_of,
     most_promising,
@@ -56,6 +57,7 @@ class Scheduler:
         drafters: the connected draft workers, a live view.
         able: whether a sequence can be drafted for now.
         options: of the router.
+        attach: called where sequences are to have a drafter that had none because nobody drafted.
     """
 
     def __init__(
@@ -65,12 +67,15 @@ class Scheduler:
         drafters: Mapping[str, DraftLink],
         able: Callable[[Running], bool],
         options: Options,
+        *,
+        attach: Callable[[], None],
     ) -> None:
         self.costs = costs
         self._memory = memory
         self._drafters = drafters
         self._able = able
         self._options = options
+        self._attach = attach
         self._random = np.random.default_rng(options.seed)
         self._longest = options.verify_length
         self._payoffs = Payoffs(self._longest)
@@ -83,6 +88,10 @@ class Scheduler:
     def payoff(self) -> Payoff:
         """Whether speculation pays at the present load."""
         return self._payoffs.now
+
+    def quiet(self, streams: int) -> bool:
+        """Whether nobody is drafted for while there are about so many streams: a new one needs no drafter yet."""
+        return self._holding.quiet(streams)
 
     # ------------------------------------------------------------ before anything is drafted
 
@@ -126,8 +135,9 @@ class Scheduler:
             self._choose(round_, block)
         self._shorten(round_, block)
         self._join(round_)
-        round_.drafting = round_.asked & self._ables(round_)
-        self._holding.settle(round_, coming(round_))
+        round_.drafting = round_.asked & (self._ables(round_) | dormant(round_))
+        if self._holding.settle(round_, coming(round_)):
+            self._attach()
         longest = int(round_.most[round_.drafting].max(initial=0))
         round_.unhidden = float(self._draft_seconds(len(running), context, longest)[np.count_nonzero(round_.drafting)])
         return round_
@@ -149,7 +159,7 @@ class Scheduler:
 
     def _choose(self, round_: Round, block: int) -> None:
         """Among those whose policy looks at costs; the others are drafted for as they wish."""
-        able, scheduled = self._ables(round_), round_.scheduled
+        able, scheduled = self._ables(round_) | dormant(round_), round_.scheduled
         if self._holding.all_postponed:
             self._holding.resume(round_, scheduled & able)
             return

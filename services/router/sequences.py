@@ -34,6 +34,7 @@ class Sequence:
         cohort: the sequences of the verify worker where it is open; None while it waits.
         drafter: the draft worker that it is attached to, if any.
         attaching: an attachment is under way.
+        dormant: it is not attached before somebody is to draft for it.
         draft_retry_at: `time.monotonic()` before which no draft worker is tried again.
         slot, setting: its place in the router's memory of drafts, and what it is remembered under.
         followed: its drafter has stayed with it, so can, and has had its features.
@@ -68,6 +69,7 @@ class Sequence:
         self.cohort: Cohort | None = None
         self.drafter: DraftLink | None = None
         self.attaching = False
+        self.dormant = False
         self.draft_retry_at = 0.0
         self.slot: int | None = None
         self.setting = -1

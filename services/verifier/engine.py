@@ -120,7 +120,7 @@ class VerifyEngine:
         began = time.perf_counter()
         self.publish_due()()
         planned = self._plan(items)
-        self._holding = all(item.hold_features for item in items)
+        self._holding = bool(items) and all(item.hold_features for item in items)
         work = [entry for entry in planned if isinstance(entry, Work)]
         computed = [
             self._stepper.run(part) for part in split(work, self.settings.max_step_tokens, lambda own: own.rows)
@@ -148,16 +148,24 @@ class VerifyEngine:
         Apart from `step`, whose verdicts go first. Its last part, in which subscribers are told, is returned; any
         thread may call it.
         """
-        self._queue(held=self._held.full)
+        if self._held.full:
+            self._held.keep(self._held.states)
+        self._queue(held=False)
         return partial(flush, self._feed.filled())
 
     def _queue(self, *, held: bool) -> None:
         behind = [state for state in self._sequences.values() if state.offered_len < state.computed_len]
         due = [state for state in behind if held or not state.held]
-        self._held.keep(due)
+        self._held.keep([*due, *self._sharing(due)])
         for state in due:
             state.offered_len = state.computed_len
             self._feed.push(state)
+
+    def _sharing(self, due: Iterable[SequenceState]) -> list[SequenceState]:
+        """Others, held, who computed what these found in the prefix cache and have not offered yet."""
+        fresh = [state for state in due if state.offered_len < state.reused_len]
+        pages = {page for state in fresh for page in state.cached.full_pages}
+        return [state for state in self._held.states if pages and not pages.isdisjoint(state.cached.full_pages)]
 
     def find(self, key: SequenceKey) -> SequenceState:
         """An open sequence. `UnknownSequence`, or `StaleMessage` for another epoch."""
@@ -249,10 +257,8 @@ class VerifyEngine:
         if present is not None:
             self._close([present])
         cached = self._reserve(request)
-        state = SequenceState(request, cached, list(request.token_ids), cached.computed_len, held=self._holding)
-        if cached.computed_len and not state.held:  # what it shares may be held by others
-            self._held.keep(self._held.states)
-            state.offered_len = cached.computed_len
+        reused = cached.computed_len
+        state = SequenceState(request, cached, list(request.token_ids), reused, reused, held=self._holding)
         self._sequences[request.key.sequence_id] = state
         self.metrics.prefix_queries.inc(state.committed_len)
         self.metrics.prefix_hits.inc(state.computed_len)

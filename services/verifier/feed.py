@@ -1,8 +1,9 @@
 """Who gets which features: subscriptions of draft workers, and the bounded queue of each worker's stream.
 
-After every step the feed pushes newly committed positions to whoever subscribed. Nothing is kept twice: a stream whose
-queue is full is left behind, its features stay in their pages, and the feed goes on from the first position not yet
-sent once there is room. So the verifier never waits for a drafter, and a slow drafter costs one bounded queue.
+After every step the feed pushes newly committed positions to whoever subscribed, those of held sequences later. Nothing
+is kept twice: a stream whose queue is full is left behind, its features stay in their pages, and the feed goes on from
+the first position not yet sent once there is room. So the verifier never waits for a drafter, and a slow drafter costs
+one bounded queue.
 
 Beside the features go the committed ids that follow each position. A subscription to no tap (`IDS_ONLY`) gets nothing
 else; ids are always known, so nothing is ever recomputed for it.

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from services.verifier.sequences import SequenceState
 from services.verifier.step import Computed, first_rows
 
 __all__ = ["HeldStates"]
+
+_log = structlog.get_logger(__name__)
 
 
 class _Rows(NamedTuple):
@@ -51,24 +54,30 @@ class HeldStates:
         return self._bytes > self._limit
 
     def add(self, part: Computed) -> None:
-        """A forward that was just done: all rows of an item but its rejected drafts, where drafts may be wanted.
-
-        How far an item got is in its verdict, for its sequence may be further by now.
-        """
+        """A forward that was just done: all rows of an item but its rejected drafts, where drafts may be wanted."""
         if not part.captured:
             return
         for (own, first), verdict in zip(first_rows(part.work), part.verdicts, strict=True):
-            if own.state.request.features:
-                rows = _Rows(part, first, first + verdict.computed_len - own.start, own.start)
+            count = verdict.computed_len - own.start  # none where nothing came of the item
+            if own.state.request.features and count > 0:
+                rows = _Rows(part, first, first + count, own.start)
                 self._rows.setdefault(own.state, []).append(rows)
                 self._uses[part] += 1
         self._bytes += _size(part) if self._uses[part] else 0
 
     def keep(self, states: Iterable[SequenceState]) -> None:
-        """Compute and store the features of these sequences' rows."""
+        """Compute and store the features of these sequences' rows.
+
+        A fault in it is nothing to the call that comes upon these rows: they then lack features like any others, and
+        whoever asks for them has them recomputed.
+        """
         taken = [(state, rows) for state in states for rows in self._take(state)]
-        if taken:
+        if not taken:
+            return
+        try:
             self._write(taken)
+        except Exception:  # noqa: BLE001 - see above
+            _log.exception("features not computed", sequences=len({state.key for state, _ in taken}))
 
     def drop(self, states: Iterable[SequenceState]) -> None:
         """Let these sequences' rows go."""
@@ -98,12 +107,10 @@ def _gathered(taken: Sequence[_Rows]) -> Mapping[int, Tensor]:
     by_part: dict[Computed, list[Tensor]] = {}
     for part, first, end, _ in taken:
         by_part.setdefault(part, []).append(torch.arange(first, end))
-    rows = [(part.captured, torch.cat(own)) for part, own in by_part.items()]
-    layers = rows[0][0]
-    return {
-        layer: torch.cat([captured[layer][own.to(some.device)] for captured, own in rows])
-        for layer, some in layers.items()
-    }
+    layers = taken[0].part.captured
+    device = next(iter(layers.values())).device
+    rows = [(part.captured, torch.cat(own).to(device)) for part, own in by_part.items()]
+    return {layer: torch.cat([captured[layer][own] for captured, own in rows]) for layer in layers}
 
 
 def _size(part: Computed) -> int:

@@ -47,6 +47,7 @@ class SequenceState:
     cached: CachedSequence
     token_ids: list[int]
     computed_len: int
+    reused_len: int  # positions whose K/V came from the prefix cache
     answered: Verdict | None = None
     held: bool = False  # readers need not have what is new
     offered_len: int = 0  # positions of which they may have it

@@ -23,7 +23,7 @@ from support.toys import (
 
 from dspark.costs import CostProfile, Point
 from dspark.errors import DSparkError
-from dspark.messages import StepItem, StepResult
+from dspark.messages import Attached, AttachSequence, StepItem, StepResult
 from dspark.v1.verifier_pb2 import DescribeVerifierResponse
 from services.router.holding import QUIET
 from services.router.scheduler import LOOKED, SPARED
@@ -80,6 +80,16 @@ class BlindVerifier(ToyVerifier):
     async def Describe(self, request: Any, context: Any) -> DescribeVerifierResponse:
         self.described += 1
         return await super().Describe(request, context)
+
+
+class CountingDraft(ToyDraft):
+    """Counts who is attached."""
+
+    attachments = 0
+
+    def _attach(self, message: AttachSequence, mine: set[str]) -> Attached:
+        self.attachments += 1
+        return super()._attach(message, mine)
 
 
 def drafter() -> ToyDraft:
@@ -276,6 +286,24 @@ async def test_features_wait_while_nobody_is_drafted_for_and_are_there_when_some
     assert sum(count == 6 for count in held) > len(held) / 2
     assert not any(held[: FIRST + QUIET - 1])
     assert any(0 < held[step] < 6 for step, _ in looked)  # a look at some leaves the others' where they are
+
+
+async def test_who_comes_while_nobody_is_drafted_for_gets_a_drafter_when_somebody_is() -> None:
+    dear = CountingDraft()
+    dear.costs = CostProfile("draft", "toy-unattached-costs", tuple(Point(n, 64, 0.05) for n in (1, 64)), 0.0)
+    dear.delay = 0.05
+    async with cluster(PricedVerifier(), dear, options=by_fives(policy=Adaptive())) as toys:
+        assert_right(await crowd(toys, 6, 160), 160)
+        assert dear.attachments == 6
+        assert_right(results := await crowd(toys, 6, 20), 20)
+        assert dear.attachments <= 6 + 3  # of fewer streams nothing is known yet
+        assert length(results) < 0.5
+        assert_right(results := await crowd(toys, 6, 160), 160)
+        looked = [result for result in results if result.finished.speculation.verified]
+        assert 0 < len(looked) <= dear.attachments - 6
+        asked = await toys.generate("hello", sampling={"seed": 0}, max_tokens=20, policy="fixed:3")
+        assert_right([asked], 20)
+        assert length([asked]) > 0.5  # whoever wants drafts whatever they cost is attached at once
 
 
 async def test_routers_of_one_verifier_see_each_others_rows() -> None:

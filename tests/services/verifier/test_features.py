@@ -1,7 +1,5 @@
 """Features: what is computed equals the formula on transformers' hidden states, and who wants it gets all of it."""
 
-import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 import torch
 import transformers
 from support.drafting import make_drafter
+from support.reading import Reader, close, reference
 from support.verifying import Stream, drive, garbage, make_engine, make_tap, open_one, oracle, signed, step_one
 
 from dspark.errors import (
@@ -21,85 +20,10 @@ from dspark.errors import (
     UnknownSequence,
 )
 from dspark.kernels import TORCH
-from dspark.messages import FeatureBlock, OpenSequence, Sampling, SequenceKey, TapInfo
-from services.verifier.engine import VerifyEngine
-from services.verifier.feed import FeatureStream
+from dspark.messages import OpenSequence, Sampling, SequenceKey, TapInfo
 from services.verifier.taps import Tap
 
 PROMPT = [2, *range(40, 75), 9, 9, 17, 300, 41]
-
-
-class Reader:
-    """A draft worker's end of a stream, without the wire. Keeps every block it has read."""
-
-    def __init__(self, engine: VerifyEngine, limit: int = 1 << 20) -> None:
-        self.engine = engine
-        self.log: list[FeatureBlock] = []
-        self.wants_more = False
-        self.woken = 0
-        self.stream = FeatureStream(limit_bytes=limit, on_blocks=self._wake, on_room=self._room)
-
-    def _wake(self) -> None:
-        self.woken += 1
-
-    def _room(self) -> None:
-        self.wants_more = True
-
-    def read(self) -> list[FeatureBlock]:
-        """Everything queued, going on as the engine's thread would."""
-        read = []
-        while True:
-            while blocks := self.stream.take():
-                read += blocks
-            if not self.wants_more:
-                self.log += read
-                return read
-            self.wants_more = False
-            self.engine.resume(self.stream)
-
-    def rows(self, key: SequenceKey, size: int) -> torch.Tensor:
-        """All blocks of one sequence joined; they must follow each other from 0 on."""
-        self.read()
-        own = [block for block in self.log if block.key == key and block.error is None]
-        position = 0
-        for block in own:
-            assert block.start == position
-            assert len(block.data) == 2 * size * block.count <= 1 << 20
-            position += block.count
-        data = bytearray(b"".join(block.data for block in own))
-        assert data
-        return torch.frombuffer(data, dtype=torch.bfloat16).view(-1, size)
-
-    def ids(self, key: SequenceKey, size: int = 0) -> list[int]:
-        """The ids behind positions 0, 1, … of one sequence, from all of its blocks, with features of that size."""
-        self.read()
-        own = [block for block in self.log if block.key == key and block.error is None]
-        for before, block in itertools.pairwise([FeatureBlock(key, 0, 0), *own]):
-            assert block.start == before.start + before.count
-            assert (len(block.token_ids), len(block.data)) == (block.count, 2 * size * block.count)
-        return [token_id for block in own for token_id in block.token_ids]
-
-    def errors(self) -> list[DSparkError]:
-        """Of what is queued now."""
-        return [block.error for block in self.read() if block.error is not None]
-
-
-def reference(path: Path, ids: list[int], info: TapInfo, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The tap's formula on what transformers computes for the whole text."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with torch.no_grad():
-        states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    layers = [states[layer + 1][0] for layer in info.layer_ids]  # entry 0 is the embedding
-    if info.normalize_inputs:
-        layers = [x * torch.rsqrt(x.square().mean(-1, keepdim=True) + info.norm_eps) for x in layers]
-    y = torch.cat(layers, -1) @ tensors["fc.weight"].T + tensors.get("fc.bias", torch.zeros(()))
-    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + info.norm_eps) * tensors["hidden_norm.weight"]
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Within bfloat16's rounding of the stored value."""
-    assert actual.shape == expected.shape
-    return torch.allclose(actual.float(), expected, rtol=2**-7, atol=2e-3)
 
 
 TAPS = [
@@ -164,135 +88,6 @@ def test_a_step_leaves_one_message_whatever_the_number_of_sequences(tiny_gemma: 
         engine.publish()
         assert reader.woken == 1
         assert {block.key for block in reader.stream.take()} == {stream.key for stream in crowd}
-
-
-def test_features_that_may_wait_come_later_and_are_the_same(tiny_gemma: Path) -> None:
-    info, tensors = TAPS[0]
-    engine = make_engine(tiny_gemma)
-    known = Stream(engine, "known", PROMPT, features=False).run()
-    drafts = oracle(PROMPT, known, 4, wrong_every=5)
-    found = []
-    for holds in (False, True):
-        engine = make_engine(tiny_gemma, prefix_cache=False)
-        engine.register_tap(info, tensors)
-        plain = Stream(engine, "plain", PROMPT, features=False, new=60)
-        stream = Stream(engine, "a", PROMPT, features=True, drafts=drafts, piece=9)
-        reader = Reader(engine)
-        engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
-        while not stream.done:
-            for some in [plain], [stream, plain]:  # also steps that nobody wants features of lie between
-                result = engine.step([replace(one.item(), hold_features=holds) for one in some])
-                for one, verdict in zip(some, result.verdicts, strict=True):
-                    one.take(verdict)
-                engine.publish_due()()
-            assert bool(reader.stream.queued_bytes) != holds
-        engine.publish()
-        found.append(reader.rows(stream.key, info.feature_size))
-        assert len(found[-1]) == len(stream.ids) - 1
-        assert not engine.has_background_work
-    assert torch.equal(*found)
-
-
-def test_features_of_many_rows_do_not_wait(tiny_gemma: Path) -> None:
-    info, tensors = TAPS[0]
-    probe = make_engine(tiny_gemma)
-    row = len(info.layer_ids) * 4 * probe.info.hidden_size
-    engine = make_engine(tiny_gemma, held_bytes=100 * row)
-    engine.register_tap(info, tensors)
-    streams = [Stream(engine, f"s{i}", [2, i, *PROMPT], features=True) for i in range(5)]
-    reader = Reader(engine)
-    for stream in streams:
-        engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
-    rows = 0
-    for stream in streams:
-        rows += stream.item().count
-        hold(engine, [stream])
-        assert bool(reader.stream.queued_bytes) == (rows > 100)
-    assert rows > 100
-
-
-def hold(engine: VerifyEngine, streams: list[Stream]) -> None:
-    """A step whose features may wait."""
-    result = engine.step([replace(stream.item(), hold_features=True) for stream in streams])
-    for stream, verdict in zip(streams, result.verdicts, strict=True):
-        stream.take(verdict)
-    engine.publish_due()()
-
-
-@pytest.mark.parametrize("prefix_cache", [False, True])
-def test_openings_and_closings_compute_no_held_features_that_nobody_can_want(
-    tiny_gemma: Path, prefix_cache: bool
-) -> None:
-    """What closes is forgotten, unless its pages are kept; what goes on has all of its features in the end."""
-    info, tensors = TAPS[0]
-    engine = make_engine(tiny_gemma, prefix_cache=prefix_cache, pages=24)
-    engine.register_tap(info, tensors)
-    reader = Reader(engine)
-    lasting = Stream(engine, "lasting", [2, 8, *PROMPT], features=True, new=60)
-    engine.subscribe(reader.stream, lasting.key, info.tap_id, 0)
-    hold(engine, [lasting])
-    for turn in range(6):  # more pages than there are: these are handed out again and again
-        short = Stream(engine, f"short{turn}", [2, 9 + turn, *PROMPT], features=True, new=3)
-        engine.subscribe(reader.stream, short.key, info.tap_id, 0)
-        while not short.done:
-            hold(engine, [lasting, short])
-        engine.close([short.key])
-        assert {type(error) for error in reader.errors()} == {UnknownSequence}
-        assert not any(block.count for block in reader.log)
-        assert bool(engine._features._buffers[info.tap_id].known.any()) == prefix_cache
-    engine.publish()
-    rows = reader.rows(lasting.key, info.feature_size)
-    assert close(rows, reference(tiny_gemma, lasting.ids[:-1], info, tensors))
-    assert not engine.has_background_work
-
-
-def test_a_sequence_s_features_leave_while_others_are_held(tiny_gemma: Path) -> None:
-    """And these are all there when they are wanted."""
-    info, tensors = TAPS[0]
-    engine = make_engine(tiny_gemma)
-    engine.register_tap(info, tensors)
-    readers, streams = [Reader(engine) for _ in range(3)], []
-    for i, reader in enumerate(readers):
-        streams.append(Stream(engine, f"s{i}", [2, i, *PROMPT], features=True, drafts=garbage(2), piece=9))
-        engine.subscribe(reader.stream, streams[-1].key, info.tap_id, 0)
-    for turn in range(12):
-        wanted = turn // 4  # who is
-        items = [replace(stream.item(), hold_features=i != wanted) for i, stream in enumerate(streams)]
-        for stream, verdict in zip(streams, engine.step(items).verdicts, strict=True):
-            stream.take(verdict)
-        engine.publish_due()()
-        for reader in readers:
-            reader.read()
-        behind = [stream.computed > sum(b.count for b in r.log) for stream, r in zip(streams, readers, strict=True)]
-        assert behind == [i != wanted for i in range(3)]
-    engine.publish()
-    for reader, stream in zip(readers, streams, strict=True):
-        rows = reader.rows(stream.key, info.feature_size)
-        assert close(rows, reference(tiny_gemma, stream.ids[:-1], info, tensors))
-    assert not engine.has_background_work
-
-
-def test_a_text_that_shares_held_pages_gets_their_features_with_the_others(tiny_gemma: Path) -> None:
-    """Held is not missing: nothing is recomputed, also if who computed them has closed."""
-    info, tensors = TAPS[0]
-    engine = make_engine(tiny_gemma)
-    engine.register_tap(info, tensors)
-    reader = Reader(engine)
-    first = Stream(engine, "first", PROMPT, features=True)
-    hold(engine, [first])
-    hold(engine, [first])
-    for name in ("second", "third"):
-        stream = Stream(engine, name, PROMPT, features=True)
-        assert stream.cached >= 32
-        engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
-        hold(engine, [stream])
-        if name == "second":
-            engine.close([first.key])
-        assert not reader.read()
-        assert not engine.has_background_work
-        engine.publish()
-        rows = reader.rows(stream.key, info.feature_size)
-        assert close(rows, reference(tiny_gemma, stream.ids[:-1], info, tensors))
 
 
 def test_features_come_with_prefix_cached_pages(tiny_gemma: Path) -> None:

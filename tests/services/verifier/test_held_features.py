@@ -1,0 +1,201 @@
+"""Features that wait because nobody drafts: later all are there and the same, and who closes leaves nothing."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.reading import Reader, close, reference
+from support.verifying import Stream, garbage, make_engine, make_tap, oracle
+
+from dspark.errors import UnknownSequence
+from services.verifier.engine import VerifyEngine
+
+PROMPT = [2, *range(40, 75), 9, 9, 17, 300, 41]
+TAPS = [make_tap()]
+
+
+def hold(engine: VerifyEngine, streams: list[Stream]) -> None:
+    """A step whose features may wait."""
+    result = engine.step([replace(stream.item(), hold_features=True) for stream in streams])
+    for stream, verdict in zip(streams, result.verdicts, strict=True):
+        stream.take(verdict)
+    engine.publish_due()()
+
+
+def test_features_that_may_wait_come_later_and_are_the_same(tiny_gemma: Path) -> None:
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma)
+    known = Stream(engine, "known", PROMPT, features=False).run()
+    drafts = oracle(PROMPT, known, 4, wrong_every=5)
+    found = []
+    for holds in (False, True):
+        engine = make_engine(tiny_gemma, prefix_cache=False)
+        engine.register_tap(info, tensors)
+        plain = Stream(engine, "plain", PROMPT, features=False, new=60)
+        stream = Stream(engine, "a", PROMPT, features=True, drafts=drafts, piece=9)
+        reader = Reader(engine)
+        engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
+        while not stream.done:
+            for some in [plain], [stream, plain]:  # also steps that nobody wants features of lie between
+                result = engine.step([replace(one.item(), hold_features=holds) for one in some])
+                for one, verdict in zip(some, result.verdicts, strict=True):
+                    one.take(verdict)
+                engine.publish_due()()
+            assert bool(reader.stream.queued_bytes) != holds
+        engine.publish()
+        found.append(reader.rows(stream.key, info.feature_size))
+        assert len(found[-1]) == len(stream.ids) - 1
+        assert not engine.has_background_work
+    assert torch.equal(*found)
+
+
+def test_states_of_many_rows_become_features_and_leave_when_somebody_asks(tiny_gemma: Path) -> None:
+    info, tensors = TAPS[0]
+    row = len(info.layer_ids) * 4 * make_engine(tiny_gemma).info.hidden_size
+    engine = make_engine(tiny_gemma, held_bytes=100 * row)
+    engine.register_tap(info, tensors)
+    streams = [Stream(engine, f"s{i}", [2, i, *PROMPT], features=True) for i in range(5)]
+    reader = Reader(engine)
+    for stream in streams:
+        engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
+    rows = 0
+    for stream in streams:
+        rows += stream.item().count
+        hold(engine, [stream])
+        assert 0 <= engine._held._bytes <= 100 * row
+        assert bool(engine._features._buffers[info.tap_id].known.any()) == (rows > 100)
+        assert not reader.stream.queued_bytes
+    assert rows > 100
+    engine.publish()
+    for stream in streams:
+        found = reader.rows(stream.key, info.feature_size)
+        assert close(found, reference(tiny_gemma, stream.ids[:-1], info, tensors))
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_openings_and_closings_compute_no_held_features_that_nobody_can_want(
+    tiny_gemma: Path, prefix_cache: bool
+) -> None:
+    """What closes is forgotten, unless its pages are kept; what goes on has all of its features in the end."""
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma, prefix_cache=prefix_cache, pages=24)
+    engine.register_tap(info, tensors)
+    reader = Reader(engine)
+    lasting = Stream(engine, "lasting", [2, 8, *PROMPT], features=True, new=60)
+    engine.subscribe(reader.stream, lasting.key, info.tap_id, 0)
+    hold(engine, [lasting])
+    for turn in range(10):  # more pages than there are: these are handed out again and again
+        short = Stream(engine, f"short{turn}", [2, 9 + turn, *PROMPT], features=True, new=3)
+        engine.subscribe(reader.stream, short.key, info.tap_id, 0)
+        while not short.done:
+            hold(engine, [lasting, short])
+        engine.close([short.key])
+        assert {type(error) for error in reader.errors()} == {UnknownSequence}
+        assert not any(block.count for block in reader.log)
+        assert bool(engine._features._buffers[info.tap_id].known.any()) == prefix_cache
+        assert [state.key for state in engine._held.states] == [lasting.key]
+    engine.publish()
+    rows = reader.rows(lasting.key, info.feature_size)
+    assert close(rows, reference(tiny_gemma, lasting.ids[:-1], info, tensors))
+    assert not engine.has_background_work
+    engine.close([lasting.key])
+    assert (engine._held.states, engine._held._bytes, len(engine._held._uses)) == ([], 0, 0)
+
+
+def test_a_sequence_s_features_leave_while_others_are_held(tiny_gemma: Path) -> None:
+    """And these are all there when they are wanted."""
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma)
+    engine.register_tap(info, tensors)
+    readers, streams = [Reader(engine) for _ in range(3)], []
+    for i, reader in enumerate(readers):
+        streams.append(Stream(engine, f"s{i}", [2, i, *PROMPT], features=True, drafts=garbage(2), piece=9))
+        engine.subscribe(reader.stream, streams[-1].key, info.tap_id, 0)
+    for turn in range(12):
+        wanted = turn // 4  # who is
+        items = [replace(stream.item(), hold_features=i != wanted) for i, stream in enumerate(streams)]
+        for stream, verdict in zip(streams, engine.step(items).verdicts, strict=True):
+            stream.take(verdict)
+        engine.publish_due()()
+        for reader in readers:
+            reader.read()
+        behind = [stream.computed > sum(b.count for b in r.log) for stream, r in zip(streams, readers, strict=True)]
+        assert behind == [i != wanted for i in range(3)]
+    engine.publish()
+    for reader, stream in zip(readers, streams, strict=True):
+        rows = reader.rows(stream.key, info.feature_size)
+        assert close(rows, reference(tiny_gemma, stream.ids[:-1], info, tensors))
+    assert not engine.has_background_work
+
+
+@pytest.mark.parametrize("opened_held", [True, False])
+@pytest.mark.parametrize("owner", ["goes on, held", "closes"])
+def test_who_shares_held_pages_has_their_features_when_it_is_wanted(
+    tiny_gemma: Path, owner: str, opened_held: bool
+) -> None:
+    """Held is not missing: nothing is recomputed, and what others of the same pages have stays where it is."""
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma, pages=128)
+    engine.register_tap(info, tensors)
+    reader = Reader(engine)
+    first = Stream(engine, "first", PROMPT, features=True)
+    stranger = Stream(engine, "stranger", [2, 5, *PROMPT], features=True)
+    for stream in (first, stranger):
+        engine.subscribe(reader.stream, stream.key, info.tap_id, 0)
+    hold(engine, [first, stranger])
+    if not opened_held:
+        other = Stream(engine, "other", [2, 4], features=True)
+        other.take(engine.step([other.item()]).verdicts[0])
+    second = Stream(engine, "second", PROMPT, features=True)
+    assert second.cached >= 32
+    engine.subscribe(reader.stream, second.key, info.tap_id, 0)
+    if owner == "closes":
+        engine.close([first.key])
+    going = [first, stranger] if owner != "closes" else [stranger]
+    items = [replace(stream.item(), hold_features=True) for stream in going]
+    for stream, verdict in zip([*going, second], engine.step([*items, second.item()]).verdicts, strict=True):
+        stream.take(verdict)
+    engine.publish_due()()
+    assert {block.key for block in reader.read() if block.error is None} == {second.key}
+    assert not engine.has_background_work
+    assert stranger.key in {state.key for state in engine._held.states}
+    rows = reader.rows(second.key, info.feature_size)
+    assert close(rows, reference(tiny_gemma, second.ids[:-1], info, tensors))
+
+
+def test_features_that_cannot_be_computed_are_nothing_to_the_call_that_comes_upon_them(tiny_gemma: Path) -> None:
+    """They are recomputed where somebody wants them."""
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma)
+    engine.register_tap(info, tensors)
+    reader = Reader(engine)
+    streams = [Stream(engine, name, [2, n, *PROMPT], features=True) for n, name in enumerate(("goes", "stays"))]
+    goes, stays = streams
+    engine.subscribe(reader.stream, stays.key, info.tap_id, 0)
+    hold(engine, streams)
+    for held in itertools.chain.from_iterable(engine._held._rows.values()):
+        held.part.captured.clear()  # type: ignore[attr-defined]
+    engine.close([goes.key])
+    assert engine.load().running == 1
+    stays.take(engine.step([stays.item()]).verdicts[0])
+    engine.publish_due()()
+    while engine.has_background_work:
+        engine.run_background()
+    rows = reader.rows(stays.key, info.feature_size)
+    assert close(rows, reference(tiny_gemma, stays.ids[:-1], info, tensors))
+
+
+def test_a_tap_of_other_layers_finds_nothing_held(tiny_gemma: Path) -> None:
+    engine = make_engine(tiny_gemma)
+    taps = [make_tap(layers=(0,), size=8, seed=7), make_tap(layers=(2,), size=8, seed=8)]
+    reader = Reader(engine)
+    stream = Stream(engine, "a", PROMPT, features=True)
+    for info, tensors in taps:
+        engine.register_tap(info, tensors)
+        assert not engine._held.states
+        hold(engine, [stream])
+    engine.subscribe(reader.stream, stream.key, taps[0][0].tap_id, 0)
+    engine.publish()
+    assert close(reader.rows(stream.key, 8), reference(tiny_gemma, stream.ids[:-1], *taps[0]))
