@@ -274,9 +274,7 @@ class StepItem(google.protobuf.message.Message):
     keep: builtins.int
     """commit at most so many draft tokens, however many are accepted; unset: all"""
     hold_features: builtins.bool
-    """The next round does not draft for it: features may wait. They come after the next step whose item does not say so,
-    or when many wait.
-    """
+    """The next round does not draft for it: features may wait. They come after the next step whose item does not say so."""
     @property
     def draft_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """only when `count` reaches N"""

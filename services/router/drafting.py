@@ -83,7 +83,7 @@ class Drafting:
     # ------------------------------------------------------------ attaching
 
     def _balance(self) -> None:
-        """Gives every sequence a drafter that will stay, and every drafter a fair share."""
+        """Gives every sequence that is not dormant a drafter that will stay, and every drafter a fair share."""
         now = time.monotonic()
         batches: dict[DraftLink, list[Sequence]] = defaultdict(list)
         for sequence in self._members.values():

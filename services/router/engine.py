@@ -258,7 +258,7 @@ class Engine:
         self._cohorts[link].join(sequence)
         if self._wants_drafts(sequence):
             policy = sequence.request.policy or self.options.policy
-            sequence.dormant = policy.needs_costs and self._schedulers[link].quiet(len(link.sequences))
+            sequence.dormant = policy.needs_costs and self._schedulers[link].quiet(link.own)
             self.drafting.enlist(sequence)
 
     def _wants_drafts(self, sequence: Sequence) -> bool:

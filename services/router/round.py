@@ -38,6 +38,7 @@ class Round:
         decision: what speculation may do at all; None where no sequence's policy looks at costs.
         held: (R,) whose features may wait at the verify worker; prompts_held: whether those of prompts may.
         plain: nothing of it has to do with drafts: all features wait, and did in the round before.
+        catches_up: some are drafted for whose features or drafter it had to be waited for: their contexts are computed.
         reach: (R,) how much of a block is asked for at most, or comes unasked, where its policy lets plans of late say
             so; 0 elsewhere.
         once: (R,) drafted for in this round only, if at all: nobody is to stay with them.
@@ -71,6 +72,7 @@ class Round:
     held: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     prompts_held: bool = False
     plain: bool = False
+    catches_up: bool = False
     reach: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     once: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     joining: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))

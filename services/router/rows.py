@@ -13,7 +13,17 @@ from services.router.scheduling.plan import Bools, Floats, Ints, limits
 from services.router.scheduling.policies import Policy
 from services.router.sequences import Sequence as Running
 
-__all__ = ["by_rejection", "coming", "confidences", "fresh", "most_of", "most_promising", "shortening", "standing"]
+__all__ = [
+    "by_rejection",
+    "coming",
+    "confidences",
+    "fresh",
+    "most_of",
+    "most_promising",
+    "shortening",
+    "standing",
+    "unattached",
+]
 
 
 def most_of(
@@ -44,14 +54,16 @@ def standing(round_: Round) -> Ints:
 
 
 def coming(round_: Round) -> Bools:
-    """(R,) who is to be drafted for and has a drafter, or soon will."""
-    attached = [s.drafter is not None or s.attaching or s.dormant for s in round_.running]
+    """(R,) who is to be drafted for and has a drafter that is not late, or soon will."""
+    attached = [
+        s.attaching or s.dormant if s.drafter is None else s.attaching or s.drafter.late is None for s in round_.running
+    ]
     return (round_.asked | round_.joining) & np.array(attached, np.bool_)
 
 
-def dormant(round_: Round) -> Bools:
-    """(R,) who is attached to a draft worker as soon as it is to be drafted for."""
-    return np.array([s.dormant for s in round_.running], np.bool_)
+def unattached(round_: Round) -> Bools:
+    """(R,) who has no drafter yet but gets one, or would if it were to be drafted for."""
+    return np.array([s.drafter is None and (s.attaching or s.dormant) for s in round_.running], np.bool_)
 
 
 def most_promising(predicted: Floats, able: Bools, count: int) -> Bools:

@@ -23,12 +23,12 @@ from services.router.rows import (
     by_rejection,
     coming,
     confidences,
-    dormant,
     fresh,
     most_of,
     most_promising,
     shortening,
     standing,
+    unattached,
 )
 from services.router.scheduling.looks import Looks
 from services.router.scheduling.payoff import Decision, Payoff, Payoffs
@@ -135,7 +135,7 @@ class Scheduler:
             self._choose(round_, block)
         self._shorten(round_, block)
         self._join(round_)
-        round_.drafting = round_.asked & (self._ables(round_) | dormant(round_))
+        round_.drafting = round_.asked & (self._ables(round_) | self._attachable(round_))
         if self._holding.settle(round_, coming(round_)):
             self._attach()
         longest = int(round_.most[round_.drafting].max(initial=0))
@@ -159,7 +159,7 @@ class Scheduler:
 
     def _choose(self, round_: Round, block: int) -> None:
         """Among those whose policy looks at costs; the others are drafted for as they wish."""
-        able, scheduled = self._ables(round_) | dormant(round_), round_.scheduled
+        able, scheduled = self._ables(round_) | self._attachable(round_), round_.scheduled
         if self._holding.all_postponed:
             self._holding.resume(round_, scheduled & able)
             return
@@ -175,9 +175,12 @@ class Scheduler:
         )
         if not chosen.any() and not round_.prompts and self.payoff.wins:  # rounds say otherwise than costs
             chosen = able
+        pays = bool(chosen.any())
+        if round_.decision is None or not round_.decision.probe:
+            chosen = self._holding.lasting(round_, chosen)
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
         load = len(round_.running) + round_.prompt_price
-        if able.any() and round_.decodes and self._looks.due(load, pays=bool(chosen.any())):
+        if able.any() and round_.decodes and self._looks.due(load, pays=pays):
             chosen = able if self._looks.first else most_promising(predicted, able, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.streams)
@@ -215,6 +218,10 @@ class Scheduler:
 
     def _ables(self, round_: Round) -> Bools:
         return np.array([self._able(s) for s in round_.running], np.bool_)
+
+    def _attachable(self, round_: Round) -> Bools:
+        """(R,) who has no drafter yet, while there are some to have, and is drafted for only where that pays."""
+        return unattached(round_) & round_.scheduled & any(link.alive for link in self._drafters.values())
 
     # ------------------------------------------------------------ once the blocks are there
 
@@ -276,7 +283,7 @@ class Scheduler:
             self._reach.observe(int(planned.max()), capped=bool((bound & (planned >= round_.reach[rows])).any()))
 
     def _weigh(self, round_: Round, took: Took, judged: int) -> None:
-        if not judged or not round_.decodes or round_.begins:
+        if not judged or not round_.decodes or round_.begins or round_.catches_up:
             return
         assert round_.outcome is not None
         rows = judged + int(round_.outcome.verify.sum())

@@ -40,7 +40,7 @@ class Sequence:
         followed: its drafter has stayed with it, so can, and has had its features.
         steady: rounds in a row that have asked for drafts; below 0 while its drafter is not to stay with it.
         spared: rounds in a row that were better off without drafts for it.
-        quiet: rounds in a row in which it was not to be drafted for.
+        quiet: rounds in a row in which it was not to be drafted for; chosen: in which it was worth while.
         standing: draft tokens that its drafter sends unasked behind whatever is committed; 0: none.
         skip_rounds, misses: rounds to go without asking the drafter, which missed this many in a row.
         failures: openings and steps that came to nothing since the last committed token.
@@ -77,6 +77,7 @@ class Sequence:
         self.steady = 0
         self.spared = 0
         self.quiet = 0
+        self.chosen = 0
         self.standing = 0
         self.skip_rounds = 0
         self.misses = 0

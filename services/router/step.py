@@ -149,7 +149,8 @@ class Rounds:
         size, context = rows(done.batch), round_.context
         judged = judged_rows(done.batch)
         expected = scheduler.costs.step(judged + scheduler.costs.price(size - judged), context)
-        scheduler.costs.drafted(done.drafts, round_.unhidden)
+        if not round_.catches_up:
+            scheduler.costs.drafted(done.drafts, round_.unhidden)
         scheduler.costs.verified(size, judged, context, done.seconds, done.result)
         scheduler.learn(round_, done.took)
         self._metrics.expected(expected, done.result.total_seconds)

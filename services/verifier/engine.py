@@ -56,7 +56,7 @@ class EngineSettings:
     noise_candidates: int = 256  # of coupled sampling; part of the numerics
     backfill_rows: int = 32  # of one background piece
     max_taps: int = 4  # feature buffers kept at once
-    held_bytes: int = 32 << 20  # of hidden states whose features nobody has asked for yet
+    held_bytes: int = 128 << 20  # of hidden states whose features nobody has asked for yet
 
 
 class VerifyEngine:
@@ -143,7 +143,7 @@ class VerifyEngine:
         self._feed.flush()
 
     def publish_due(self) -> Callable[[], None]:
-        """`publish`, but for sequences whose features may wait while there is room for more.
+        """`publish`, but for sequences whose features may wait: these are computed where no more states fit.
 
         Apart from `step`, whose verdicts go first. Its last part, in which subscribers are told, is returned; any
         thread may call it.
@@ -163,7 +163,7 @@ class VerifyEngine:
 
     def _sharing(self, due: Iterable[SequenceState]) -> list[SequenceState]:
         """Others, held, who computed what these found in the prefix cache and have not offered yet."""
-        fresh = [state for state in due if state.offered_len < state.reused_len]
+        fresh = [state for state in due if state.request.features and state.offered_len < state.reused_len]
         pages = {page for state in fresh for page in state.cached.full_pages}
         return [state for state in self._held.states if pages and not pages.isdisjoint(state.cached.full_pages)]
 

@@ -4,8 +4,10 @@ import asyncio
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from support.toys import (
     BOS,
@@ -25,7 +27,7 @@ from dspark.costs import CostProfile, Point
 from dspark.errors import DSparkError
 from dspark.messages import Attached, AttachSequence, StepItem, StepResult
 from dspark.v1.verifier_pb2 import DescribeVerifierResponse
-from services.router.holding import QUIET
+from services.router.holding import PATIENCE, QUIET, Holding
 from services.router.scheduler import LOOKED, SPARED
 from services.router.scheduling.looks import FIRST, SERIES
 from services.router.scheduling.policies import Adaptive, CapAccept, Policy
@@ -292,18 +294,30 @@ async def test_who_comes_while_nobody_is_drafted_for_gets_a_drafter_when_somebod
     dear = CountingDraft()
     dear.costs = CostProfile("draft", "toy-unattached-costs", tuple(Point(n, 64, 0.05) for n in (1, 64)), 0.0)
     dear.delay = 0.05
-    async with cluster(PricedVerifier(), dear, options=by_fives(policy=Adaptive())) as toys:
+    options = by_fives(policy=Adaptive(), explore=0.0)
+    async with cluster(PricedVerifier(), dear, options=options) as toys:
         assert_right(await crowd(toys, 6, 160), 160)
-        assert dear.attachments == 6
+        before = dear.attachments
+        assert before == 6
         assert_right(results := await crowd(toys, 6, 20), 20)
-        assert dear.attachments <= 6 + 3  # of fewer streams nothing is known yet
+        assert dear.attachments < before + 6  # nothing is known of fewer streams, as while these come
         assert length(results) < 0.5
-        assert_right(results := await crowd(toys, 6, 160), 160)
-        looked = [result for result in results if result.finished.speculation.verified]
-        assert 0 < len(looked) <= dear.attachments - 6
-        asked = await toys.generate("hello", sampling={"seed": 0}, max_tokens=20, policy="fixed:3")
-        assert_right([asked], 20)
-        assert length([asked]) > 0.5  # whoever wants drafts whatever they cost is attached at once
+        before = dear.attachments
+        assert_right(results := await crowd(toys, 6, 400), 400)
+        looked = sum(result.finished.speculation.verified > 0 for result in results)
+        assert 0 < looked <= dear.attachments - before
+        asked = await toys.generate("hello", sampling={"seed": 0}, max_tokens=60, policy="fixed:3")
+        assert_right([asked], 60)
+        assert length([asked]) > 1  # whoever wants drafts whatever they cost is attached at once
+
+
+def test_beginning_to_draft_takes_patience_with_a_load_that_falls_for_a_moment() -> None:
+    holding = Holding()
+    round_: Any = SimpleNamespace(running=[SimpleNamespace(quiet=q, chosen=0) for q in (0, QUIET)])
+    both, none = np.ones(2, np.bool_), np.zeros(2, np.bool_)
+    for chosen in (*[both] * (PATIENCE - 1), none, *[both] * (PATIENCE - 1)):
+        assert holding.lasting(round_, chosen).tolist() == [bool(chosen[0]), False]
+    assert holding.lasting(round_, both).tolist() == [True, True]
 
 
 async def test_routers_of_one_verifier_see_each_others_rows() -> None:
