@@ -66,10 +66,10 @@ def unattached(round_: Round) -> Bools:
     return np.array([s.drafter is None and (s.attaching or s.dormant) for s in round_.running], np.bool_)
 
 
-def most_promising(predicted: Floats, able: Bools, count: int) -> Bools:
-    """(R,) those of the able whose blocks should survive longest."""
-    chosen = np.zeros(len(able), np.bool_)
-    chosen[np.argsort(-np.where(able, predicted.sum(axis=1), -1.0), kind="stable")[:count]] = True
+def most_promising(round_: Round, predicted: Floats, able: Bools, count: int) -> Bools:
+    """(R,) those of the able who are drafted for already, and then those whose blocks should survive longest."""
+    chosen, length = np.zeros(len(able), np.bool_), np.where(able, predicted.sum(axis=1), -1.0)
+    chosen[np.lexsort((-length, standing(round_) == 0))[:count]] = True
     return chosen & able
 
 

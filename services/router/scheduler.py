@@ -181,7 +181,7 @@ class Scheduler:
         share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
         load = len(round_.running) + round_.prompt_price
         if able.any() and round_.decodes and self._looks.due(load, pays=pays):
-            chosen = able if self._looks.first else most_promising(predicted, able, LOOKED)
+            chosen = able if self._looks.first else most_promising(round_, predicted, able, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.streams)
         round_.explored = self._holding.explored(round_, np.where(room > 0, explored, FREE))
