@@ -39,6 +39,7 @@ from services.router.pools import Pool, Workers
 from services.router.proposing import Proposing
 from services.router.requests import ServedModel
 from services.router.scheduler import Scheduler
+from services.router.scheduling.policies import Policy
 from services.router.sequences import Sequence
 from services.router.step import Published, Rounds
 from services.router.tasks import Tasks, guarded
@@ -257,13 +258,14 @@ class Engine:
     def _opened(self, sequence: Sequence, link: VerifierLink) -> None:
         self._cohorts[link].join(sequence)
         if self._wants_drafts(sequence):
-            policy = sequence.request.policy or self.options.policy
-            sequence.dormant = policy.needs_costs and self._schedulers[link].quiet(link.own)
+            sequence.dormant = self._policy(sequence).needs_costs and self._schedulers[link].quiet(link.own)
             self.drafting.enlist(sequence)
 
     def _wants_drafts(self, sequence: Sequence) -> bool:
-        policy = sequence.request.policy or self.options.policy
-        return sequence.request.speculation and policy.ask(self.options.verify_length) > 0
+        return sequence.request.speculation and self._policy(sequence).ask(self.options.verify_length) > 0
+
+    def _policy(self, sequence: Sequence) -> Policy:
+        return sequence.request.policy or self.options.policy
 
     def publish(self, news: list[Published]) -> None:
         """Hands tokens to their clients, and ends requests that are complete."""

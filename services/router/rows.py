@@ -55,10 +55,8 @@ def standing(round_: Round) -> Ints:
 
 def coming(round_: Round) -> Bools:
     """(R,) who is to be drafted for and has a drafter that is not late, or soon will."""
-    attached = [
-        s.attaching or s.dormant if s.drafter is None else s.attaching or s.drafter.late is None for s in round_.running
-    ]
-    return (round_.asked | round_.joining) & np.array(attached, np.bool_)
+    prompt = [s.drafter is not None and (s.attaching or s.drafter.late is None) for s in round_.running]
+    return (round_.asked | round_.joining) & (np.array(prompt, np.bool_) | unattached(round_))
 
 
 def unattached(round_: Round) -> Bools:

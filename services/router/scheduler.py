@@ -135,7 +135,7 @@ class Scheduler:
             self._choose(round_, block)
         self._shorten(round_, block)
         self._join(round_)
-        round_.drafting = round_.asked & (self._ables(round_) | self._attachable(round_))
+        round_.drafting = round_.asked & self._draftable(round_)
         if self._holding.settle(round_, coming(round_)):
             self._attach()
         longest = int(round_.most[round_.drafting].max(initial=0))
@@ -159,7 +159,7 @@ class Scheduler:
 
     def _choose(self, round_: Round, block: int) -> None:
         """Among those whose policy looks at costs; the others are drafted for as they wish."""
-        able, scheduled = self._ables(round_) | self._attachable(round_), round_.scheduled
+        able, scheduled = self._draftable(round_), round_.scheduled
         if self._holding.all_postponed:
             self._holding.resume(round_, scheduled & able)
             return
@@ -219,9 +219,10 @@ class Scheduler:
     def _ables(self, round_: Round) -> Bools:
         return np.array([self._able(s) for s in round_.running], np.bool_)
 
-    def _attachable(self, round_: Round) -> Bools:
-        """(R,) who has no drafter yet, while there are some to have, and is drafted for only where that pays."""
-        return unattached(round_) & round_.scheduled & any(link.alive for link in self._drafters.values())
+    def _draftable(self, round_: Round) -> Bools:
+        """(R,) who can be drafted for: now, or where that is only done if it pays once it is attached."""
+        attachable = unattached(round_) & round_.scheduled & any(link.alive for link in self._drafters.values())
+        return self._ables(round_) | attachable
 
     # ------------------------------------------------------------ once the blocks are there
 
