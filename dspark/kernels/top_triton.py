@@ -1,9 +1,10 @@
 """Device functions that order a row of logits: greater first, equal ones by lower token id (`dspark.sampling.order`).
 
-Values become unsigned keys of the same order. The n-th greatest is found by counting digits of 8 bits, from the top:
-two passes over a row of bfloat16, four over float32, and every count is exact. Where a row is cut is a pair (key, id):
-what comes before the cut, and the cut itself, is inside. All filters of a distribution keep a beginning of this order,
-so that one cut says what each of them, and all together, leave.
+Values become unsigned keys of the same order. The n-th greatest of a whole row is found by counting digits of 8 bits,
+from the top: two passes over bfloat16, four over float32, and every count is exact. A few most likely tokens are found
+with less (`tiles_triton`). Where a row is cut is a pair (key, id): what comes before the cut, and the cut itself, is
+inside. All filters of a distribution keep a beginning of this order, so that one cut says what each of them, and all
+together, leave.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["gather_head", "inside_cut", "key_bits", "last_of_equals", "logits_at", "nth_key", "ordered", "ranked"]
+__all__ = ["inside_cut", "key_bits", "last_of_equals", "logits_at", "nth_key", "ordered", "ranked"]
 
 
 def key_bits(dtype: torch.dtype) -> int:
@@ -30,10 +31,9 @@ def ordered(x, bits: tl.constexpr):
 
 
 @triton.jit
-def logits_at(row, at, vocab, sound):
-    """Float32 logits at token ids `at`, -inf past the vocabulary; an unsound row counts as uniform."""
-    x = tl.load(row + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-    return tl.where((at < vocab) & (sound == 0), 0.0, x)
+def logits_at(row, at, vocab):
+    """Float32 logits at token ids `at`, -inf past the vocabulary."""
+    return tl.load(row + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def inside_cut(key, at, cut_key, cut_id):
 
 
 @triton.jit
-def nth_key(row, vocab, sound, count, bits: tl.constexpr, block: tl.constexpr):
+def nth_key(row, vocab, count, bits: tl.constexpr, block: tl.constexpr):
     """Key of the `count`-th token of a row (from 1), and how many tokens of just this key are among the first."""
     digit = tl.arange(0, 512)
     prefix = tl.cast(0, tl.uint32)
@@ -53,7 +53,7 @@ def nth_key(row, vocab, sound, count, bits: tl.constexpr, block: tl.constexpr):
         counts = tl.zeros((512,), tl.int32)
         for first in range(0, vocab, block):
             at = first + tl.arange(0, block)
-            key = ordered(logits_at(row, at, vocab, sound), bits)
+            key = ordered(logits_at(row, at, vocab), bits)
             here = at < vocab
             if step > 0:
                 here = here & ((key >> (shift + 8)) == prefix)
@@ -67,13 +67,13 @@ def nth_key(row, vocab, sound, count, bits: tl.constexpr, block: tl.constexpr):
 
 
 @triton.jit
-def last_of_equals(row, vocab, sound, key, need, bits: tl.constexpr, block: tl.constexpr):
+def last_of_equals(row, vocab, key, need, bits: tl.constexpr, block: tl.constexpr):
     """Id of the `need`-th token (from 1, by id) whose key is `key`."""
     last = tl.cast(-1, tl.int32)
     seen = tl.cast(0, tl.int32)
     for first in range(0, vocab, block):
         at = first + tl.arange(0, block)
-        equal = (ordered(logits_at(row, at, vocab, sound), bits) == key) & (at < vocab)
+        equal = (ordered(logits_at(row, at, vocab), bits) == key) & (at < vocab)
         rank = seen + tl.cumsum(equal.to(tl.int32), 0)
         last = tl.maximum(last, tl.max(tl.where(equal & (rank <= need), at, -1), 0))
         seen += tl.sum(equal.to(tl.int32), 0)
@@ -81,25 +81,11 @@ def last_of_equals(row, vocab, sound, key, need, bits: tl.constexpr, block: tl.c
 
 
 @triton.jit
-def gather_head(row, vocab, sound, cut_key, cut_id, ids, values, bits: tl.constexpr, block: tl.constexpr):
-    """Write ids (int32) and float32 values of the tokens inside a cut one after another, by id."""
-    filled = tl.cast(0, tl.int32)
-    for first in range(0, vocab, block):
-        at = first + tl.arange(0, block)
-        x = logits_at(row, at, vocab, sound)
-        here = inside_cut(ordered(x, bits), at, cut_key, cut_id) & (at < vocab)
-        place = filled + tl.cumsum(here.to(tl.int32), 0) - 1
-        tl.store(ids + place, at, mask=here)
-        tl.store(values + place, x, mask=here)
-        filled += tl.sum(here.to(tl.int32), 0)
-
-
-@triton.jit
 def ranked(ids_at, values_at, ids, values, greatest, temperature, size, pitch: tl.constexpr, chunk: tl.constexpr):
     """Each listed token's place in the order, int32 from 0, and the float64 weight of those before it.
 
     All pairs are compared, a chunk at a time, so that sums have one order. `ids` and `values` (pitch,) are what
-    `gather_head` wrote at `ids_at` and `values_at`; weights are exp((value - greatest) / temperature).
+    `tiles_triton.fill_head` wrote at `ids_at` and `values_at`; weights are exp((value - greatest) / temperature).
     """
     rank = tl.zeros((pitch,), tl.int32)
     before = tl.zeros((pitch,), tl.float64)

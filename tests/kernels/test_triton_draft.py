@@ -14,6 +14,7 @@ from dspark.kernels import TORCH
 from dspark.kernels.triton_kernels import TRITON
 from dspark.messages import Mode, Sampling
 from dspark.models.drafters import DSparkDrafter
+from dspark.models.drafters.heads import MarkovHead
 from dspark.sampling import DraftChooser
 from services.draft.drafting import Drafted
 from services.draft.kernels import draft_kernels
@@ -119,3 +120,44 @@ def test_heads_keep_their_bits_in_company(device: torch.device) -> None:
         assert torch.equal(alone.tokens[0], together.tokens[row])
         assert torch.equal(alone.confidence_logits[0], together.confidence_logits[row])
         assert [step[0] for step in alone.distributions] == [step[row] for step in together.distributions]
+
+
+# ---- rows in tiles of 128 draft tokens
+
+KINDS = [Sampling(temperature=0.0), Sampling(seed=5), Sampling(seed=9, mode=Mode.REJECTION)]
+
+
+def draft_from(kernels: Any, device: torch.device, base: torch.Tensor, samplings: list[Sampling]) -> Drafted:
+    """Of logits (b, n, vocabulary) that no previous token changes."""
+    head = MarkovHead(base.shape[2], base.shape[2], 16, 48).to(device).requires_grad_(requires_grad=False)
+    head.markov_w2.weight.zero_()
+    own = SequentialHead(head, kernels.linear(head.markov_w2.weight), None, None, DraftChooser(draft_top_k=12))
+    hidden = torch.zeros(*base.shape[:2], 48, device=device)
+    b = len(base)
+    return draft_kernels(kernels).draft_tokens(own, base.to(device), hidden, [0] * b, [7] * b, samplings)
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 128, 129, 300, 2000])
+def test_most_likely_tokens_in_few_tiles(device: torch.device, vocab: int) -> None:
+    """Spread over all tiles, the greatest at the very end, in one tile alone, or fewer than are asked for."""
+    base = randn(4, 1, vocab).cumsum(0)
+    base[1, 0, -1] = 50.0
+    base[2, 0, 128 * ((vocab - 1) // 128) :] += 40.0
+    base[3, 0, vocab // 2 + 1 :] = -torch.inf
+    for sampling in KINDS:
+        expected = draft_from(TORCH, torch.device("cpu"), base, [sampling] * 4)
+        found = draft_from(TRITON, device, base, [sampling] * 4)
+        assert torch.equal(found.tokens.cpu(), expected.tokens)
+
+
+def test_of_equal_tokens_in_many_tiles_the_lowest(device: torch.device) -> None:
+    base = torch.zeros(3, 1, 1000)
+    base[1, 0, [300, 290, 700, 130]] = -0.0
+    base[2, 0, [999, 513, 640, 641]] = 3.0
+    for sampling in KINDS:
+        tokens = draft_from(TRITON, device, base, [sampling] * 3).tokens.flatten().tolist()
+        assert max(tokens[:2]) < 12
+        assert tokens[2] in ({513} if sampling.greedy else {*range(8), 513, 640, 641, 999})
+    (equal,) = draft_from(TRITON, device, base[2:], [KINDS[2]]).distributions
+    assert equal[0] is not None
+    assert equal[0].token_ids == (513, 640, 641, 999, *range(8))

@@ -144,3 +144,54 @@ def test_taps(device: torch.device, rows: int, normalize: bool) -> None:
     found = Tap(info, tensors, TRITON, device).project(on, picked.to(device))
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.cpu(), expected, atol=1e-2, rtol=1e-2)
+
+
+# ---- rows in tiles of 32 tokens, programs of 4,096, sums of 8,192
+
+
+LAWS = [GREEDY, Sampling(seed=3), Sampling(seed=4, top_p=0.9), Sampling(seed=5, mode=Mode.REJECTION)]
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 63, 4097, 8200])
+def test_rows_of_all_lengths(device: torch.device, vocab: int) -> None:
+    """Even, the greatest at the very end, all that is possible in the last tile or in one token."""
+    logits = make_logits(5, vocab, spread=0.5)
+    logits[1, -1] = 30.0
+    logits[2, : 32 * ((vocab - 1) // 32)] = -torch.inf
+    logits[3, : vocab // 2], logits[3, vocab // 2 + 1 :] = -torch.inf, -torch.inf
+    drafts = logits[:4].argmax(-1).tolist()
+    requests = [Candidate(law, first, 7, tuple(drafts[first:4])) for law in LAWS for first in range(5)]
+    compare(logits, requests, device, candidates=16)
+
+
+def test_the_draw_falls_into_the_last_part(device: torch.device) -> None:
+    """All but a rejected draft token lies behind 8,192 others; or nothing does but the draft token."""
+    logits = torch.full((3, 8300), -torch.inf)
+    logits[:, 8250:] = make_logits(3, 50)
+    logits[1, 5], logits[2, 8299] = 2.0, 30.0
+    for seed in range(6):
+        sampling = Sampling(seed=seed, mode=Mode.REJECTION)
+        compare(logits, [Candidate(sampling, row, 9, (token,)) for row, token in ((0, 8260), (1, 5))], device, 16)
+
+
+def test_equal_logits_far_apart(device: torch.device) -> None:
+    """Of tokens alike in all tiles and programs the lower id goes first, whether by value or by the sign of zero."""
+    logits = torch.zeros(3, 5000)
+    logits[1, 4000:] = -0.0
+    logits[2, [4999, 4100, 33, 32]] = 1.0
+    requests = [
+        Candidate(law, row, 6, (int(logits[row].argmax()),) if row < 2 else ())
+        for row in range(3)
+        for law in (GREEDY, Sampling(seed=1, top_k=5, logprobs=5), Sampling(seed=2, top_k=40, logprobs=8))
+    ]
+    compare(logits, requests, device, candidates=8)
+    (one,) = verify_triton.verify(logits.to(device), [Candidate(Sampling(top_k=5, logprobs=5), 2, 6)])
+    assert [token.token_id for token in one.logprobs[0].top] == [32, 33, 4100, 4999, 0]
+
+
+def test_a_rest_picked_in_any_tile(device: torch.device) -> None:
+    """Nearly every token comes from the rest, with and without a cut in it."""
+    logits = make_logits(8, 4200, spread=0.3)
+    for filters in ({}, {"top_k": 3000}, {"min_p": 0.2}):
+        requests = [Candidate(Sampling(seed=row, **filters), row, 30) for row in range(8)]
+        compare(logits, requests, device, candidates=2)

@@ -1,9 +1,10 @@
 """The sequential head in Triton: a whole block is launched at once, the host hears of it when it is drafted.
 
-A step is three launches that hand over on the device. `_bias_kernel` gathers W_1[x_{k-1}] and adds its product with W_2
-to the base logits, all blocks sharing each tile of W_2; `_head_kernel` finds each row's most likely tokens;
-`_choose_kernel` filters, draws keyed noise, chooses, and takes the confidence. One launch a step would need every
-program to wait for all others, or one program a block to read W_2 alone.
+A step is two launches that hand over on the device. `_bias_kernel` gathers W_1[x_{k-1}] and adds its product with W_2
+to the base logits, all blocks sharing each tile of W_2, and leaves each tile's greatest logit; with those
+`_choose_kernel` finds the most likely tokens in a few tiles of its row, filters, draws keyed noise, chooses, and takes
+the confidence. One launch a step would need every program to wait for all others, or one program a block to read W_2
+alone.
 
 A gated or recurrent head's latent is three small products a step, which torch launches between the kernels: nothing in
 them is worth a kernel of their own, and nothing there waits for the host.
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from dspark.kernels.noise import signed_seed
 from dspark.kernels.noise_triton import gumbel, keyed_word, uniform
-from dspark.kernels.parts_triton import INTERPRETED, block_of, narrow, product
-from dspark.kernels.top_triton import gather_head, last_of_equals, logits_at, nth_key, ordered, ranked
+from dspark.kernels.parts_triton import block_of, narrow, product
+from dspark.kernels.tiles_triton import fill_head, first_token
+from dspark.kernels.top_triton import ranked
 from dspark.messages import Mode, Sampling, SparseDistribution
 from dspark.models.drafters.heads import MarkovHead
 from services.draft.drafting import Drafted
@@ -31,17 +33,19 @@ from services.draft.kernels.sequential import SequentialHead
 __all__ = ["draft_tokens"]
 
 _ROWS, _OUT, _IN = 16, 128, 64  # tiles of the bias product
-_BLOCK = 4096 if INTERPRETED.value else 2048  # logits a program looks at in one go
 _CHUNK = 32
 
 
 @triton.jit
 def _bias_kernel(
-    base, w1, w1_rows, latent, w2, tokens, logits, batch, vocab, rank, base_stride,
+    base, w1, w1_rows, latent, w2, tokens, logits, maxima, batch, vocab, rank, base_stride,
     gathers: tl.constexpr, mapped: tl.constexpr, block_rows: tl.constexpr, block_out: tl.constexpr,
     block_in: tl.constexpr,
 ):  # fmt: skip
-    """Logits = base + z · W_2ᵀ for some blocks and some of the vocabulary; z is W_1[x_{k-1}], or given as `latent`."""
+    """Logits = base + z · W_2ᵀ for some blocks and a tile of the vocabulary, and its greatest to `maxima` (b, tiles).
+
+    z is W_1[x_{k-1}], or given as `latent`.
+    """
     row = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     column = tl.program_id(0) * block_out + tl.arange(0, block_out)
     here = row < batch
@@ -62,39 +66,18 @@ def _bias_kernel(
     u = tl.load(base + row.to(tl.int64)[:, None] * base_stride + column[None, :], mask=inside, other=0.0)
     u += narrow(acc, w2.dtype.element_ty).to(tl.float32)
     tl.store(logits + row.to(tl.int64)[:, None] * vocab + column[None, :], u, mask=inside)
-
-
-@triton.jit
-def _head_kernel(
-    logits, rows, best, head_ids, head_values, vocab, size,
-    pitch: tl.constexpr, bits: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """The most likely draft token of each row, and for those that sample the `size` most likely, in order of ids."""
-    r = tl.program_id(0).to(tl.int64)
-    row = logits + r * vocab
-    if tl.load(rows + 4 * r + 2) == 0:
-        top, top_id = tl.cast(0, tl.uint32), tl.cast(0, tl.int32)
-        for first in range(0, vocab, block):
-            at = first + tl.arange(0, block)
-            key = tl.where(at < vocab, ordered(logits_at(row, at, vocab, 1), bits), 0)
-            greatest = tl.max(key, 0)
-            if greatest > top:
-                top = greatest
-                top_id = tl.min(tl.where(key == greatest, at, vocab), 0)
-        tl.store(best + r, top_id)
-    else:
-        key, need = nth_key(row, vocab, 1, size, bits, block)
-        last = last_of_equals(row, vocab, 1, key, need, bits, block)
-        gather_head(row, vocab, 1, key, last, head_ids + r * pitch, head_values + r * pitch, bits, block)
+    greatest = tl.max(tl.where(inside, u, float("-inf")), 1)
+    tl.store(maxima + row * tl.num_programs(0) + tl.program_id(0), greatest, mask=here)
 
 
 @triton.jit
 def _choose_kernel(
-    rows, laws, best, head_ids, head_values, d2t, tokens, w1, w1_rows, hidden, row_hidden, row_previous, row_bias,
-    next_tokens, chosen, confidences, sparse_ids, sparse_shares, sparse_sizes, k, size, width, rank_width,
-    hidden_stride,
+    logits, maxima, rows, laws, taken, head_ids, head_values, d2t, tokens, w1, w1_rows, hidden, row_hidden,
+    row_previous, row_bias, next_tokens, chosen, confidences, sparse_ids, sparse_shares, sparse_sizes, k, vocab, tiles,
+    size, width, rank_width, hidden_stride,
     reduced: tl.constexpr, mapped: tl.constexpr, confident: tl.constexpr, knows_previous: tl.constexpr,
     pitch: tl.constexpr, chunk: tl.constexpr, block_hidden: tl.constexpr, block_rank: tl.constexpr,
+    tile: tl.constexpr, tile_block: tl.constexpr,
 ):  # fmt: skip
     """One block's token. Rejection's distribution goes to `sparse_*`, most likely first.
 
@@ -117,11 +100,15 @@ def _choose_kernel(
             c += tl.sum(z * tl.load(row_previous + at, mask=at < rank_width, other=0.0), 0)
         tl.store(confidences + r, c)
 
-    index = tl.load(best + r)
-    if kind > 0:
+    row, tops = logits + r * vocab, maxima + r * tiles
+    index = tl.cast(0, tl.int32)
+    if kind == 0:
+        index = first_token(row, tops, vocab, tiles, 32, tile, tile_block)
+    else:
+        own_ids, own_values = head_ids + r * pitch, head_values + r * pitch
+        fill_head(row, tops, vocab, tiles, size, taken + r * pitch, own_ids, own_values, pitch, 32, tile, tile_block)
         lane = tl.arange(0, pitch)
         listed = lane < size
-        own_ids, own_values = head_ids + r * pitch, head_values + r * pitch
         ids = tl.load(own_ids + lane, mask=listed, other=0)
         values = tl.load(own_values + lane, mask=listed, other=float("-inf"))
         greatest = tl.max(values, 0)
@@ -170,7 +157,8 @@ class _Buffers:
     sparse_ids: Tensor
     sparse_shares: Tensor
     sparse_sizes: Tensor
-    best: Tensor
+    maxima: Tensor
+    taken: Tensor
     head_ids: Tensor
     head_values: Tensor
 
@@ -192,7 +180,8 @@ class _Buffers:
             sparse_ids=empty(*listed, dtype=torch.int64),
             sparse_shares=empty(*listed, dtype=torch.float64),
             sparse_sizes=empty(n, b, dtype=torch.int32),
-            best=torch.zeros(b, dtype=torch.int32, device=device),
+            maxima=empty(b, triton.cdiv(vocab, _OUT), dtype=torch.float32),
+            taken=empty(b, pitch, dtype=torch.int32),
             head_ids=empty(b, pitch, dtype=torch.int32),
             head_values=empty(b, pitch, dtype=torch.float32),
         )
@@ -249,28 +238,25 @@ def _step(
     w1, w2 = own.head.markov_w1.weight, own.head.markov_w2.weight
     w1_rows, rank, pitch = own.head.rows, w1.shape[1], buffers.head_ids.shape[1]
     tokens, logits = buffers.tokens[k], buffers.logits[k]
-    shape = {"bits": 32, "block": min(_BLOCK, block_of(vocab))}
+    tiles = buffers.maxima.shape[1]
     mapped = w1_rows is not None
-    _bias_kernel[(triton.cdiv(vocab, _OUT), triton.cdiv(b, _ROWS))](
+    _bias_kernel[(tiles, triton.cdiv(b, _ROWS))](
         base[:, k], w1, w1_rows if mapped else tokens, w1 if latent is None else latent.contiguous(), w2, tokens,
-        logits, b, vocab, rank, base.stride(0), gathers=latent is None, mapped=mapped, block_rows=_ROWS,
-        block_out=_OUT, block_in=min(_IN, block_of(rank)),
-    )  # fmt: skip
-    _head_kernel[(b,)](
-        logits, rows, buffers.best, buffers.head_ids, buffers.head_values, vocab, size, pitch=pitch, **shape,
-        num_warps=8,
+        logits, buffers.maxima, b, vocab, rank, base.stride(0), gathers=latent is None, mapped=mapped,
+        block_rows=_ROWS, block_out=_OUT, block_in=min(_IN, block_of(rank)),
     )  # fmt: skip
     confidence, at = own.confidence, hidden[:, k]
     previous = None if confidence is None else confidence.previous
     _choose_kernel[(b,)](
-        rows, laws, buffers.best, buffers.head_ids, buffers.head_values, tokens if own.d2t is None else own.d2t,
-        tokens, w1, w1_rows if mapped else tokens, at, laws if confidence is None else confidence.hidden,
-        laws if previous is None else previous, laws if confidence is None else confidence.bias,
-        buffers.tokens[k + 1], buffers.chosen[k], buffers.confidences[k], buffers.sparse_ids[k],
-        buffers.sparse_shares[k], buffers.sparse_sizes[k], k, size, at.shape[1], rank, at.stride(0),
+        logits, buffers.maxima, rows, laws, buffers.taken, buffers.head_ids, buffers.head_values,
+        tokens if own.d2t is None else own.d2t, tokens, w1, w1_rows if mapped else tokens, at,
+        laws if confidence is None else confidence.hidden, laws if previous is None else previous,
+        laws if confidence is None else confidence.bias, buffers.tokens[k + 1], buffers.chosen[k],
+        buffers.confidences[k], buffers.sparse_ids[k], buffers.sparse_shares[k], buffers.sparse_sizes[k], k, vocab,
+        tiles, size, at.shape[1], rank, at.stride(0),
         reduced=own.d2t is not None, mapped=mapped, confident=confidence is not None,
         knows_previous=previous is not None, pitch=pitch, chunk=_CHUNK, block_hidden=block_of(at.shape[1]),
-        block_rank=block_of(rank),
+        block_rank=block_of(rank), tile=_OUT, tile_block=block_of(tiles), num_warps=8,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from dspark.errors import InternalError
 from dspark.kernels.noise import signed_seed
@@ -21,19 +22,14 @@ from dspark.sampling.order import LogitRows
 from dspark.sampling.processed import process
 from dspark.sampling.rows import UNFILTERED, SamplingRows
 from services.verifier.candidates import Candidate, Outcome, refused
-from services.verifier.kernels.judge_triton import (
-    LAW,
-    REPORT,
-    SAMPLED,
-    TESTED,
-    head_kernel,
-    judge_kernel,
-    walk_kernel,
-)
+from services.verifier.kernels.judge_triton import LAW, REPORT, SAMPLED, TESTED, judge_kernel, tile_kernel
+from services.verifier.kernels.walk_triton import walk_kernel
 
 __all__ = ["verify"]
 
-_BLOCK = 4096 if INTERPRETED.value else 2048  # logits a program looks at in one go
+_TILE = 32  # tokens of which the greatest logit is known; a head of 256 lies in 8,192 tokens
+_BLOCK = 4096  # logits a program looks at in one go
+_PART = 8192  # logits that are summed before a draw from what drafts leave of them
 _WALK_BLOCK = 4096 if INTERPRETED.value else 512  # fewer where every one is compared with what was drafted
 _CHUNK = 32  # pairs of the head, and drafted tokens, at a time
 
@@ -126,32 +122,31 @@ def _launch(logits: torch.Tensor, requests: Sequence[Candidate], size: int) -> _
     table = [_Row(request, at) for request in requests for at in range(1 + len(request.draft_tokens))]
     rows = torch.tensor([row.integers for row in table], dtype=torch.int64).to(device)
     laws = torch.tensor([row.numbers for row in table], dtype=torch.float64).to(device)
-    pitch = block_of(size)
-    marks, masses, out = (
-        torch.empty(n, width, dtype=dtype, device=device)
-        for n, width, dtype in (
-            (len(table), 8, torch.int64), (len(table), 3, torch.float64), (len(requests), 3, torch.int64)
-        )
-    )  # fmt: skip
-    head_ids, head_values, sorted_ids, sorted_log_weights = (
-        torch.empty(len(table), pitch, dtype=dtype, device=device)
-        for dtype in (torch.int32, torch.float32, torch.int64, torch.float64)
+    pitch, bits, stride = block_of(size), key_bits(logits.dtype), logits.stride(0)
+    tiles, parts = triton.cdiv(vocab, _TILE), triton.cdiv(vocab, _BLOCK)
+
+    def empty(dtype: torch.dtype, width: int, n: int = len(table)) -> torch.Tensor:
+        return torch.empty(n, width, dtype=dtype, device=device)
+
+    maxima, sums, broken = empty(torch.float32, tiles), empty(torch.float32, tiles), empty(torch.int32, parts)
+    tile_kernel[(parts, len(table))](
+        logits, rows, laws, maxima, sums, broken, vocab, stride, tiles, tile=_TILE, block=_BLOCK
     )
-    shape = {"bits": key_bits(logits.dtype), "block": min(_BLOCK, block_of(vocab))}
-    stride = logits.stride(0)
-    head_kernel[(len(table),)](
-        logits, rows, marks, head_ids, head_values, vocab, stride, size, pitch=pitch, **shape, num_warps=8
-    )
+    marks, masses, out = empty(torch.int64, 5), empty(torch.float64, 3), empty(torch.int64, 3, len(requests))
+    taken, head_ids, head_values = empty(torch.int32, pitch), empty(torch.int32, pitch), empty(torch.float32, pitch)
+    sorted_ids, sorted_log_weights = empty(torch.int64, pitch), empty(torch.float64, pitch)
     judge_kernel[(len(table),)](
-        logits, rows, laws, marks, masses, head_ids, head_values, sorted_ids, sorted_log_weights, vocab, stride, size,
-        pitch=pitch, chunk=_CHUNK, **shape, num_warps=8,
+        logits, rows, laws, maxima, sums, broken, marks, masses, taken, head_ids, head_values, sorted_ids,
+        sorted_log_weights, vocab, stride, tiles, parts, size, pitch=pitch, bits=bits,
+        block=min(_BLOCK, block_of(vocab)), chunk=_CHUNK, tile=_TILE, tile_block=block_of(tiles),
+        part_block=block_of(parts), num_warps=8,
     )  # fmt: skip
     longest = max(len(request.draft_tokens) for request in requests)
-    shape["block"] = min(_WALK_BLOCK, block_of(vocab))
     q_ids, q_shares = _drafted(table, device)
     walk_kernel[(len(requests),)](
         logits, rows, laws, marks, masses, _firsts(requests).to(device), q_ids, q_shares, out, vocab, stride,
-        q_ids.shape[1], reach=block_of(longest + 1), chunk=_CHUNK, **shape, num_warps=8,
+        q_ids.shape[1], reach=block_of(longest + 1), bits=bits, part=_PART, parts=block_of(triton.cdiv(vocab, _PART)),
+        block=_WALK_BLOCK, chunk=_CHUNK, num_warps=8,
     )  # fmt: skip
     return _Judged(out, marks, masses, sorted_ids, sorted_log_weights)
 
