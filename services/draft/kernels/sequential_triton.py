@@ -256,7 +256,7 @@ def _step(
         tiles, size, at.shape[1], rank, at.stride(0),
         reduced=own.d2t is not None, mapped=mapped, confident=confidence is not None,
         knows_previous=previous is not None, pitch=pitch, chunk=_CHUNK, block_hidden=block_of(at.shape[1]),
-        block_rank=block_of(rank), tile=_OUT, tile_block=block_of(tiles), num_warps=8,
+        block_rank=block_of(rank), tile=_OUT, tile_block=block_of(tiles), num_warps=16,
     )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def _launch(logits: torch.Tensor, requests: Sequence[Candidate], size: int) -> _
         logits, rows, laws, maxima, sums, broken, marks, masses, taken, head_ids, head_values, sorted_ids,
         sorted_log_weights, vocab, stride, tiles, parts, size, pitch=pitch, bits=bits,
         block=min(_BLOCK, block_of(vocab)), chunk=_CHUNK, tile=_TILE, tile_block=block_of(tiles),
-        part_block=block_of(parts), num_warps=8,
+        part_block=block_of(parts), num_warps=16,
     )  # fmt: skip
     longest = max(len(request.draft_tokens) for request in requests)
     q_ids, q_shares = _drafted(table, device)
