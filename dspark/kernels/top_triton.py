@@ -32,8 +32,8 @@ def ordered(x, bits: tl.constexpr):
 
 @triton.jit
 def logits_at(row, at, vocab):
-    """Float32 logits at token ids `at`, -inf past the vocabulary."""
-    return tl.load(row + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+    """Float32 logits at token ids `at`, -inf where there is no such token: before the first, or past the vocabulary."""
+    return tl.load(row + at, mask=(at >= 0) & (at < vocab), other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
