@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,13 @@ from support import pairs
 
 from dspark.cli.offline import compare_rounds
 from dspark.cluster import Cluster
-from dspark.devices import pick_numerics
+from dspark.devices import pick_device, pick_numerics
 from dspark.evaluation import Evaluation, Settings, evaluate
 from dspark.models.drafters import Drafter, load_drafter
 from dspark.models.target import TargetModel, load_target
 from training.texts import answer, numbered_prompts
 
-CPU = torch.device("cpu")
+DEVICE = pick_device(os.environ.get("DSPARK_DEVICE", "cpu"))  # the workers' too: devices round each in their own way
 NEW = 48
 MADE = torch.Generator().manual_seed(9)
 
@@ -46,9 +47,9 @@ def cluster_of(pair: tuple[Path, Path], dtype: str) -> Cluster:
 
 def served_pair(pair: tuple[Path, Path], dtype: str) -> tuple[TargetModel, Drafter]:
     """Both as workers compute them for that dtype."""
-    own = pick_numerics("auto", dtype, CPU)
-    target = load_target(pair[0], dtype=own.dtype, device=CPU, kernels=own.kernels)
-    return target, load_drafter(pair[1], target_path=pair[0], dtype=own.dtype, device=CPU)
+    own = pick_numerics("auto", dtype, DEVICE)
+    target = load_target(pair[0], dtype=own.dtype, device=DEVICE, kernels=own.kernels)
+    return target, load_drafter(pair[1], target_path=pair[0], dtype=own.dtype, device=DEVICE)
 
 
 async def test_accepted_lengths_agree_near_and_far_and_behind_a_cached_prefix(
