@@ -1,35 +1,31 @@
-"""Sequential Temperature Scaling with a bias: makes a drafter's confidences probabilities (DSpark §3.2.1).
+"""Sequential Temperature Scaling with a bias and bends: makes a drafter's confidences probabilities (DSpark §3.2.1).
 
-For positions k = 1 … n of a block in turn, with the earlier ones fixed, (T_k, b_k) are chosen such that the prefix
-survival a_k = prod_{i<=k} sigmoid(logit_i / T_i + b_i) is the probability of "k tokens or more are accepted". T_k > 0
-keeps the order of confidences within a position. Two things differ from the paper, both for a reason:
+For positions k = 1 … n of a block in turn, with the earlier ones fixed, a rising curve is chosen such that the prefix
+survival a_k = prod_{i<=k} sigmoid(curve_i(logit_i)) is the probability of "k tokens or more are accepted". The order of
+confidences within a position stays. Three things differ from the paper's sigmoid(logit / T), each for a reason:
 
-- A bias. sigmoid(logit / T) cannot cross 0.5: where the head says 0.7 and the truth is 0.4, no temperature helps. It is
+- A bias. No temperature crosses 0.5: where the head says 0.7 and the truth is 0.4, none helps. It is
   also the exact answer to one known gap: coupled sampling accepts (1 - TV) / (1 + TV) at worst, whose odds are half
   those of the 1 - TV that the head was trained on, so that a bias of -log 2 leads from one to the other.
-- A start from likelihood. A grid search for the least ECE fits the noise of its bins. Here (T_k, b_k) first maximise
-  the likelihood of a_k over *all* rounds that drafted position k, those that failed earlier too: these are what a
+- Bends. Where rounds fall into two heaps (text that repeats itself, and other text, at temperature 0), one slope does
+  not do for both. The curve is made of straight pieces between quantiles of the logits; a belief in pieces that rise
+  alike weighs as much as some rounds do, so that few rounds make a straight line.
+- Likelihood. A grid search for the least ECE fits the noise of its bins. Here the curve is the likeliest
+  for a_k over *all* rounds that drafted position k, those that failed earlier too: these are what a
   scheduler sees (in the rejection setting nearly, see `training.reverse`), and their later confidences, behind a wrong
   token, are unlike those of the rounds that got there.
-  Then a fine grid around that lowers a calibration error averaged over the placing of bins (a kernel over ranks), and
-  only as far as chance cannot explain it: among all candidates at or below the error that a perfect calibration would
-  show with as many rounds, the likeliest is taken.
 
 Measured on rounds made from known laws (hidden quality that drifts along a block, heads that see it through noise;
 50,000 rounds to fit on, 400,000 others to judge by; mean over positions of the ECE in per cent, worst position in
-brackets). "drifting" is misread by its head, "coupled" accepts p / (2 - p) where the head was made for p, "exact" is a
-law that the form all but expresses:
+brackets). "drifting" is misread by its head, "coupled" accepts p / (2 - p) where the head was made for p, "exact" is
+misread by a temperature and a bias alone, and of "heaps" one half is text that nearly always stands, of which the head
+is too modest:
 
-                                         drifting       coupled        exact
-    as the head says                     11.2 (15.6)    5.2 (12.4)     6.6 (9.3)
-    temperature alone, least ECE          3.6 (5.6)     4.9 (11.2)     6.1 (8.0)
-    bias, likelihood of reached rounds    2.5 (3.7)     0.9 (1.5)      0.18 (0.4)
-    bias, likelihood of a_k               0.6 (1.0)     0.34 (0.7)     0.17 (0.4)
-    the same, then least ECE              0.27 (0.5)    0.28 (0.7)     0.26 (0.5)
-    what is done here                     0.28 (0.5)    0.26 (0.6)     0.21 (0.4)
-
-Two numbers a position cannot bend a curve: where rounds fall into two heaps that the head tells apart badly (text that
-repeats itself, and other text) and its misreading differs between them, 9.9 (16.2) came down to 4.0 (4.5) only.
+                                         drifting       coupled        exact          heaps
+    as the head says                     10.7 (15.7)    6.7 (11.9)     12.6 (14.8)    11.7 (16.2)
+    temperature alone, least ECE          3.3 (7.6)     4.7 (11.6)      4.6 (9.2)      2.5 (4.9)
+    a line, likelihood, then least ECE    0.25 (0.3)    0.15 (0.3)      0.21 (0.3)     2.2 (3.0)
+    a curve, likelihood                   0.33 (0.5)    0.16 (0.5)      0.26 (0.5)     0.88 (1.2)
 
 Leaves rounds to `training.rounds` and judging to `training.reliability`.
 """
@@ -38,59 +34,59 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from dspark.models.drafters.calibration import Calibration
-from training.reliability import BINS, prefix_survival
+from services.draft.confidence import Curves
+from training.reliability import prefix_survival
 from training.rounds import Rounds
 
 __all__ = ["calibrate"]
 
-_PRIOR = 1.0  # weight, in rounds, of a belief in T = 1 and b = 0: decides where there are next to no rounds
+_BENDS = 5
+_BELIEF = 1.0  # weight, in rounds, of a belief in logits that are log-odds: decides where there are next to no rounds
+_STRAIGHT = 3.0  # the same of a belief in pieces that rise alike
 _LOG_SLOPE = (-4.0, 3.0)  # of standardised logits
-_CELLS = 300  # equal shares of the rounds by rank
-_FINE = 2400  # cells of the logit of survival, from -12 to 12, that ranks are read from
-_WIDTH = 1 / (2 * BINS)  # of the kernel, as a share of the rounds
-_STEPS = (0.3, 0.12, 0.048)  # of the grid, in log slope and bias of standardised logits
 
 
 def calibrate(rounds: Rounds, setting: str) -> Calibration:
     """The calibration for rounds of one setting; only rounds that drafted position k count there.
 
-    Some 50,000 rounds fix all of a block well; positions with a few rounds stay near T = 1, b = 0. `ConfigError` for
+    Some 50,000 rounds fix all of a block well; positions with a few rounds stay near their logits. `ConfigError` for
     rounds without confidences.
     """
     prefix_survival(rounds)  # complains where there are no confidences
     survival = torch.ones(len(rounds), dtype=torch.float64)
-    found = []
+    found: list[Calibration] = []
     for k in range(rounds.block_size):
         logits, rows = rounds.logits[:, k].double(), rounds.drafted > k
-        position = _Position.of(logits[rows], survival[rows], rounds.accepted[rows] > k) if bool(rows.any()) else None
-        temperature, bias = position.fit() if position is not None else (1.0, 0.0)
-        survival = survival * (logits / temperature + bias).sigmoid()
-        found.append((temperature, bias))
-    temperatures, biases = zip(*found, strict=True)
-    return Calibration(setting, temperatures, biases)
-
-
-_Point = tuple[float, float]
-"""The log of the slope and the bias, both for standardised logits: moving one hardly asks for moving the other."""
+        own = Calibration(setting, (1.0,), (0.0,), ((),))
+        if bool(rows.any()):
+            own = _Position.of(logits[rows], survival[rows], rounds.accepted[rows] > k).fit(setting)
+        survival = survival * Curves([own], torch.float64).of(logits[:, None], [0] * len(logits))[:, 0].sigmoid()
+        found.append(own)
+    return Calibration(
+        setting,
+        tuple(one.temperatures[0] for one in found),
+        tuple(one.biases[0] for one in found),
+        tuple(one.bends[0] for one in found),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Position:
     """Rounds that drafted one position, r > 0 of them.
 
-    `logits` (r,) with mean 0 and deviation 1, `mean` and `deviation` as they were; `before` (r,): survival up to the
-    position before; `survived` (r,): whether this one was accepted too.
+    `logits` (r,) with mean 0 and deviation 1, `mean` and `deviation` as they were; `knots` (at most 5,) quantiles of
+    them; `before` (r,): survival up to the position before; `survived` (r,): whether this one was accepted too.
     """
 
     logits: Tensor
     mean: float
     deviation: float
+    knots: Tensor
     before: Tensor
     survived: Tensor
 
@@ -100,100 +96,57 @@ class _Position:
         mean, deviation = float(logits.mean()), float(logits.std(correction=0))
         if deviation <= abs(mean) * 1e-6:
             deviation = 1.0
-        return _Position((logits - mean) / deviation, mean, deviation, before, survived)
+        logits = (logits - mean) / deviation
+        ranked = logits.sort().values
+        at = [len(ranked) * i // (_BENDS + 1) for i in range(1, _BENDS + 1)]
+        return _Position(logits, mean, deviation, torch.unique(ranked[at]), before, survived)
 
-    def fit(self) -> tuple[float, float]:
-        """T and b."""
-        log_slope, shift = self._refined(self._likeliest())
-        temperature = _rounded(self.deviation * math.exp(-log_slope))
-        return temperature, _rounded(shift - self.mean / temperature)
+    def fit(self, setting: str) -> Calibration:
+        """The likeliest curve, in the logits' own units: a calibration of a block of one."""
+        point = self._likeliest()
+        slopes = _slopes(point) / self.deviation
+        knots = (self.knots * self.deviation + self.mean).tolist()
+        bends = tuple(
+            (_rounded(knot), _rounded(turn)) for knot, turn in zip(knots, slopes.diff().tolist(), strict=True)
+        )
+        temperature = _rounded(1 / float(slopes[0]))
+        return Calibration(setting, (temperature,), (_rounded(float(point[0]) - knots[0] / temperature),), (bends,))
 
-    def _likeliest(self) -> _Point:
-        """Where survival is likeliest, given the outcomes and a faint belief in T = 1 and b = 0."""
-        point = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([point], max_iter=60, line_search_fn="strong_wolfe")
+    def _likeliest(self) -> Tensor:
+        """The value at the first knot and the log slope of every piece that make the outcomes likeliest."""
+        point = torch.zeros(len(self.knots) + 2, dtype=torch.float64)
+        point[0] = self.knots[0]
+        point.requires_grad_()
+        optimizer = torch.optim.LBFGS([point], max_iter=150, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            slope = point[0].clamp(*_LOG_SLOPE).exp()
-            loss = _log_loss(self._survival(slope, point[1]), self.survived)
-            bias = point[1] - slope * (self.mean / self.deviation)
-            # Long tails: heads in units of their own are believed too.
-            belief = (point[0] - math.log(self.deviation)).square().log1p() + bias.square().log1p()
-            loss = loss + _PRIOR * belief / len(self.logits)
+            loss = self._loss(point)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-        log_slope, shift = point.tolist()
-        return min(max(log_slope, _LOG_SLOPE[0]), _LOG_SLOPE[1]), shift
+        return point.detach()
 
-    def _refined(self, start: _Point) -> _Point:
-        """The likeliest point of a fine grid around `start` whose error chance explains; else that of least error."""
-        found = self._at(start)
-        error, chance = _error(found, self.survived)
-        if error <= chance:
-            return start
+    def _loss(self, point: Tensor) -> Tensor:
+        """Mean negative log-likelihood, beliefs included."""
+        survival = (self.before * self._curve(point, self.logits).sigmoid()).clamp(1e-12, 1 - 1e-12)
+        loss = -torch.where(self.survived, survival, 1 - survival).log().mean()
+        bias = self._curve(point, torch.tensor([-self.mean / self.deviation], dtype=torch.float64))
+        # Long tails: heads in units of their own are believed too.
+        belief = (point[1:] - math.log(self.deviation)).square().log1p().mean() + bias.square().log1p().sum()
+        return loss + (_BELIEF * belief + _STRAIGHT * point[1:].diff().square().sum()) / len(self.logits)
 
-        def rank(point: _Point) -> tuple[float, float]:
-            survival = self._at(point)
-            return max(_error(survival, self.survived)[0], chance), float(_log_loss(survival, self.survived))
+    def _curve(self, point: Tensor, logits: Tensor) -> Tensor:
+        """Log-odds of standardised logits."""
+        slopes = _slopes(point)
+        beyond = (logits[:, None] - self.knots).clamp_min(0)
+        return point[0] + (logits - self.knots[0]) * slopes[0] + beyond @ slopes.diff()
 
-        best = start
-        for step in _STEPS:
-            best = min(_around(best, step), key=rank)
-        return best
 
-    def _at(self, point: _Point) -> Tensor:
-        return self._survival(math.exp(point[0]), point[1])
-
-    def _survival(self, slope: float | Tensor, shift: float | Tensor) -> Tensor:
-        """a_k (r,)."""
-        return self.before * (self.logits * slope + shift).sigmoid()
+def _slopes(point: Tensor) -> Tensor:
+    return point[1:].clamp(*_LOG_SLOPE).exp()
 
 
 def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def _around(point: _Point, step: float) -> list[_Point]:
-    """A grid of five by five."""
-    moves = [step * i for i in range(-2, 3)]
-    log_slopes = [min(max(point[0] + move, _LOG_SLOPE[0]), _LOG_SLOPE[1]) for move in moves]
-    return [(log_slope, point[1] + move) for log_slope in log_slopes for move in moves]
-
-
-def _log_loss(survival: Tensor, survived: Tensor) -> Tensor:
-    """Mean negative log-likelihood."""
-    survival = survival.clamp(1e-12, 1 - 1e-12)
-    return -torch.where(survived, survival, 1 - survival).log().mean()
-
-
-def _error(survival: Tensor, survived: Tensor) -> tuple[float, float]:
-    """A smooth calibration error, and what chance alone would make of it were `survival` (r,) exactly right.
-
-    In place of bins a Gaussian kernel slides over the rounds by rank: the mean over ranks of the distance between the
-    means of survival and outcome around each.
-    """
-    survival = survival.clamp(1e-9, 1 - 1e-9)
-    fine = (survival.logit() + 12).mul_(_FINE / 24).clamp_(0, _FINE - 1).long()
-    count = fine.bincount(minlength=_FINE).double()
-    cell = ((count.cumsum(0) - count / 2) * (_CELLS / len(fine))).long().clamp_max(_CELLS - 1)
-
-    def summed(values: Tensor) -> Tensor:
-        return torch.zeros(_CELLS, dtype=torch.float64).index_add_(0, cell, fine.bincount(values, _FINE))
-
-    gaps, variance = summed(survived.double() - survival), summed(survival * (1 - survival))
-    kernel = _kernel()
-    error = (kernel @ gaps).abs().sum() / len(fine)
-    chance = (2 / math.pi * (kernel.square() @ variance)).sqrt().sum() / len(fine)
-    return float(error), float(chance)
-
-
-@cache
-def _kernel() -> Tensor:
-    """(cells, cells): what share of each column's rounds goes to each row; reflected at both ends, columns add to 1."""
-    at = torch.arange(_CELLS, dtype=torch.float64)
-    places = torch.stack([at, -1 - at, 2 * _CELLS - 1 - at])  # a cell and its two reflections
-    weights = (-0.5 * ((places[:, None, :] - at[:, None]) / (_CELLS * _WIDTH)).square()).exp().sum(0)
-    return weights / weights.sum(0)

@@ -7,7 +7,6 @@ on (DSpark §3.2.2). Leaves making it right to `training.calibration`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dspark.errors import ConfigError
 from dspark.models.drafters.calibration import Calibration
+from services.draft.confidence import Curves
 from training.rounds import Rounds
 
 __all__ = ["BINS", "Point", "PositionReport", "Report", "auc", "ece", "ece_by_chance", "prefix_survival", "reliability"]
@@ -107,7 +107,7 @@ def prefix_survival(rounds: Rounds, calibration: Calibration | None = None) -> T
         raise ConfigError("the rounds have no confidences: their drafter has no confidence head")
     logits = rounds.logits.double()
     if calibration is not None:
-        logits = logits / _row(calibration.temperatures) + _row(calibration.biases)
+        logits = Curves([calibration], torch.float64).of(logits, [0] * len(logits))
     return logits.sigmoid().cumprod(-1)
 
 
@@ -163,10 +163,6 @@ def _shared(ordered: Tensor, values: Tensor) -> Tensor:
     place = torch.cat([place.new_zeros(min(len(ordered), 1)), place])
     count = place.bincount()
     return (torch.zeros(len(count), dtype=torch.float64).index_add_(0, place, values) / count)[place]
-
-
-def _row(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def _position(rounds: Rounds, k: int, raw: Tensor, ours: Tensor) -> PositionReport:

@@ -10,17 +10,39 @@ from torch import Tensor
 from dspark.messages import Sampling
 from dspark.models.drafters.calibration import Calibration, setting_of
 
-__all__ = ["Confidences"]
+__all__ = ["Confidences", "Curves"]
+
+_CERTAIN = 1e30  # log-odds of what is certain: infinity times no bend at all would be no number
+
+
+class Curves:
+    """Calibrations of s settings as tensors."""
+
+    def __init__(self, calibrations: Sequence[Calibration], dtype: torch.dtype = torch.float32) -> None:
+        """All for blocks of n tokens; computes in `dtype`."""
+        self._temperatures = torch.tensor([own.temperatures for own in calibrations], dtype=dtype)
+        self._biases = torch.tensor([own.biases for own in calibrations], dtype=dtype)
+        bends = [own.bends or ((),) * len(own.temperatures) for own in calibrations]
+        most = max((len(one) for each in bends for one in each), default=0)
+        padded = [[(*one, *((0.0, 0.0),) * (most - len(one))) for one in each] for each in bends]
+        self._bends = torch.tensor(padded, dtype=dtype).reshape(*self._biases.shape, most, 2)  # also where most is 0
+
+    def of(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Logits (b, at most n), each row by the calibration of that number (b,), to log-odds of the same shape."""
+        n = logits.shape[1]
+        knots, turns = self._bends[rows, :n].unbind(-1)
+        logits = logits.clamp(-_CERTAIN, _CERTAIN)
+        straight = logits / self._temperatures[rows, :n] + self._biases[rows, :n]
+        return straight + ((logits.unsqueeze(-1) - knots).clamp_min(0) * turns).sum(-1)
 
 
 class Confidences:
-    """c_k = sigmoid(logit_k / T_k + b_k); where a setting was never calibrated, T_k = 1 and b_k = 0."""
+    """c_k = sigmoid(curve_k(logit_k)); where a setting was never calibrated, logits are log-odds as they are."""
 
     def __init__(self, calibrations: Sequence[Calibration], block_size: int) -> None:
         """Each calibration has `block_size` entries."""
         self._rows = {own.setting: row for row, own in enumerate(calibrations, start=1)}
-        self._temperatures = torch.tensor([[1.0] * block_size, *(own.temperatures for own in calibrations)])
-        self._biases = torch.tensor([[0.0] * block_size, *(own.biases for own in calibrations)])
+        self._curves = Curves([Calibration("", (1.0,) * block_size, (0.0,) * block_size), *calibrations])
 
     def of(self, logits: Tensor, samplings: Sequence[Sampling], settled: Sequence[bool] | None = None) -> Tensor:
         """Float32 logits (b, n) on any device, n at most the block size -> probabilities (b, n) on the CPU.
@@ -31,5 +53,4 @@ class Confidences:
         rows = [self._rows.get(setting_of(sampling), 0) for sampling in samplings]
         if settled is not None:
             rows = [0 if own else row for own, row in zip(settled, rows, strict=True)]
-        n = logits.shape[1]
-        return (logits / self._temperatures[rows, :n] + self._biases[rows, :n]).sigmoid()
+        return self._curves.of(logits, rows).sigmoid()

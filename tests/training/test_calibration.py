@@ -11,6 +11,7 @@ from support.outcomes import drifting, rounds_of
 
 from dspark.errors import ConfigError
 from dspark.models.drafters.calibration import Calibration, calibrations_to_json, parse_calibrations
+from services.draft.confidence import Curves
 from training.calibration import calibrate
 from training.reliability import Report, auc, ece, ece_by_chance, prefix_survival, reliability
 from training.rounds import Rounds
@@ -37,12 +38,16 @@ def least_ece_by_temperature(rounds: Rounds) -> Calibration:
     return Calibration("coupled", tuple(chosen), (0.0,) * rounds.block_size)
 
 
+def log_odds(calibration: Calibration, logits: torch.Tensor) -> torch.Tensor:
+    return Curves([calibration], torch.float64).of(logits.double(), [0] * len(logits))
+
+
 def test_a_known_truth_is_found() -> None:
     """A head without noise, misread by a temperature and a bias: both come back, and products are calibrated."""
     rounds = drifting(60_000, seed=1, noise=0.0, scale=1.6, shift=0.9)
     found = calibrate(rounds, "rejection")
-    assert found.temperatures == pytest.approx([1.6] * 5, rel=0.12)
-    assert found.biases == pytest.approx([-0.9 / 1.6] * 5, abs=0.12)
+    usual = rounds.logits.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
+    assert log_odds(found, usual).numpy() == pytest.approx(((usual - 0.9) / 1.6).numpy(), abs=0.25)
     report = Report.of(drifting(60_000, seed=2, noise=0.0, scale=1.6, shift=0.9), found)
     assert report.worst_ece() < 0.01
     assert report.worst_ece(after=False) > 0.05
@@ -63,6 +68,29 @@ def test_noisy_heads_are_calibrated_where_temperatures_alone_are_not() -> None:
         assert one.ece_after < one.ece_before / 3
 
 
+def test_two_heaps_that_a_line_cannot_reach() -> None:
+    """Half of all rounds repeat what was said and nearly always stand; the head tells them apart, and is too modest."""
+
+    def heaps(count: int, seed: int) -> Rounds:
+        random = torch.Generator().manual_seed(seed)
+        truth = (
+            -0.2 + 1.5 * torch.randn(count, 1, generator=random) + 4 * (torch.rand(count, 1, generator=random) < 0.5)
+        )
+        head = torch.where(truth > 1.5, 1.5 + 0.35 * (truth - 1.5), truth) + 0.3 * torch.randn(
+            count, 1, generator=random
+        )
+        return rounds_of(head, (torch.rand(count, 1, generator=random) < truth.sigmoid())[:, 0].long())
+
+    others, found = heaps(100_000, 20), calibrate(heaps(30_000, 21), "greedy")
+    line = min(
+        Report.of(others, Calibration("greedy", (temperature,), (bias,))).worst_ece()
+        for temperature in torch.logspace(-1, 0.5, 16).tolist()
+        for bias in torch.linspace(-1, 2, 16).tolist()
+    )
+    assert found.bends[0]
+    assert Report.of(others, found).worst_ece() < 0.009 < line / 2
+
+
 def test_nothing_is_fitted_to_noise() -> None:
     """Where confidences are right, what is fitted on 3,000 rounds is about as right on others."""
     fitted = drifting(3_000, seed=5, noise=0.0, scale=1.0, shift=0.0)
@@ -81,7 +109,7 @@ def test_order_within_a_position_stays() -> None:
         for k in range(5):
             tried = one.accepted >= k
             before, outcome = one.logits[tried, k].double(), one.accepted[tried] > k
-            after = before / found.temperatures[k] + found.biases[k]
+            after = log_odds(found, one.logits[tried])[:, k]
             assert (after[before.argsort()].diff() >= 0).all()
             assert auc(before, outcome) == pytest.approx(auc(after, outcome), abs=1e-9)
     report = Report.of(rounds, calibrate(rounds, "coupled"))

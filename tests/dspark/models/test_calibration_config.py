@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ GOOD = {"setting": "coupled", "temperatures": [1.5, 2, 0.5], "biases": [-0.25, 0
 PARSED = Calibration("coupled", (1.5, 2.0, 0.5), (-0.25, 0.0, 1e-3))
 
 
+BENDS = {"bends": [[[-1, 0.5], [2.5, -1]], [], [[0, -0.25]]]}
+BENT = replace(PARSED, bends=(((-1.0, 0.5), (2.5, -1.0)), (), ((0.0, -0.25),)))
+
+
 def test_what_is_written_is_read_back() -> None:
+    assert parse_calibrations([GOOD | BENDS], 3, "here") == (BENT,)
+    assert parse_calibrations(json.loads(json.dumps(calibrations_to_json([BENT]))), 3, "here") == (BENT,)
     assert parse_calibrations([GOOD], 3, "here") == (PARSED,)
     both = (PARSED, Calibration("greedy", (1.0,) * 3, (0.0,) * 3))
     assert parse_calibrations(json.loads(json.dumps(calibrations_to_json(both))), 3, "here") == both
@@ -51,6 +58,12 @@ def test_what_is_written_is_read_back() -> None:
         ([GOOD | {"biases": [10**400, 0, 0]}], "biases must list 3 finite numbers"),
         ([GOOD | {"biases": [True, 0, 0]}], "biases must list 3 finite numbers"),
         ([GOOD | {"biases": ["0", 0, 0]}], "biases must list 3 finite numbers"),
+        ([GOOD | {"bends": []}], "bends must be 3 lists, one a block position, not []"),
+        ([GOOD | {"bends": [[], [], 1.0]}], "bends must be 3 lists"),
+        ([GOOD | {"bends": [[[1, 0.1, 2]], [], []]}], "bends: each must list 2 finite numbers"),
+        ([GOOD | {"bends": [[[float("nan"), 0.1]], [], []]}], "bends: each must list 2 finite numbers"),
+        ([GOOD | {"bends": [[[1, 0.1], [1, 0.1]], [], []]}], "bends must be in the order of their logits"),
+        ([GOOD | {"bends": [[[1, -0.7]], [], []]}], "and leave a rising curve, not [[1, -0.7]]"),
     ],
 )
 def test_what_is_wrong_is_named(value: Any, complaint: str) -> None:

@@ -18,6 +18,7 @@ from dspark.errors import (
 )
 from dspark.messages import AttachSequence, Mode, ProposeItem, Sampling, SequenceKey
 from dspark.models.drafters.calibration import Calibration
+from services.draft.confidence import Confidences
 from services.verifier.candidates import Candidate
 from services.verifier.verification import verify
 
@@ -206,6 +207,17 @@ def test_confidences_are_calibrated_by_setting_and_position() -> None:
         expected = [1 / (1 + math.exp(-(x / t + b))) for x, t, b in zip(row, *table[name], strict=False)]
         assert proposal.confidences == pytest.approx(expected, abs=1e-6)
         assert len(proposal.confidences) == 4
+
+
+def test_curves_bend_at_their_knots() -> None:
+    """Beside a straight one; what is certain stays so."""
+    bent = Calibration("greedy", (2.0, 1.0), (0.5, 0.0), (((0.0, 0.5), (1.0, -0.75)), ()))
+    confidences = Confidences([bent], 2)
+    greedy, coupled = Sampling(temperature=0.0), Sampling()
+    logits = torch.tensor([[-2.0, 3.0], [0.5, -1.0], [4.0, math.inf], [-math.inf, 0.0], [4.0, 1.0]])
+    found = confidences.of(logits, [greedy] * 4 + [coupled]).logit()
+    expected = [[-0.5, 3.0], [1.0, -1.0], [2.25, math.inf], [-math.inf, 0.0], [4.0, 1.0]]
+    assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
 
 
 def test_noise_is_of_the_position_and_the_seed() -> None:
