@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all, so that no reader ever trusts half of one."""
+"""Files that appear whole or not at all, so that no reader ever trusts half of one; and one process at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from dspark.errors import ConfigError
 
-__all__ = ["whole", "write_json"]
+__all__ = ["alone", "whole", "write_json"]
 
 
 @contextlib.contextmanager
@@ -35,3 +36,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write an object readably, as `whole` does."""
     with whole(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time; the others wait. `path` is a file made for this and left where it is."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
+        yield

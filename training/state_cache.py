@@ -2,7 +2,8 @@
 
 One file of fixed places: a text whose place lies under the bound is kept once computed, the others never. An entry
 counts only with its checksum, written after it, so that a killed process leaves nothing that another would believe.
-Several processes may share a cache; they write the same bytes. A cache of other texts or layers is thrown away.
+Several processes may share a cache, and begin it at the same time; they write the same bytes. A cache of other texts
+or layers is thrown away.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dspark.errors import ConfigError
+from dspark.files import alone
 
 __all__ = ["StateCache", "StateCaches", "States", "TextStates"]
 
@@ -100,14 +102,14 @@ class StateCache:
         name = directory / "states.json"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            known = name.exists() and name.read_text(encoding="utf-8") == facts
-            if not known:
-                self._reserve(directory)
-                name.write_text(facts, encoding="utf-8")
-            self._words = np.memmap(
-                directory / "states.bin", np.int16, "r+", shape=(int(self._ends[self.kept - 1]), self._row)
-            )
-            self._sums = np.memmap(directory / "states.sum", np.uint32, "r+", shape=(self.kept,))
+            with alone(directory / "states.lock"):
+                if not (name.exists() and name.read_text(encoding="utf-8") == facts):
+                    self._reserve(directory)
+                    name.write_text(facts, encoding="utf-8")
+                self._words = np.memmap(
+                    directory / "states.bin", np.int16, "r+", shape=(int(self._ends[self.kept - 1]), self._row)
+                )
+                self._sums = np.memmap(directory / "states.sum", np.uint32, "r+", shape=(self.kept,))
         except (OSError, ValueError) as error:
             raise ConfigError(f"state cache {directory}: {error}") from error
 

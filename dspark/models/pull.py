@@ -6,7 +6,6 @@ once into a Hugging Face directory in the cache. Importing this module is cheap:
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspark.errors import ConfigError, ModelFileError
+from dspark.files import alone
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much of it is done."""
@@ -141,17 +141,10 @@ def make_ready(
     """
     destination = models / model.name
     models.mkdir(parents=True, exist_ok=True)
-    with _lock(models / f".{model.name}.lock"):
+    with alone(models / f".{model.name}.lock"):
         if not _whole(destination):
             _prepare(model, destination, report, pip_options)
     return destination
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
-        yield
 
 
 def _prepare(model: NamedModel, destination: Path, report: Report, pip_options: Sequence[str]) -> None:

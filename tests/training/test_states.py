@@ -1,5 +1,7 @@
 """The target's states of texts: computed as served, kept within the bound, believed only when whole."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,31 @@ def test_a_loss_in_bfloat16_has_the_sum_of_what_it_computes_itself(tiny_gemma: P
     first, n = texts.prompt_lengths[3], len(texts.token_ids[3])
     logits = functional.linear(batch.hidden[0, first:n].float(), target.head_weight).bfloat16().float()
     torch.testing.assert_close(batch.logz[0, first:n], torch.logsumexp(logits, -1), atol=2e-3, rtol=1e-4)
+
+
+def test_processes_begin_a_cache_together(tmp_path: Path) -> None:
+    """Ten at once, several times; none finds half a cache, and what one keeps the others find."""
+    script = (
+        "import sys, torch; from pathlib import Path; from training.state_cache import StateCache, TextStates;"
+        "number = int(sys.argv[2]); sys.stdin.read(1);"
+        "caches = [StateCache(Path(sys.argv[1]) / str(i), {'of': 'a'}, [5] * 10, layers=3, width=64, gigabytes=1)"
+        " for i in range(20)];"
+        "states = TextStates(torch.ones(5, 3, 64).bfloat16(), torch.ones(5, 64).bfloat16(), torch.ones(5));"
+        "[cache.put(number, states) for cache in caches]"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipe = subprocess.PIPE
+    running = [subprocess.Popen([*command, str(number)], stdin=pipe, stderr=pipe) for number in range(10)]
+    for one in running:
+        assert one.stdin is not None
+        one.stdin.close()  # all are waiting for this
+    for one in running:
+        with one:
+            assert one.stderr is not None
+            assert (one.stderr.read(), one.wait()) == (b"", 0)
+    for i in range(20):
+        cache = StateCache(tmp_path / str(i), {"of": "a"}, [5] * 10, layers=3, width=64, gigabytes=1)
+        assert all(cache.get(number) is not None for number in range(10))
 
 
 def test_what_is_kept_is_what_was_computed(target: TargetModel, data_set: Path, tmp_path: Path) -> None:
