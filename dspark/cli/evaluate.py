@@ -77,7 +77,7 @@ def command(
 
     The reference of `--compare` is the same engine in a fresh process: one request at a time, one token a step, no
     prefix cache, no drafter. `--compare offline` fails where less than 99 % of the rounds agree. With `--router` both
-    need the model that is served there, as `--model`, and `offline` its drafter, as `--drafter`, from draft workers with
+    need the model that is served there, as `--model`, and `offline` its drafter, as `--drafter`, and draft workers with
     `--no-lookup`: what others copy from the text is no drafter's round.
     """
     if compare is CompareWith.offline:
