@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 from collections.abc import Iterator
@@ -40,7 +41,14 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait. `path` is a file made for this and left where it is."""
+    """One process at a time; the others wait. `path` is a file made for this and left where it is.
+
+    File systems that know no locks let everybody in.
+    """
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         yield

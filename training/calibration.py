@@ -38,6 +38,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspark.errors import ConfigError
 from dspark.models.drafters.calibration import Calibration
 from services.draft.confidence import Curves
 from training.reliability import prefix_survival
@@ -55,9 +56,12 @@ def calibrate(rounds: Rounds, setting: str) -> Calibration:
     """The calibration for rounds of one setting; only rounds that drafted position k count there.
 
     Some 50,000 rounds fix all of a block well; positions with a few rounds stay near their logits. `ConfigError` for
-    rounds without confidences.
+    rounds without confidences, or with infinite ones.
     """
     prefix_survival(rounds)  # complains where there are no confidences
+    drafted = torch.arange(rounds.block_size) < rounds.drafted[:, None]
+    if bool(rounds.logits[drafted].isinf().any()):
+        raise ConfigError("there are infinite confidence logits: no curve goes through them")
     survival = torch.ones(len(rounds), dtype=torch.float64)
     found: list[Calibration] = []
     for k in range(rounds.block_size):
@@ -79,14 +83,15 @@ def calibrate(rounds: Rounds, setting: str) -> Calibration:
 class _Position:
     """Rounds that drafted one position, r > 0 of them.
 
-    `logits` (r,) with mean 0 and deviation 1, `mean` and `deviation` as they were; `knots` (at most 5,) quantiles of
-    them; `before` (r,): survival up to the position before; `survived` (r,): whether this one was accepted too.
+    `logits` (r,) with mean 0 and deviation 1, `mean` and `deviation` as they were; `knots`: at most 5 quantiles of
+    what they were; `before` (r,): survival up to the position before; `survived` (r,): whether this one was accepted
+    too.
     """
 
     logits: Tensor
     mean: float
     deviation: float
-    knots: Tensor
+    knots: tuple[float, ...]
     before: Tensor
     survived: Tensor
 
@@ -94,28 +99,26 @@ class _Position:
     def of(logits: Tensor, before: Tensor, survived: Tensor) -> _Position:
         """Standardise; logits that are all alike stay so."""
         mean, deviation = float(logits.mean()), float(logits.std(correction=0))
-        if deviation <= abs(mean) * 1e-6:
+        if deviation <= abs(mean) * 1e-4:
             deviation = 1.0
-        logits = (logits - mean) / deviation
         ranked = logits.sort().values
         at = [len(ranked) * i // (_BENDS + 1) for i in range(1, _BENDS + 1)]
-        return _Position(logits, mean, deviation, torch.unique(ranked[at]), before, survived)
+        knots = tuple(sorted({_rounded(knot) for knot in ranked[at].tolist()}))
+        return _Position((logits - mean) / deviation, mean, deviation, knots, before, survived)
 
     def fit(self, setting: str) -> Calibration:
         """The likeliest curve, in the logits' own units: a calibration of a block of one."""
         point = self._likeliest()
         slopes = _slopes(point) / self.deviation
-        knots = (self.knots * self.deviation + self.mean).tolist()
-        bends = tuple(
-            (_rounded(knot), _rounded(turn)) for knot, turn in zip(knots, slopes.diff().tolist(), strict=True)
-        )
+        bends = zip(self.knots, map(_rounded, slopes.diff().tolist()), strict=True)
         temperature = _rounded(1 / float(slopes[0]))
-        return Calibration(setting, (temperature,), (_rounded(float(point[0]) - knots[0] / temperature),), (bends,))
+        bias = round(float(point[0]) - self.knots[0] / temperature, 6)  # the difference of what may be large
+        return Calibration(setting, (temperature,), (bias,), (tuple(bends),))
 
     def _likeliest(self) -> Tensor:
         """The value at the first knot and the log slope of every piece that make the outcomes likeliest."""
         point = torch.zeros(len(self.knots) + 2, dtype=torch.float64)
-        point[0] = self.knots[0]
+        point[0] = self._standard_knots[0]
         point.requires_grad_()
         optimizer = torch.optim.LBFGS([point], max_iter=150, line_search_fn="strong_wolfe")
 
@@ -140,8 +143,12 @@ class _Position:
     def _curve(self, point: Tensor, logits: Tensor) -> Tensor:
         """Log-odds of standardised logits."""
         slopes = _slopes(point)
-        beyond = (logits[:, None] - self.knots).clamp_min(0)
-        return point[0] + (logits - self.knots[0]) * slopes[0] + beyond @ slopes.diff()
+        beyond = logits[:, None] - self._standard_knots
+        return point[0] + beyond[:, 0] * slopes[0] + beyond.clamp_min(0) @ slopes.diff()
+
+    @property
+    def _standard_knots(self) -> Tensor:
+        return (torch.tensor(self.knots, dtype=torch.float64) - self.mean) / self.deviation
 
 
 def _slopes(point: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def command(
     plots: Annotated[Path | None, typer.Option(help="Write a reliability diagram a setting to this directory.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only; leave the checkpoint as it is.")] = False,
 ) -> None:
-    """Fit curves that make a drafter's confidences probabilities, a setting at a time, and write them into its config.json.
+    """Fit curves that make a drafter's confidences probabilities, by setting, and write them into its config.json.
 
     The target answers the prompts; the rounds that the drafter would get along the answers are played without a
     cluster. ECE and AUC are of prefix survival: the probability that all drafts up to a position are accepted.

@@ -140,6 +140,8 @@ def make_ready(
     Two processes may do so at the same time: the second waits for the first.
     """
     destination = models / model.name
+    if _whole(destination):
+        return destination
     models.mkdir(parents=True, exist_ok=True)
     with alone(models / f".{model.name}.lock"):
         if not _whole(destination):

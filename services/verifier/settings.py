@@ -43,7 +43,9 @@ class Settings(BaseSettings):
     threads: Annotated[int, Field(ge=0, description="CPU threads of the model; 0: as many as there are cores")] = 0
     bind_threads: Annotated[bool, Field(description="Each CPU thread on its own core, if there are as many")] = True
     max_step_tokens: Annotated[int, Field(ge=1, le=2048, description="Rows of one forward")] = 512
-    noise_candidates: Annotated[int, Field(ge=1, description="Tokens with noise of their own; changes outputs")] = 256
+    noise_candidates: Annotated[
+        int, Field(ge=1, le=4096, description="Tokens with noise of their own; changes outputs")
+    ] = 256
     feature_queue_mib: Annotated[int, Field(ge=1, description="Bound of each draft worker's feature queue")] = 8
     profile: Annotated[
         Literal["auto", "measure", "off"],

@@ -154,20 +154,28 @@ def test_positions_that_always_or_never_stand(accepted: int) -> None:
     assert all(one.auc_after is None for one in report.positions)
 
 
-@pytest.mark.parametrize(("scale", "shift"), [(0.002, 0.0), (60.0, 0.0), (1.0, 400.0), (0.0, 3.0)])
+@pytest.mark.parametrize(("scale", "shift"), [(0.002, 0.0), (60.0, 0.0), (1.0, 400.0), (0.0, 3.0), (0.05, 400.0)])
 def test_logits_of_any_scale(scale: float, shift: float) -> None:
     """The head's units are its own: tiny, huge, far off, or all alike."""
     plain = drifting(5_000, seed=10, noise=0.5, scale=1.0, shift=0.0)
     found = calibrate(replace(plain, logits=plain.logits * scale + shift), "coupled")
-    assert all(math.isfinite(value) for value in (*found.temperatures, *found.biases))
+    assert parse_calibrations(calibrations_to_json([found]), 5, "here") == (found,)
     report = Report.of(replace(plain, logits=plain.logits * scale + shift), found)
     assert report.worst_ece() < 0.06
+
+
+def test_what_six_digits_cannot_tell_apart_can_be_read_back() -> None:
+    plain = drifting(2_000, seed=10, noise=0.5, scale=1.0, shift=0.0)
+    found = calibrate(replace(plain, logits=plain.logits * 0.0005 + 400), "coupled")
+    assert parse_calibrations(calibrations_to_json([found]), 5, "here") == (found,)
 
 
 def test_rounds_without_confidences_are_refused() -> None:
     rounds = drifting(20, seed=11)
     with pytest.raises(ConfigError, match="no confidences: their drafter has no confidence head"):
         calibrate(replace(rounds, logits=torch.full_like(rounds.logits, torch.nan)), "coupled")
+    with pytest.raises(ConfigError, match="infinite confidence logits"):
+        calibrate(replace(rounds, logits=rounds.logits.index_fill(0, torch.tensor([3]), torch.inf)), "coupled")
 
 
 def test_a_hundred_thousand_rounds_take_seconds() -> None:

@@ -138,7 +138,7 @@ def _choose_kernel(
             tl.store(sparse_ids + place, targets, mask=stays)
             tl.store(sparse_shares + place, weights / total, mask=stays)
             tl.store(sparse_sizes + r, kept)
-        index = tl.sum(tl.where(listed & (rank == winner), ids, 0), 0)
+        index = tl.max(tl.where(listed & (rank == winner), ids, 0), 0)  # all are of rank 0 where logits are no numbers
     token = index.to(tl.int64)
     if reduced:
         token += tl.load(d2t + index)
