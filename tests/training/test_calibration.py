@@ -73,12 +73,10 @@ def test_two_heaps_that_a_line_cannot_reach() -> None:
 
     def heaps(count: int, seed: int) -> Rounds:
         random = torch.Generator().manual_seed(seed)
-        truth = (
-            -0.2 + 1.5 * torch.randn(count, 1, generator=random) + 4 * (torch.rand(count, 1, generator=random) < 0.5)
-        )
-        head = torch.where(truth > 1.5, 1.5 + 0.35 * (truth - 1.5), truth) + 0.3 * torch.randn(
-            count, 1, generator=random
-        )
+        quality, looping = torch.randn(count, 1, generator=random), torch.rand(count, 1, generator=random) < 0.5
+        truth = -0.2 + 1.5 * quality + 4 * looping
+        modest = torch.where(truth > 1.5, 1.5 + 0.35 * (truth - 1.5), truth)
+        head = modest + 0.3 * torch.randn(count, 1, generator=random)
         return rounds_of(head, (torch.rand(count, 1, generator=random) < truth.sigmoid())[:, 0].long())
 
     others, found = heaps(100_000, 20), calibrate(heaps(30_000, 21), "greedy")

@@ -48,7 +48,6 @@ def test_same_losses_as_step_by_step(
     recorded = run("recorded", plan)
     plain = run("plain", replace(plan, settings=replace(settings, accumulate=2)))
     assert recorded[-1].loss < recorded[0].loss
-    assert recorded[0].loss == pytest.approx(plain[0].loss, rel=0.01)
-    assert recorded[0].gradient_norm == pytest.approx(plain[0].gradient_norm, rel=0.03)
-    # Each step adds its rounding to the weights, and a chain's gradients feel it most.
-    assert [one.loss for one in recorded[:10]] == pytest.approx([one.loss for one in plain[:10]], rel=0.03)
+    for ours, theirs in zip(recorded[:10], plain[:10], strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=0.03)
+        assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=0.1)
