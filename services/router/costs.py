@@ -78,6 +78,10 @@ class RoundCosts:
         """The engine's seconds for a step with so many rows of ours; 0 where nothing is known."""
         return self._link.costs.predict(rows + self.other_rows, context) if self._link.costs is not None else 0.0
 
+    def joined(self, rows: int, context: float) -> float:
+        """T + hop of a step with so many rows in all, whosever they are; 0 where nothing is known."""
+        return self._link.costs.predict(rows, context) + self._verify_hop.value if self._link.costs is not None else 0.0
+
     def draft(self, requests: int, context: float, links: Iterable[DraftLink], tokens: int) -> Floats:
         """(requests + 1,) T + hop of drafting for 0 … requests, spread over the workers; drafting for none is free.
 
@@ -118,7 +122,7 @@ class RoundCosts:
         """Takes in a step: our rows, those of them that verdicts came from, and what the call took."""
         self._learn_prompts(rows - judged, judged + result.other_tokens, context, result.total_seconds)
         self._others += OTHERS_PACE * (result.other_tokens - self._others)
-        self._verify_hop.add(seconds - result.total_seconds)
+        self._verify_hop.add(seconds - result.total_seconds - result.queue_seconds)
         if self._link.costs is not None and judged >= JUDGED * rows:
             self._link.costs.observe(rows + result.other_tokens, context, result.total_seconds)
 

@@ -90,6 +90,11 @@ class Link(ABC):
         return time.monotonic() - self.load_at
 
     @property
+    def others(self) -> int:
+        """Other routers' sequences on the worker, as last read."""
+        return self._others
+
+    @property
     def occupancy(self) -> int:
         """Sequences on the worker: other routers' as last read, and our own as of now."""
         return self._others + self.own

@@ -138,9 +138,18 @@ class Took:
     Attributes:
         matched: (R,) draft tokens accepted, before anything cut them; -1 for a sequence without a verdict.
         tokens: emitted in all.
-        seconds: from asking for proposals to the verdicts.
+        seconds: of the whole round, deciding included.
+        other_rows: that other routers had in the step.
+        others: sequences of theirs on the worker.
     """
 
     matched: Ints
     tokens: int
     seconds: float
+    other_rows: int = 0
+    others: int = 0
+
+    @property
+    def company(self) -> int:
+        """Others' sequences in the step, as far as the worker's load tells."""
+        return min(self.other_rows, self.others)

@@ -290,12 +290,13 @@ class Scheduler:
         rows = judged + int(round_.outcome.verify.sum())
         self._yield += (took.tokens / rows - self._yield) / 16
         drafted = bool((round_.drafting & round_.scheduled).any())
-        if round_.decision is not None and self.costs.known and (drafted or round_.plain):
+        plain = round_.plain and took.other_rows == took.others  # nor do others draft
+        if round_.decision is not None and self.costs.known and (drafted or plain):
             self._payoffs.of(round_.decision).observe(
                 round_.decision,
                 drafted=drafted,
-                tokens=took.tokens,
+                tokens=took.tokens + max(took.company, took.other_rows * self._yield),
                 seconds=took.seconds,
-                plain_tokens=judged,
-                plain_seconds=float(round_.seconds[min(round_.base_rows, len(round_.seconds) - 1)]),
+                plain_tokens=judged + took.company,
+                plain_seconds=self.costs.joined(round_.base_rows + took.company, round_.context),
             )

@@ -66,7 +66,7 @@ class Rounds:
 
     async def step(self, cohort: Cohort, scheduler: Scheduler) -> None:
         """One batch to one verify worker. Raises `DSparkError` where the worker cannot be relied on any more."""
-        phase = self._metrics.phase
+        phase, began = self._metrics.phase, time.perf_counter()
         with phase("schedule"):
             round_ = scheduler.begin(cohort)  # whom to draft for: from earlier rounds only
         with phase("propose"):
@@ -76,17 +76,17 @@ class Rounds:
             batch = assemble(cohort, round_, drafts.proposals)
         if not batch:
             return
-        began = time.perf_counter()
+        sent = time.perf_counter()
         with phase("verify"):
             items = [entry.item for entry in batch]
             result = await cohort.link.step(items, self._step_seconds)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - sent
         with phase("commit"):
-            took = self._commit(cohort, round_, batch, result, seconds + drafts.seconds)
+            took = self._commit(cohort, round_, batch, result, began)
         round_.begins = drafts.begins
         _later(self._learn, cohort, scheduler, round_, Done(batch, drafts, result, seconds, took))
 
-    def _commit(self, cohort: Cohort, round_: Round, batch: list[Entry], result: StepResult, seconds: float) -> Took:
+    def _commit(self, cohort: Cohort, round_: Round, batch: list[Entry], result: StepResult, began: float) -> Took:
         """Takes in the verdicts. Text is made, and lessons are learned, while the next round waits for its workers."""
         _check(batch, result)
         news: list[Published] = []
@@ -108,7 +108,7 @@ class Rounds:
         _later(self._owner.publish, news)  # before anything that may fail: what is committed must reach its client
         self._count(cohort, result, news, counts)
         gained = sum(accepted + 1 for _, accepted in counts)
-        return Took(matched, gained, seconds)
+        return Took(matched, gained, time.perf_counter() - began, result.other_tokens, cohort.link.others)
 
     def _accept(self, entry: Entry, verdict: Verdict, token: int) -> Published:
         """Commits accepted drafts and the token after them, as far as the request goes."""

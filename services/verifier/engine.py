@@ -137,6 +137,14 @@ class VerifyEngine:
         self._count(computed, result)
         return self._learn(computed, result)
 
+    def saved(self, one: tuple[int, float], other: tuple[int, float]) -> float:
+        """Seconds that a step of both takes less than one of each, rows and context; 0 where costs are not known."""
+        if self.costs is None:
+            return 0.0
+        (rows, context), (others, far) = one, other
+        joined = self.costs.predict(rows + others, (rows * context + others * far) / max(1, rows + others))
+        return max(0.0, self.costs.predict(rows, context) + self.costs.predict(others, far) - joined)
+
     def publish(self) -> None:
         """Compute features of all that was committed since, held or not, and send them to subscribers."""
         self._queue(held=True)

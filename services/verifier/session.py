@@ -73,7 +73,7 @@ class RouterSession:
     def _queue(self, request: pb.VerifierRequest) -> Future[Any]:
         match request.WhichOneof("call"):
             case "step":
-                return self._engine.step(decode(request.step))
+                return self._engine.step(decode(request.step), self)
             case "open":
                 sequences = decode(request.open)
                 return self._engine.submit(lambda: self._open(sequences))

@@ -1,8 +1,9 @@
 """The one thread that may touch the engine, and the queue in front of it. Knows when to run what, not what it does.
 
 Calls run in the order in which they came. Steps that wait next to each other (of several routers) run as one, since
-a forward over all their rows costs less than one each and no row depends on its company. While nothing waits, the
-engine's background work runs piece by piece; between two steps there is at most one piece.
+a forward over all their rows costs less than one each and no row depends on its company; while nothing but steps
+waits, they wait for another router's where that pays (`company.py`). While nothing waits at all, the engine's
+background work runs piece by piece; between two steps there is at most one piece.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import structlog
 
 from dspark.errors import DSparkError, InternalError, Unavailable
 from dspark.messages import StepItem, StepResult, WorkerLoad
+from services.verifier.company import Company, Load
 from services.verifier.engine import VerifyEngine
 
 __all__ = ["EngineThread"]
@@ -48,12 +50,18 @@ class _Call:
 
     function: Callable[[], Any] = _nothing
     items: tuple[StepItem, ...] | None = None
+    caller: object = None
     answer: Future[Any] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.perf_counter)
 
     @property
     def rows(self) -> int:
         return sum(item.count + len(item.draft_tokens) for item in self.items or ())
+
+    @property
+    def context(self) -> float:
+        """Mean committed length."""
+        return sum(item.committed_len for item in self.items or ()) / max(1, len(self.items or ()))
 
     @property
     def sequences(self) -> set[str]:
@@ -78,6 +86,7 @@ class EngineThread:
         taken them as soon as features reach it, and whoever computed or sent until then is the last in line.
         """
         self.engine = engine
+        self._company = Company(engine.saved, max_rows=engine.settings.max_step_tokens)
         self._on_end = on_end
         self._hand_over = hand_over
         self._calls: deque[_Call] = deque()
@@ -105,9 +114,9 @@ class EngineThread:
         """Queue a call of the engine."""
         return self._queue(_Call(function))
 
-    def step(self, items: Sequence[StepItem]) -> Future[StepResult]:
-        """Queue a step."""
-        return self._queue(_Call(items=tuple(items)))
+    def step(self, items: Sequence[StepItem], caller: object = None) -> Future[StepResult]:
+        """Queue a step. `caller`: who sends one after another, so that others' steps may wait for it; None: nobody."""
+        return self._queue(_Call(items=tuple(items), caller=caller))
 
     async def call(self, function: Callable[[], T]) -> T:
         """`submit`, awaited."""
@@ -128,6 +137,8 @@ class EngineThread:
                 call.answer.set_exception(Unavailable("this worker is stopping"))
             else:
                 self._calls.append(call)
+                if call.caller is not None:
+                    self._company.asked(call.caller, (call.rows, call.context), call.queued_at)
                 self._wake.notify_all()
         return call.answer
 
@@ -160,14 +171,37 @@ class EngineThread:
                 starved = self._busy >= STARVED_CALLS and self.engine.has_background_work
                 if self._calls and not starved:
                     self._busy += 1
-                    return self._group()
+                    return self._next()
             self._busy = 0
             self._guard(self.engine.run_background)
 
+    def _next(self) -> list[_Call]:
+        """The first call, off the queue, with the steps that run together with it; none at the end."""
+        if self._calls[0].items is not None:
+            self._await_company()
+            if self._stopping:
+                return []
+            self._company.runs(time.perf_counter())
+        return [self._calls.popleft() for _ in self._group()]
+
+    def _await_company(self) -> None:
+        """Returns once the steps that wait are to run: more that could join them is not worth waiting for."""
+        since = now = time.perf_counter()
+        while not self._stopping and all(call.items is not None for call in self._calls):
+            group = self._group()
+            until = self._company.worth(_load(group), since, now) if len(group) == len(self._calls) else now
+            if until <= now:
+                return
+            self._wake.wait(until - now)
+            now = time.perf_counter()
+
     def _group(self) -> list[_Call]:
-        taken = [self._calls.popleft()]
-        while self._calls and self._joins(taken, self._calls[0]):
-            taken.append(self._calls.popleft())
+        """The first call that waits and the steps behind it that run together with it."""
+        taken: list[_Call] = []
+        for call in self._calls:
+            if taken and not self._joins(taken, call):
+                break
+            taken.append(call)
         return taken
 
     def _joins(self, taken: Sequence[_Call], other: _Call) -> bool:
@@ -188,6 +222,8 @@ class EngineThread:
             for call in live:
                 call.answer.set_exception(InternalError(f"the step failed: {type(error).__name__}: {error}"))
             return
+        finally:
+            self._note_answered(calls)
         news: list[Callable[[], None]] = []
         verdicts, rows = iter(result.verdicts), sum(call.rows for call in live)
         for call in live:
@@ -197,6 +233,13 @@ class EngineThread:
             news.append(partial(call.answer.set_result, answer))
         self._guard(lambda: news.append(self.engine.publish_due()))
         self._hand_over(partial(self._tell, news))
+
+    def _note_answered(self, calls: Sequence[_Call]) -> None:
+        now = time.perf_counter()
+        with self._wake:
+            for call in calls:
+                if call.caller is not None:
+                    self._company.answered(call.caller, now)
 
     def _tell(self, news: Sequence[Callable[[], None]]) -> None:
         for tell in news:
@@ -220,6 +263,10 @@ class EngineThread:
             function()
         except Exception:  # noqa: BLE001 - the thread must outlive any fault in it
             _log.exception("background work failed")
+
+
+def _load(calls: Sequence[_Call]) -> Load:
+    return sum(call.rows for call in calls), sum(call.context for call in calls) / len(calls)
 
 
 def _fail(call: _Call, error: DSparkError) -> None:

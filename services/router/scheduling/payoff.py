@@ -26,7 +26,7 @@ ENOUGH_PROBES = 4
 MOST_PROBES = 12  # undecided after as many: it hardly pays
 FIRST_WAIT, LONGEST_WAIT = 32, 1024  # rounds between probes
 LASTING = 512  # rounds of a level after which its past is forgiven
-PLAIN_PACE = 1 / 16  # of the correction of plain costs
+PLAIN_PACE = 1 / 64  # of the correction of plain costs
 ODD = 4.0  # a round that took this many times what it saved, or the reverse, counts no further
 
 

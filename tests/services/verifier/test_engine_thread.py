@@ -4,6 +4,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.verifying import Stream, make_engine
@@ -87,6 +88,8 @@ def test_an_opening_between_two_steps_keeps_its_place(engine: VerifyEngine) -> N
 class Background:
     """Stands in for an engine with much background work."""
 
+    settings = SimpleNamespace(max_step_tokens=64)
+
     def __init__(self, pieces: int) -> None:
         self.left = pieces
         self.log: list[str] = []
@@ -103,6 +106,9 @@ class Background:
 
     def publish_due(self) -> Callable[[], None]:
         return lambda: self.log.append("told")
+
+    def saved(self, _one: tuple[int, float], _other: tuple[int, float]) -> float:
+        return 0.0
 
     def step(self, items: list[StepItem]) -> StepResult:
         self.log.append("step")
