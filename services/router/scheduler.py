@@ -18,6 +18,7 @@ from services.router.holding import Holding
 from services.router.links import DraftLink
 from services.router.memory import Memory
 from services.router.options import Options
+from services.router.resting import Rest
 from services.router.round import Round, Took
 from services.router.rows import (
     by_rejection,
@@ -33,7 +34,7 @@ from services.router.rows import (
 from services.router.scheduling.looks import Looks
 from services.router.scheduling.payoff import Decision, Payoff, Payoffs
 from services.router.scheduling.plan import FREE, Bools, Floats, Ints, survival_of
-from services.router.scheduling.policies import Facts, mixed
+from services.router.scheduling.policies import Facts, Outcome, mixed
 from services.router.scheduling.reach import Reach
 from services.router.scheduling.survival import explore
 from services.router.scheduling.whom import whom_to_draft
@@ -82,6 +83,7 @@ class Scheduler:
         self._looks = Looks()
         self._holding = Holding()
         self._reach = Reach()
+        self._rest = Rest()
         self._yield = 1.0  # tokens a row, lately
 
     @property
@@ -98,6 +100,13 @@ class Scheduler:
     def begin(self, cohort: Cohort) -> Round:
         """Who takes part in the next round, and for whom to draft: from earlier rounds only."""
         running, prompts = cohort.running(), cohort.prompts()
+        round_ = self._rest.again(running, prompts)
+        if round_ is None:
+            round_ = self._decided(cohort, running, prompts)
+            self._rest.decided(round_)
+        return round_
+
+    def _decided(self, cohort: Cohort, running: list[Running], prompts: list[Running]) -> Round:
         rows = cohort.link.max_step_tokens
         free = rows - len(running)
         pieces = level([p.uncomputed for p in prompts], min(free, self._options.prefill_tokens) if running else free)
@@ -151,7 +160,7 @@ class Scheduler:
     def _decide(self, block: int, load: int) -> Decision:
         if self._payoffs.block != block:
             self._payoffs = Payoffs(block)
-        return self._payoffs.decide(load)
+        return self._payoffs.decide(load, self._rest.rounds)
 
     def _draft_seconds(self, requests: int, context: float, tokens: int) -> Floats:
         links = [link for link in self._drafters.values() if link.alive]
@@ -178,9 +187,9 @@ class Scheduler:
         pays = bool(chosen.any())
         if round_.decision is None or not round_.decision.probe:
             chosen = self._holding.lasting(round_, chosen)
-        share = EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS
+        share = self._rest.rounds * (EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS)
         load = len(round_.running) + round_.prompt_price
-        if able.any() and round_.decodes and self._looks.due(load, pays=pays):
+        if able.any() and round_.decodes and self._looks.due(load, self._rest.rounds, pays=pays):
             chosen = able if self._looks.first else most_promising(round_, predicted, able, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.streams)
@@ -229,6 +238,9 @@ class Scheduler:
     def plan(self, round_: Round, proposals: Mapping[str, Proposal]) -> None:
         """Verify lengths of the blocks that came."""
         width = max(round_.before.shape[1], 1)
+        if not round_.asked.any():
+            _without_drafts(round_, width)
+            return
         blocks = [fresh(s, proposals) for s in round_.running]
         round_.proposed = np.array([block is not None for block in blocks], np.bool_)
         round_.confidences = confidences(blocks, width)
@@ -300,3 +312,13 @@ class Scheduler:
                 plain_tokens=judged + took.company,
                 plain_seconds=self.costs.joined(round_.base_rows + took.company, round_.context),
             )
+
+
+def _without_drafts(round_: Round, width: int) -> None:
+    """As every policy has it where nothing was asked for."""
+    count = len(round_.running)
+    lengths = np.zeros(count, np.int64)
+    round_.proposed = np.zeros(count, np.bool_)
+    round_.confidences = round_.corrected = np.zeros((count, width))
+    round_.outcome = Outcome(lengths, lengths, lengths)
+    round_.tokens = float(count)

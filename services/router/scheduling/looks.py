@@ -25,14 +25,14 @@ class _Waits:
     wait: int = FIRST_WAIT
     since: int = 0
 
-    def due(self, *, pays: bool) -> bool:
+    def due(self, rounds: int, *, pays: bool) -> bool:
         if self.left:
             self.left -= 1
             return not pays
         if pays:
             self.since, self.wait = 0, FIRST_WAIT
             return False
-        self.since += 1
+        self.since += rounds
         if self.since < self.wait:
             return False
         self.since, self.wait, self.left = 0, min(2 * self.wait, LONGEST_WAIT), SERIES - 1
@@ -47,13 +47,13 @@ class Looks:
     _left: int = FIRST
     _sizes: dict[int, _Waits] = field(default_factory=dict)
 
-    def due(self, load: int, *, pays: bool) -> bool:
+    def due(self, load: int, rounds: int = 1, *, pays: bool) -> bool:
         """Whether this round, of `load` rows before any drafts, drafts though it does not seem to pay.
 
-        Called once a round. Sizes of load are 1, 2 to 3, 4 to 7 rows and so on.
+        `rounds`: since it was last asked. Sizes of load are 1, 2 to 3, 4 to 7 rows and so on.
         """
         self.first = self._left > 0
         if self.first:
             self._left -= 1
             return not pays
-        return self._sizes.setdefault(load.bit_length(), _Waits()).due(pays=pays)
+        return self._sizes.setdefault(load.bit_length(), _Waits()).due(rounds, pays=pays)

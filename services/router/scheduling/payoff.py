@@ -123,11 +123,11 @@ class Payoff:
         """
         return self.limit > 0 and self._settled.rounds >= ENOUGH and self._settled.wins(self.plain)
 
-    def decide(self, load: int) -> Decision:
-        """The limit for the next round, which has `load` rows before any drafts. Called once a round."""
+    def decide(self, load: int, rounds: int = 1) -> Decision:
+        """The limit for the next round, which has `load` rows before any drafts. `rounds`: since it was last asked."""
         if not self._level:
             return Decision(self.limit, load=load)
-        self._since += 1
+        self._since += rounds
         promising = self._probed.saved(self.plain) > MARGIN
         if self._since >= (FIRST_WAIT if promising else self._wait):
             self._since = 0
@@ -212,10 +212,10 @@ class Payoffs:
         """At the load that was last decided for."""
         return self._at(self._load)
 
-    def decide(self, load: int) -> Decision:
+    def decide(self, load: int, rounds: int = 1) -> Decision:
         """As `Payoff.decide`."""
         self._load = load
-        return self.now.decide(load)
+        return self.now.decide(load, rounds)
 
     def of(self, decision: Decision) -> Payoff:
         """Of the load that a round was decided for, whose lesson may come when there is another."""

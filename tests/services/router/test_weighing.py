@@ -1,0 +1,156 @@
+"""What a scheduler makes of rounds: when a decision stands for the next ones, and whose tokens count where routers
+share a verify worker."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dspark.messages import SequenceKey
+from services.router.memory import Memory
+from services.router.options import Options
+from services.router.resting import RESTED, Rest
+from services.router.round import Round, Took
+from services.router.scheduler import Scheduler
+from services.router.scheduling.payoff import ENOUGH, Decision
+from services.router.scheduling.plan import FREE
+from services.router.scheduling.policies import Adaptive, Outcome
+
+STREAMS, BLOCK = 4, 5
+
+
+def sequences(count: int = STREAMS) -> list[Any]:
+    return [
+        SimpleNamespace(key=SequenceKey(f"s{n}", 0), chosen=0, committed_len=100 + n, slot=n, setting=0)
+        for n in range(count)
+    ]
+
+
+def a_round(running: list[Any], *, drafted: bool = False, **changed: Any) -> Round:
+    """A round of plain decoding, or one that drafts for everybody and verifies two of each block."""
+    count = len(running)
+    flags, lengths = np.full(count, drafted), np.full(count, 2 * drafted)
+    made = Round(
+        running=running,
+        prompts=[],
+        pieces=[],
+        prompt_price=0,
+        keys=[s.key for s in running],
+        prompt_keys=[],
+        policies=[Adaptive()] * count,
+        context=100.0,
+        slots=np.arange(count),
+        settings=np.zeros(count, np.int64),
+        most=np.full(count, BLOCK),
+        asked=flags,
+        scheduled=np.ones(count, np.bool_),
+        explored=np.full(count, FREE),
+        before=np.zeros((count, BLOCK)),
+        seconds=np.full(64, 0.025),
+        base_tokens=float(count),
+        unhidden=0.0,
+        decision=Decision(BLOCK),
+        plain=not drafted,
+        drafting=flags,
+        proposed=np.zeros(count, np.bool_),
+        outcome=Outcome(lengths, lengths, lengths),
+    )
+    return replace(made, **changed)
+
+
+# ---------------------------------------------------------------- a decision stands
+
+
+def test_a_decision_to_draft_for_nobody_stands_for_some_rounds() -> None:
+    rest, running = Rest(), sequences()
+    assert rest.again(running, []) is None
+    rest.decided(a_round(running))
+    for count in range(1, RESTED + 1):
+        running[0].committed_len += 4
+        round_ = rest.again(running, [])
+        assert round_ is not None
+        assert round_.context == 101.5 + count
+        assert rest.rounds == count + 1
+    assert rest.again(running, []) is None
+    rest.decided(a_round(running))
+    assert rest.rounds == 1
+
+
+@pytest.mark.parametrize("change", ["one left", "one came", "another epoch", "a prompt"])
+def test_who_comes_or_goes_is_decided_for_at_once(change: str) -> None:
+    rest, running = Rest(), sequences()
+    rest.decided(a_round(running))
+    after = {
+        "one left": running[1:],
+        "one came": sequences(STREAMS + 1),
+        "another epoch": [*running[1:], SimpleNamespace(key=SequenceKey("s0", 1), committed_len=1)],
+        "a prompt": running,
+    }[change]
+    assert rest.again(after, sequences(1) if change == "a prompt" else []) is None
+    assert rest.again(running, []) is not None
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        {"drafted": True},
+        {"plain": False},
+        {"decision": Decision(BLOCK, probe=True)},
+        {"prompts": sequences(1)},
+    ],
+)
+def test_whatever_goes_on_is_decided_every_round(busy: dict[str, Any]) -> None:
+    rest, running = Rest(), sequences()
+    rest.decided(a_round(running, **busy))
+    assert rest.again(running, []) is None
+
+
+def test_a_wish_that_has_to_last_is_looked_at_every_round() -> None:
+    rest, running = Rest(), sequences()
+    running[2].chosen = 1
+    rest.decided(a_round(running))
+    assert rest.again(running, []) is None
+
+
+# ---------------------------------------------------------------- what rounds were worth
+
+
+class Costs:
+    """Steps of 20 ms and 1 ms a row, whosever rows they are."""
+
+    known = True
+
+    def joined(self, rows: int, _context: float) -> float:
+        return 0.020 + 0.001 * rows
+
+
+def scheduler() -> Scheduler:
+    costs: Any = Costs()
+    return Scheduler(costs, Memory(BLOCK), {}, lambda _: True, Options(verify_length=BLOCK), attach=lambda: None)
+
+
+def took(seconds: float, tokens: int = STREAMS, **others: int) -> Took:
+    return Took(np.zeros(STREAMS, np.int64), tokens, seconds, **others)
+
+
+def test_plain_rounds_beside_another_routers_drafts_say_nothing_of_plain_decoding() -> None:
+    made, running = scheduler(), sequences()
+    for _ in range(20):  # it waits for the other's drafts, and for their rows
+        made.learn(a_round(running), took(0.056, other_rows=10, others=4))
+        made.learn(a_round(running), took(0.056, other_rows=0, others=4))  # or for its step
+    assert made.payoff.plain == 1.0
+    for _ in range(20):
+        made.learn(a_round(running), took(0.056, other_rows=4, others=4))
+    assert 1.9 < made.payoff.plain <= 2.0
+
+
+@pytest.mark.parametrize(("others", "pays"), [({"other_rows": 4, "others": 4}, False), ({}, True)])
+def test_drafts_are_weighed_with_the_other_routers_sequences_that_wait_for_them(
+    others: dict[str, int], *, pays: bool
+) -> None:
+    made, running = scheduler(), sequences()
+    for _ in range(3 * ENOUGH):  # 7 + 4 tokens for 8 in 28 ms, or 7 for 4 in 24
+        made.learn(a_round(running, drafted=True), took(0.040, 7, **others))
+    assert (made.payoff.limit == BLOCK) is pays
