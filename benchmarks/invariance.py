@@ -94,7 +94,7 @@ def main() -> int:
     numerics = pick_numerics("auto", "auto", device, weights=args.weights)
     path = resolve_model(args.model)
     model = load_target(path, dtype=numerics.dtype, device=device, kernels=numerics.kernels)
-    cache = KVCache(model.config, pages=2048, dtype=model.dtype, device=device, prefix_cache=False)
+    cache = KVCache(model.config, pages=2048, dtype=model.kept_dtype, device=device, prefix_cache=False)
     wanted = requests(args.completions, args.tokens, model.config.vocab_size)
     different = differing(VerifyEngine(model, cache), wanted)
     sys.stdout.write(f"{different} of {len(wanted)} completions differ between alone and batches of 2 to 32\n")

@@ -92,7 +92,7 @@ def sample(machine: Machine, step: Callable[[], float], repeats: int) -> dict[st
 
 def verify_steps(args: argparse.Namespace, model: TargetModel, machine: Machine, flops: float) -> list[dict[str, Any]]:
     """One entry for each number of tokens and context."""
-    cache = KVCache(model.config, pages=_PAGES, dtype=model.dtype, device=_CPU)
+    cache = KVCache(model.config, pages=_PAGES, dtype=model.kept_dtype, device=_CPU)
     steps = Rehearsal(VerifyEngine(model, cache), cache)
     entries = []
     for context in args.contexts:

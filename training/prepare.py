@@ -94,7 +94,8 @@ def target_states(plan: RunPlan, manifests: Sequence[Manifest], texts: Sequence[
     hinted = Hinted(config.hint_lengths, config.block_size) if config.hint_lengths else None
     cache: States
     if device.type == "cpu":
-        numerics = f"{own.dtype} {own.kernels.name} {dtype} {device.type}"
+        kept = "" if target.kept_dtype == own.dtype else f" {target.kept_dtype}"
+        numerics = f"{own.dtype} {own.kernels.name}{kept} {dtype} {device.type}"
         cache = StateCaches(list(_caches(plan, manifests, texts, layers, target.config.hidden_size, numerics)))
     else:
         lengths, width = [len(ids) for ids in joined.token_ids], target.config.hidden_size

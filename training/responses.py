@@ -50,7 +50,7 @@ class Responder:
                 f"prompts and responses of {room} tokens are over the model's {target.config.max_context}"
             )
         pages = batch * (-(-room // _PAGE_SIZE) + 1)
-        cache = KVCache(target.config, pages=pages, dtype=target.dtype, device=target.device, prefix_cache=False)
+        cache = KVCache(target.config, pages=pages, dtype=target.kept_dtype, device=target.device, prefix_cache=False)
         self._rows = max(_STEP_ROWS, _ROWS_A_TEXT * batch)
         self._engine = VerifyEngine(target, cache, EngineSettings(max_step_tokens=self._rows))
         self._eos = frozenset(target.config.eos_token_ids)

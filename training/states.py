@@ -195,7 +195,7 @@ class TargetStates:
             self._kv = KVCache(
                 target.config,
                 pages=pages,
-                dtype=target.dtype,
+                dtype=target.kept_dtype,
                 device=target.device,
                 prefix_cache=False,
                 max_step_rows=sum(map(len, ids)),

@@ -153,7 +153,7 @@ class _Watch:
             target.config,
             pages=max((sum(len(text) // _PAGE_SIZE + 3 for text in group) for group in groups), default=1),
             page_size=_PAGE_SIZE,
-            dtype=target.dtype,
+            dtype=target.kept_dtype,
             device=target.device,
             max_step_rows=step_rows,
             prefix_cache=False,

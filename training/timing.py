@@ -118,7 +118,7 @@ def _verifying(
     target: TargetModel, keys: Sequence[SequenceKey], context: int, block: int, steps: int
 ) -> Callable[[], object]:
     limit = context + (steps + 1) * (block + 1)
-    cache = KVCache(target.config, pages=len(keys) * (limit // 16 + 3), dtype=target.dtype, device=target.device)
+    cache = KVCache(target.config, pages=len(keys) * (limit // 16 + 3), dtype=target.kept_dtype, device=target.device)
     engine = VerifyEngine(target, cache)
     ids = _ids(context + block)
     for key in keys:

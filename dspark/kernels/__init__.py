@@ -33,6 +33,7 @@ class Kernels:
     them means.
     `projection` is `linear` for what is not the target's own: float32 weights of a drafter's tap, never rounded.
     `name` is part of the numerics fingerprint; `implementation` is what services choose their own kernels by.
+    `kept` is the dtype of a target's keys and values, None for that of its rows.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Kernels:
     keyed_bits: KeyedBits
     logits: LogitKernels
     repeated: Callable[[], Repeated]
+    kept: torch.dtype | None = None
 
 
 TORCH = Kernels(

@@ -31,10 +31,10 @@ _LEAST_SCORE = float("-inf")
 class AttendArguments(ctypes.Structure):
     """What the compiled attention reads.
 
-    `q` and `out` (rows, kv_heads · group, D) and `storage` (2 · kv_heads, pages · page_size, D) are float32, a head of
-    storage `head_stride` numbers. Row r sees keys `first[r]` … `last[r]`; tile t has rows `begin[t]` … `end[t]` - 1, in
-    order of their positions, and its sequence's page numbers begin at `pages[tables[t]]`; all of these are 64-bit
-    integers.
+    `q` and `out` (rows, kv_heads · group, D) are float32, as is `storage` (2 · kv_heads, pages · page_size, D) unless
+    it was compiled for bfloat16; a head of storage has `head_stride` numbers. Row r sees keys `first[r]` … `last[r]`;
+    tile t has rows `begin[t]` … `end[t]` - 1, in order of their positions, and its sequence's page numbers begin at
+    `pages[tables[t]]`; all of these are 64-bit integers.
     `rooms` has a piece for each thread, for each row of a tile and head of a group `room` numbers: at least the keys
     that a tile sees and 32 more. `next_room` and `next` are 0 at the start.
     """
@@ -50,11 +50,15 @@ class AttendArguments(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What attention is compiled for: query heads of a key/value head, numbers of a head, positions of a page."""
+    """What attention is compiled for: query heads of a key/value head, numbers of a head, positions of a page.
+
+    `rounded`: keys and values are bfloat16.
+    """
 
     group: int
     dim: int
     page_size: int
+    rounded: bool = False
 
 
 @lru_cache(maxsize=8)
@@ -99,8 +103,9 @@ class _Writing:
         self._beside = math.gcd(_KEYS, heads.page_size)
         self._fields = write.fields(AttendArguments)
         given = {name: self._build.load(at) for name, at in self._fields.items()}
-        for name in ("q", "storage", "out", "rooms"):
+        for name in ("q", "out", "rooms"):
             given[name] = write.floats(given[name])
+        given["storage"] = (write.halves if heads.rounded else write.floats)(given["storage"])
         for name in ("first", "last", "begin", "end", "tables", "pages"):
             given[name] = write.integers(given[name])
         given["scale"] = write.rounded(given["scale"])
@@ -164,7 +169,7 @@ class _Writing:
         write, build = self._write, self._build
 
         def add(place: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            keys = [write.load(write.at(at, number(n * self._heads.dim), place)) for n in range(unit)]
+            keys = [write.load_any(write.at(at, number(n * self._heads.dim), place)) for n in range(unit)]
             queries = [write.load(write.at(row.q, number(head * self._heads.dim), place)) for head in part]
             pairs = ((query, one) for query in queries for one in keys)
             return [write.fma(*pair, total) for pair, total in zip(pairs, sums, strict=True)]
@@ -256,7 +261,7 @@ class _Writing:
 
         def add(key: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             row = write.at(at, write.times(key, self._heads.dim))
-            values = [write.load(write.at(row, number(n * write.lanes))) for n in range(wide)]
+            values = [write.load_any(write.at(row, number(n * write.lanes))) for n in range(wide)]
             weights = [write.broadcast(build.load(write.at(own, key))) for own in scores]
             pairs = ((weight, value) for weight in weights for value in values)
             return [write.fma(*pair, total) for pair, total in zip(pairs, sums, strict=True)]

@@ -94,19 +94,23 @@ def plan_attention(
 def paged_attention(
     q: torch.Tensor, storage: torch.Tensor, plan: RowPlan | AttentionPlan, scale: float
 ) -> torch.Tensor:
-    """As `attention.paged_attention`."""
+    """As `attention.paged_attention`; `storage` may be bfloat16 where `q` is float32."""
     if isinstance(plan, AttentionPlan):
         return plain.paged_attention(q, storage, plan, scale)
     count, heads, dim = q.shape
     out = q.new_empty(count, heads * dim)
-    function = attend_llvm.compiled(Heads(heads // (len(storage) // 2), dim, plan.page_size))
+    rounded = storage.dtype == torch.bfloat16
+    function = attend_llvm.compiled(Heads(heads // (len(storage) // 2), dim, plan.page_size, rounded))
     attend(function, q.contiguous(), storage, plan.rows, scale, out)
     return out
 
 
 def attend(function: int, q: torch.Tensor, storage: torch.Tensor, rows: Rows, scale: float, out: torch.Tensor) -> None:
-    """Fill `out` (rows, heads · D) by a compiled attention; q and out are contiguous, storage inside a head."""
-    assert q.dtype == storage.dtype == out.dtype == torch.float32
+    """Fill `out` (rows, heads · D) by a compiled attention; q and out are contiguous, storage inside a head.
+
+    `storage` is of the numbers that the attention was compiled for.
+    """
+    assert q.dtype == out.dtype == torch.float32
     tensors = q, storage, out, rows.first, rows.last, rows.begin, rows.end, rows.tables, rows.pages
     sizes = len(rows.begin), len(storage) // 2, storage.stride(0)
     rooms = rows.rooms.data_ptr(), rows.rooms.shape[3], rows.rooms.stride(0)

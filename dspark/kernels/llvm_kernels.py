@@ -1,12 +1,15 @@
 """The kernels that are compiled for a CPU.
 
 Layers of models in bfloat16, and what these kernels leave out, are torch's. Noise and sampling are compiled for those,
-too. `ROUNDED` and `INT8` multiply bfloat16 and bytes in models whose tensors are float32, where the processor does.
+too. `ROUNDED` and `INT8` multiply bfloat16 and bytes in models whose tensors are float32, where the processor does, and
+keep keys and values in bfloat16: an attention of few rows takes as long as reading them.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+
+import torch
 
 from dspark.kernels import TORCH, linear_int8
 from dspark.kernels.attention_llvm import paged_attention, plan_attention
@@ -36,9 +39,8 @@ LLVM = replace(
     logits=LLVM_LOGITS,
     repeated=Programs,
 )
-ROUNDED = replace(LLVM, name="llvm-bfloat16", linear=rounded_linear, gated=rounded_gated)
-
-INT8 = replace(LLVM, name="llvm-int8", linear=linear_int8.linear, gated=linear_int8.gated)
+ROUNDED = replace(LLVM, name="llvm-bfloat16", linear=rounded_linear, gated=rounded_gated, kept=torch.bfloat16)
+INT8 = replace(LLVM, name="llvm-int8", linear=linear_int8.linear, gated=linear_int8.gated, kept=torch.bfloat16)
 
 
 def multiplies_bfloat16() -> bool:

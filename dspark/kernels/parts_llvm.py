@@ -17,6 +17,7 @@ from llvmlite import binding, ir
 __all__ = [
     "DOUBLE",
     "FLOAT",
+    "HALF",
     "INT",
     "INT32",
     "Code",
@@ -28,7 +29,7 @@ __all__ = [
     "number",
 ]
 
-DOUBLE, FLOAT, INT, INT32 = ir.DoubleType(), ir.FloatType(), ir.IntType(64), ir.IntType(32)
+DOUBLE, FLOAT, INT, INT32, HALF = ir.DoubleType(), ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _EXPONENTS = -87.3, 88.0  # of e; beyond, the result would not be a normal number
@@ -93,6 +94,7 @@ class Writer:
         self.build = ir.IRBuilder(function.append_basic_block())
         self.vector = ir.VectorType(FLOAT, lanes)
         self.zero = ir.Constant(self.vector, None)
+        self._words = ir.VectorType(INT32, lanes)
 
     # ---- arguments and memory
 
@@ -104,6 +106,10 @@ class Writer:
     def floats(self, address: ir.Value) -> ir.Value:
         """A pointer to float32s, from a field."""
         return self.build.inttoptr(address, FLOAT.as_pointer())
+
+    def halves(self, address: ir.Value) -> ir.Value:
+        """A pointer to bfloat16s, from a field."""
+        return self.build.inttoptr(address, HALF.as_pointer())
 
     def integers(self, address: ir.Value) -> ir.Value:
         """A pointer to 64-bit integers, from a field."""
@@ -131,6 +137,26 @@ class Writer:
     def store(self, value: ir.Value, pointer: ir.Value) -> None:
         """A vector, to where a float32 may lie."""
         self.build.store(value, self.build.bitcast(pointer, value.type.as_pointer()), align=4)
+
+    def load_any(self, pointer: ir.Value) -> ir.Value:
+        """A vector, from where float32s or bfloat16s lie."""
+        if pointer.type.pointee != HALF:
+            return self.load(pointer)
+        halves = ir.VectorType(HALF, self.lanes)
+        bits = self.build.load(self.build.bitcast(pointer, halves.as_pointer()), align=2)
+        return self.build.bitcast(self.build.shl(self.build.zext(bits, self._words), self._all(16)), self.vector)
+
+    def store_any(self, value: ir.Value, pointer: ir.Value) -> None:
+        """A vector, to where float32s or bfloat16s lie: rounded to the nearest, ties to even; NaN stays one."""
+        if pointer.type.pointee != HALF:
+            self.store(value, pointer)
+            return
+        build, bits = self.build, self.build.bitcast(value, self._words)
+        odd = build.and_(build.lshr(bits, self._all(16)), self._all(1))
+        nearest = build.add(bits, build.add(odd, self._all(0x7FFF)))
+        bits = build.select(build.fcmp_unordered("uno", value, value), build.or_(bits, self._all(1 << 22)), nearest)
+        halves = build.trunc(build.lshr(bits, self._all(16)), ir.VectorType(HALF, self.lanes))
+        build.store(halves, build.bitcast(pointer, halves.type.as_pointer()), align=2)
 
     def prefetch(self, pointer: ir.Value, ahead: int) -> None:
         """Ask for what lies `ahead` bytes behind a pointer; that may be nobody's."""
@@ -224,6 +250,9 @@ class Writer:
         module, full = self.function.module, f"llvm.{name}"
         whole = ir.FunctionType(kind, [argument.type for argument in arguments])
         return self.build.call(module.globals.get(full) or ir.Function(module, whole, full), arguments)
+
+    def _all(self, value: int) -> ir.Constant:
+        return ir.Constant(self._words, [value] * self.lanes)
 
     def _call(self, name: str, *arguments: ir.Value) -> ir.Value:
         return self.call(f"{name}.v{self.lanes}f32", self.vector, *arguments)

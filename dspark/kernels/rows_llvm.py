@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from dspark.kernels.parts_llvm import FLOAT, INT, INT32, Code, Writer, compile_module, host_lanes, kernel, number
+from dspark.kernels.parts_llvm import FLOAT, HALF, INT, INT32, Code, Writer, compile_module, host_lanes, kernel, number
 
 __all__ = ["ActivationArguments", "CodeArguments", "NormArguments", "RotaryArguments", "compiled"]
 
@@ -37,11 +37,11 @@ class NormArguments(ctypes.Structure):
 
 
 class RotaryArguments(ctypes.Structure):
-    """Of `norm_rotary_write`.
+    """Of `norm_rotary_write` and `norm_rotary_round`.
 
     `qkv` (rows, heads + 2 · kv_heads, size), `weight` (heads + kv_heads, size), `cos` and `sin` (rows, size / 2), `q`
-    (rows, heads, size), all float32; a head of `storage` is `head_stride` float32s, rows go to its `slots`, 64-bit
-    integers.
+    (rows, heads, size), all float32; a head of `storage` is `head_stride` float32s, or bfloat16s, rows go to its
+    `slots`, 64-bit integers.
     """
 
     _fields_ = [
@@ -94,7 +94,8 @@ def compiled(lanes: int | None = None) -> Code:
         "add_norm": lambda write: _write_norm(write, summed=True, normed=False),
         "add_normed_norm": lambda write: _write_norm(write, summed=True, normed=True),
         "norm_rotary": _write_turned,
-        "norm_rotary_write": _write_rotary,
+        "norm_rotary_write": lambda write: _write_rotary(write, rounded=False),
+        "norm_rotary_round": lambda write: _write_rotary(write, rounded=True),
         "codes": _write_codes,
         "gelu_tanh": lambda write: _write_activation(write, _gelu_tanh),
         "silu": lambda write: _write_activation(write, _silu),
@@ -187,9 +188,11 @@ def _write_codes(write: Writer) -> None:
             write.store(build.trunc(whole, bytes_), write.at(out, place))
 
 
-def _write_rotary(write: Writer) -> None:
+def _write_rotary(write: Writer, *, rounded: bool) -> None:
     """Norm and rotation of queries and keys; queries to `q`, keys and values to their pages."""
     given, build = _given(write, RotaryArguments), write.build
+    if rounded:
+        given["storage"] = build.bitcast(given["storage"], HALF.as_pointer())
     size, heads, kv_heads = given["size"], given["heads"], given["kv_heads"]
     turned = build.add(heads, kv_heads)
     width = build.mul(build.add(turned, kv_heads), size)
@@ -209,7 +212,7 @@ def _write_rotary(write: Writer) -> None:
             to = write.at(page, build.mul(build.sub(head, heads), given["head_stride"]))
             value = write.at(source, build.mul(head, size))
             with write.counting(number(0), size, write.lanes) as place:
-                write.store(write.load(write.at(value, place)), write.at(to, place))
+                write.store_any(write.load(write.at(value, place)), write.at(to, place))
 
 
 def _write_turned(write: Writer) -> None:
@@ -246,8 +249,8 @@ def _turn(
         behind = build.add(place, half)
         low, high = normed(place), normed(behind)
         cos, sin = (write.load(write.at(angle, place)) for angle in angles)
-        write.store(build.fsub(build.fmul(low, cos), build.fmul(high, sin)), write.at(to, place))
-        write.store(build.fadd(build.fmul(high, cos), build.fmul(low, sin)), write.at(to, behind))
+        write.store_any(build.fsub(build.fmul(low, cos), build.fmul(high, sin)), write.at(to, place))
+        write.store_any(build.fadd(build.fmul(high, cos), build.fmul(low, sin)), write.at(to, behind))
 
 
 def _write_activation(write: Writer, activation: Callable[[Writer, ir.Value], ir.Value]) -> None:

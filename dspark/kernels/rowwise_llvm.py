@@ -17,6 +17,7 @@ from dspark.kernels.rows_llvm import ActivationArguments, CodeArguments, NormArg
 
 __all__ = ["activated", "add_norm", "codes", "norm_rotary", "norm_rotary_write", "rms_norm"]
 
+_STORED = {torch.float32: "norm_rotary_write", torch.bfloat16: "norm_rotary_round"}
 _ALONE = 1 << 14  # numbers that one thread has done before a team would begin
 
 
@@ -70,17 +71,18 @@ def norm_rotary_write(
     storage: torch.Tensor,
     plan: Any,
 ) -> torch.Tensor:
-    """As `fused.norm_rotary_write`."""
+    """As `fused.norm_rotary_write`; `storage` may be bfloat16 as well, to which keys and values are rounded."""
     if qkv.dtype != torch.float32:
         return fused.norm_rotary_write(qkv, weight, eps, cos, sin, storage, plan)
-    assert storage.dtype == weight.dtype == cos.dtype == sin.dtype == torch.float32
+    assert weight.dtype == cos.dtype == sin.dtype == torch.float32
+    assert storage.dtype in _STORED
     rows, _, size = qkv.shape
     kv_heads = storage.shape[0] // 2
     heads = len(weight) - kv_heads
     qkv, q = qkv.contiguous(), qkv.new_empty(rows, heads, size)
     addresses = (t.data_ptr() for t in (qkv, weight, cos, sin, q, storage, plan.slots))
     sizes = heads, kv_heads, size, storage.stride(0)
-    _run("norm_rotary_write", size // 2, RotaryArguments, *addresses, *sizes, eps, rows=rows, width=qkv[0].numel())
+    _run(_STORED[storage.dtype], size // 2, RotaryArguments, *addresses, *sizes, eps, rows=rows, width=qkv[0].numel())
     return q
 
 

@@ -100,6 +100,11 @@ class TargetModel:
         self._repeat = kernels.repeated()
         self._rotary = {kind: RotaryTable(config.rope[kind], config.head_dim, device) for kind in config.layer_types}
 
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of the keys and values that these layers write and read."""
+        return self.kernels.kept or self.dtype
+
     @cached_property
     def head_weight(self) -> torch.Tensor:
         """The output head (vocab, d) in the model's dtype, unpacked; serving does not need it."""
@@ -115,7 +120,9 @@ class TargetModel:
         """Run all layers over a batch and write its keys and values into the cache.
 
         Layer id l in `capture` is the output of decoder layer l (0-based, the residual stream), -1 the embedding's.
+        The cache is one of `kept_dtype`: in another, layers would compute other numbers than their fingerprint says.
         """
+        assert cache.dtype == self.kept_dtype
         x, wanted = self.embed_tokens(batch.token_ids), sorted(capture)
         hidden, *captured = self._repeat(
             partial(self._layers, cache=cache, capture=wanted), x, self._steps(batch), (cache.identity, *wanted)

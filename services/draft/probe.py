@@ -85,7 +85,7 @@ def _run_target(target: TargetModel, drafter: Drafter, prompt: Sequence[int]) ->
     layers = drafter.config.target_layer_ids
     pages = -(-(len(prompt) + 1) // _PAGE) + 1
     cache = KVCache(
-        target.config, pages=pages, page_size=_PAGE, dtype=target.dtype, device=target.device, max_step_rows=_PIECE
+        target.config, pages=pages, page_size=_PAGE, dtype=target.kept_dtype, device=target.device, max_step_rows=_PIECE
     )
     sequence = cache.open(prompt, len(prompt) + 1)
     features = []

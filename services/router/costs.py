@@ -1,8 +1,8 @@
 """What a round with one verify worker costs as the router lives it: the engines' own seconds, and what lies between.
 
 A round's time is T_verify(rows) + hop + T_draft(requests) + hop. The engines' parts come from their profiles, refined
-by the steps this router saw; a hop is what a call took beyond its engine's part: transport, queueing, waiting for
-features. Whether that time is well spent is the scheduler's question.
+by the steps this router saw; a hop is what a call took beyond its engine's part: transport, waiting for features, not
+a step's wait for those of other routers. Whether that time is well spent is the scheduler's question.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where nobody is drafted for, a decision stands for some rounds of the same sequences: deciding takes time as well.
 
 A few tenths of a millisecond a round, on cores that a verify worker shares, are worth more than to hear the same answer
-again. Whatever may change the answer ends the rest at once: a sequence that comes or goes, or a prompt. Decides nothing
-itself; those who count rounds are told how many went by.
+again. A sequence that comes or goes, or a prompt, ends the rest at once; drafters, costs and other routers' loads are
+looked at again with the next decision. Decides nothing itself; those who count rounds are told how many went by.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Rest:
     def again(self, running: Sequence[Running], prompts: Sequence[Running]) -> Round | None:
         """The next round, as decided before; None where it is to be decided."""
         stands = self._stands
-        if stands is None or prompts or self.rounds > RESTED or [s.key for s in running] != stands.keys:
+        if not running or stands is None or prompts or self.rounds > RESTED or [s.key for s in running] != stands.keys:
             return None
         self.rounds += 1
         return replace(stands, context=sum(s.committed_len for s in running) / len(running))
@@ -36,7 +36,7 @@ class Rest:
     def decided(self, round_: Round) -> None:
         """What was decided anew: it stands if it was that nothing is to be done, for nobody."""
         probe = round_.decision is not None and round_.decision.probe
-        idle = round_.plain and not probe and not round_.prompts
+        idle = bool(round_.running) and round_.plain and not probe and not round_.prompts
         wanted = bool(round_.asked.any()) or any(s.chosen for s in round_.running)
         self._stands = round_ if idle and not wanted else None
         self.rounds = 1

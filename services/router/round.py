@@ -138,7 +138,7 @@ class Took:
     Attributes:
         matched: (R,) draft tokens accepted, before anything cut them; -1 for a sequence without a verdict.
         tokens: emitted in all.
-        seconds: of the whole round, deciding included.
+        seconds: of the whole round, deciding included, without those behind other routers' steps.
         other_rows: that other routers had in the step.
         others: sequences of theirs on the worker.
     """

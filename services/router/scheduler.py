@@ -302,7 +302,9 @@ class Scheduler:
         rows = judged + int(round_.outcome.verify.sum())
         self._yield += (took.tokens / rows - self._yield) / 16
         drafted = bool((round_.drafting & round_.scheduled).any())
-        plain = round_.plain and took.other_rows == took.others  # nor do others draft
+        if took.other_rows > took.others * (1 + round_.before.shape[1]):
+            return  # others' prompts, beside which neither drafts nor plain decoding show what they take
+        plain = round_.plain and took.other_rows in (0, took.others)  # nor do others draft
         if round_.decision is not None and self.costs.known and (drafted or plain):
             self._payoffs.of(round_.decision).observe(
                 round_.decision,

@@ -108,7 +108,9 @@ class Rounds:
         _later(self._owner.publish, news)  # before anything that may fail: what is committed must reach its client
         self._count(cohort, result, news, counts)
         gained = sum(accepted + 1 for _, accepted in counts)
-        return Took(matched, gained, time.perf_counter() - began, result.other_tokens, cohort.link.others)
+        apart = result.queue_seconds if not result.other_tokens else 0.0  # behind a step of others, whose tokens it had
+        seconds = time.perf_counter() - began - apart
+        return Took(matched, gained, seconds, result.other_tokens, cohort.link.others)
 
     def _accept(self, entry: Entry, verdict: Verdict, token: int) -> Published:
         """Commits accepted drafts and the token after them, as far as the request goes."""

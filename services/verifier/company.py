@@ -64,7 +64,7 @@ class _Caller:
             return
         self.gain = 0.0
         self.pause = min(LONGEST_PAUSE, 1 << self.failures) + 1
-        self.failures += 1
+        self.failures = min(self.failures + 1, LONGEST_PAUSE.bit_length())
 
 
 class Company:
@@ -84,10 +84,16 @@ class Company:
 
     def answered(self, caller: object, now: float) -> None:
         """The caller has the verdicts of one of its steps."""
-        known = self._callers[caller]
+        known = self._callers.get(caller)
+        if known is None:
+            return  # it has left
         known.pending -= 1
         known.answered_at = None if known.pending else now
         known.alone = True
+
+    def left(self, caller: object) -> None:
+        """The caller comes back no more."""
+        self._callers.pop(caller, None)
 
     def runs(self, now: float) -> None:
         """A step runs, without whoever is absent."""

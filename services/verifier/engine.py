@@ -138,12 +138,16 @@ class VerifyEngine:
         return self._learn(computed, result)
 
     def saved(self, one: tuple[int, float], other: tuple[int, float]) -> float:
-        """Seconds that a step of both takes less than one of each, rows and context; 0 where costs are not known."""
+        """Seconds that a step of both takes less than one of each, rows and context; 0 where costs are not known.
+
+        At most what the shorter of the two takes, whatever costs beyond what was measured say.
+        """
         if self.costs is None:
             return 0.0
         (rows, context), (others, far) = one, other
         joined = self.costs.predict(rows + others, (rows * context + others * far) / max(1, rows + others))
-        return max(0.0, self.costs.predict(rows, context) + self.costs.predict(others, far) - joined)
+        apart = self.costs.predict(rows, context), self.costs.predict(others, far)
+        return min(max(0.0, sum(apart) - joined), *apart)
 
     def publish(self) -> None:
         """Compute features of all that was committed since, held or not, and send them to subscribers."""

@@ -59,6 +59,7 @@ class RouterSession:
         """Close what is still open. Idempotent."""
         if not self._ended:
             self._ended = True
+            self._engine.leave(self)
             self._engine.submit(self._close_all)
 
     def _start(self, request: pb.VerifierRequest) -> Future[Any]:

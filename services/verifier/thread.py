@@ -1,8 +1,8 @@
 """The one thread that may touch the engine, and the queue in front of it. Knows when to run what, not what it does.
 
 Calls run in the order in which they came. Steps that wait next to each other (of several routers) run as one, since
-a forward over all their rows costs less than one each and no row depends on its company; while nothing but steps
-waits, they wait for another router's where that pays (`company.py`). While nothing waits at all, the engine's
+a forward over all their rows costs less than one each and no row depends on its company; they wait for another
+router's where that pays (`company.py`), overtaken by calls that are no steps. While nothing waits, the engine's
 background work runs piece by piece; between two steps there is at most one piece.
 """
 
@@ -93,6 +93,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._stopping = False
         self._busy = 0  # calls since background work last ran
+        self._since: float | None = None  # when the steps that wait could have run
         self.failed = False
         """The thread has ended without being told to."""
         self._executor = executor or ThreadPoolExecutor(1, "engine")
@@ -117,6 +118,12 @@ class EngineThread:
     def step(self, items: Sequence[StepItem], caller: object = None) -> Future[StepResult]:
         """Queue a step. `caller`: who sends one after another, so that others' steps may wait for it; None: nobody."""
         return self._queue(_Call(items=tuple(items), caller=caller))
+
+    def leave(self, caller: object) -> None:
+        """No more steps come from this caller."""
+        with self._wake:
+            self._company.left(caller)
+            self._wake.notify_all()
 
     async def call(self, function: Callable[[], T]) -> T:
         """`submit`, awaited."""
@@ -176,29 +183,60 @@ class EngineThread:
             self._guard(self.engine.run_background)
 
     def _next(self) -> list[_Call]:
-        """The first call, off the queue, with the steps that run together with it; none at the end."""
-        if self._calls[0].items is not None:
-            self._await_company()
-            if self._stopping:
-                return []
+        """What runs now, off the queue: a call, or steps that run together. None at the end."""
+        first = self._calls[0]
+        if first.items is not None:
+            first = self._await_company() or self._between() or first
+        if self._stopping:
+            return []
+        group = [first] if first.items is None else self._group()
+        for call in group:
+            self._calls.remove(call)
+        if first.items is not None:
+            self._since = None
             self._company.runs(time.perf_counter())
-        return [self._calls.popleft() for _ in self._group()]
+        return group
 
-    def _await_company(self) -> None:
-        """Returns once the steps that wait are to run: more that could join them is not worth waiting for."""
-        since = now = time.perf_counter()
-        while not self._stopping and all(call.items is not None for call in self._calls):
-            group = self._group()
-            until = self._company.worth(_load(group), since, now) if len(group) == len(self._calls) else now
+    def _await_company(self) -> _Call | None:
+        """Returns once the steps that wait are to run, or with a call that need not wait with them."""
+        now = time.perf_counter()
+        self._since = now if self._since is None else self._since
+        while not self._stopping and not self.engine.has_background_work:
+            until = self._until(self._since, now)
             if until <= now:
-                return
+                return None
+            for call in self._calls:
+                if call.items is None:
+                    return call
             self._wake.wait(until - now)
             now = time.perf_counter()
+        return None
+
+    def _until(self, since: float, now: float) -> float:
+        """Until when the steps that wait go on waiting: `now` where there are some that do not fit together."""
+        group = self._group()
+        if len(group) < sum(call.items is not None for call in self._calls):
+            return now
+        try:
+            return self._company.worth(_load(group), since, now)
+        except Exception:  # noqa: BLE001 - the thread must outlive any fault in it
+            _log.exception("no company was sought")
+            return now
+
+    def _between(self) -> _Call | None:
+        """The first call, no step, that one of the steps to run came after: it runs before them."""
+        last = self._group()[-1]
+        for call in self._calls:
+            if call is last or call.items is None:
+                return None if call is last else call
+        return None
 
     def _group(self) -> list[_Call]:
-        """The first call that waits and the steps behind it that run together with it."""
+        """The first step that waits and those behind it that run together with it, up to one that does not fit."""
         taken: list[_Call] = []
         for call in self._calls:
+            if call.items is None:
+                continue
             if taken and not self._joins(taken, call):
                 break
             taken.append(call)
@@ -206,8 +244,6 @@ class EngineThread:
 
     def _joins(self, taken: Sequence[_Call], other: _Call) -> bool:
         """Whether a waiting step fits into one forward with those taken: no sequence twice, not too many rows."""
-        if taken[0].items is None or other.items is None:
-            return False
         rows = other.rows + sum(call.rows for call in taken)
         fits = rows <= self.engine.settings.max_step_tokens
         return fits and all(other.sequences.isdisjoint(call.sequences) for call in taken)
@@ -266,7 +302,8 @@ class EngineThread:
 
 
 def _load(calls: Sequence[_Call]) -> Load:
-    return sum(call.rows for call in calls), sum(call.context for call in calls) / len(calls)
+    rows = sum(call.rows for call in calls)
+    return rows, sum(call.rows * call.context for call in calls) / max(1, rows)
 
 
 def _fail(call: _Call, error: DSparkError) -> None:

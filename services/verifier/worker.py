@@ -112,7 +112,7 @@ def prepare(settings: Settings, path: Path) -> tuple[VerifyEngine, dict[str, byt
             model.config,
             pages=settings.pages,
             page_size=settings.page_size,
-            dtype=numerics.dtype,
+            dtype=model.kept_dtype,
             device=device,
             max_step_rows=settings.max_step_tokens,
             prefix_cache=settings.prefix_cache,

@@ -115,7 +115,7 @@ class Router:
 def expected(target: TargetModel, drafter: Drafter, ids: Sequence[int]) -> Proposal:
     """The block behind these committed ids, everything computed afresh and in one piece."""
     context, layers = ids[:-1], drafter.config.target_layer_ids
-    cache = KVCache(target.config, pages=32, dtype=torch.float32, device=CPU, max_step_rows=256)
+    cache = KVCache(target.config, pages=32, dtype=target.kept_dtype, device=CPU, max_step_rows=256)
     batch = RaggedBatch.build([(cache.open(context, 200), context, 0)])
     captured = target.forward(batch, cache, capture=frozenset(layers)).captured
     features = drafter.features(torch.stack([captured[layer] for layer in layers], 1)).bfloat16()

@@ -37,7 +37,7 @@ class Decoder:
     """A target with its drafter."""
 
     def __init__(self, target: TargetModel, drafter: Drafter, *, draft_top_k: int = 64) -> None:
-        cache = KVCache(target.config, pages=256, dtype=target.dtype, device=target.device)
+        cache = KVCache(target.config, pages=256, dtype=target.kept_dtype, device=target.device)
         self._verifier = VerifyEngine(target, cache)
         self._verifier.register_tap(drafter.tap, drafter.tap_tensors())
         self._drafts = DraftEngine(

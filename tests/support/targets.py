@@ -1,7 +1,7 @@
 """Running a target model in tests: load it, feed it sequences in pieces, alone or together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +14,16 @@ from dspark.models.target import TargetModel, load_target
 CPU = torch.device("cpu")
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> TargetModel:
-    return load_target(path, dtype=dtype, device=CPU, kernels=select_kernels(kernels, CPU))
+def load(
+    path: Path, dtype: torch.dtype = torch.float32, kernels: str = "auto", kept: torch.dtype | None = None
+) -> TargetModel:
+    """`kept`: of keys and values, where compiled kernels are to have others than float32."""
+    own = select_kernels(kernels, CPU)
+    return load_target(path, dtype=dtype, device=CPU, kernels=replace(own, kept=kept) if kept else own)
 
 
 def new_cache(model: TargetModel, pages: int = 256, **settings: int | bool) -> KVCache:
-    return KVCache(model.config, pages=pages, dtype=model.dtype, device=CPU, **settings)  # type: ignore[arg-type]
+    return KVCache(model.config, pages=pages, dtype=model.kept_dtype, device=CPU, **settings)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -29,7 +29,7 @@ def make_engine(
     cache = KVCache(
         model.config,
         pages=pages,
-        dtype=dtype,
+        dtype=model.kept_dtype,
         device=CPU,
         max_step_rows=own.max_step_tokens,
         prefix_cache=prefix_cache,

@@ -33,7 +33,7 @@ def test_responses_are_the_targets(target: TargetModel, data_set: Path) -> None:
         assert texts.temperatures[row] == 0
         assert tuple(ids[:first]) == make_prompts(48)[row].token_ids
         assert len(ids) - first == MAX_NEW or ids[-1] == 1
-        cache = KVCache(target.config, pages=16, dtype=target.dtype, device=target.device)
+        cache = KVCache(target.config, pages=16, dtype=target.kept_dtype, device=target.device)
         place = cache.open(ids, len(ids) + 1)
         hidden = target.forward(RaggedBatch.build([(place, ids, 0)]), cache).hidden
         chosen = target.logits(hidden)[first - 1 : -1].argmax(-1)

@@ -32,7 +32,7 @@ def test_batch_holds_the_targets_states(target: TargetModel, data_set: Path) -> 
     batch = TargetStates(texts, target, LAYERS).batch([3, 0, 17])
     for row, text in enumerate([3, 0, 17]):
         ids = texts.token_ids[text].tolist()
-        cache = KVCache(target.config, pages=16, dtype=target.dtype, device=target.device)
+        cache = KVCache(target.config, pages=16, dtype=target.kept_dtype, device=target.device)
         place = cache.open(ids, len(ids) + 1)
         forward = target.forward(RaggedBatch.build([(place, ids, 0)]), cache, capture=frozenset(LAYERS))
         captured = torch.stack([forward.captured[layer] for layer in LAYERS], 1)

@@ -149,9 +149,9 @@ class Payoff:
         Args:
             decision: what it was decided to be.
             drafted: whether any request that goes by this was drafted for.
-            tokens: that it emitted.
-            seconds: that it took, with its drafting as far as nothing hid it.
-            plain_tokens: that plain decoding would have emitted: one a running request.
+            tokens: that it emitted, those of other routers in its step included.
+            seconds: that it took as a whole.
+            plain_tokens: that plain decoding would have emitted: one a sequence, others' in the step included.
             plain_seconds: T of the rows without drafts, by the costs.
         """
         if min(tokens, seconds, plain_tokens, plain_seconds) <= 0:

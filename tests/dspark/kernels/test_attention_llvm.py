@@ -30,14 +30,15 @@ SHAPES = [
 ]
 
 
-def filled(pages: Pages, window: int | None, lanes: int | None = None) -> torch.Tensor:
+def filled(pages: Pages, window: int | None, lanes: int | None = None, *, rounded: bool = False) -> torch.Tensor:
     """Attention into memory that reads as NaN, over pages whose unwritten places do too."""
     plan = pages.plan(LLVM, window, CPU)
     assert isinstance(plan, RowPlan)
     plan.rows.rooms.fill_(torch.nan)
     out = torch.full((len(pages.q), pages.heads * pages.dim), torch.nan)
-    function = attend_llvm.compiled(Heads(pages.heads // pages.kv_heads, pages.dim, PAGE), lanes)
-    attention_llvm.attend(function, pages.q, unwritten(pages), plan.rows, float(pages.dim**-0.5), out)
+    function = attend_llvm.compiled(Heads(pages.heads // pages.kv_heads, pages.dim, PAGE, rounded), lanes)
+    storage = unwritten(pages).to(torch.bfloat16 if rounded else torch.float32)
+    attention_llvm.attend(function, pages.q, storage, plan.rows, float(pages.dim**-0.5), out)
     return out
 
 
@@ -59,6 +60,19 @@ def test_equal_to_torch(heads: int, kv_heads: int, dim: int, window: int | None)
         torch.testing.assert_close(filled(pages, window, lanes), expected, atol=2e-6, rtol=1e-5)
     assert torch.equal(filled(pages, window), pages.attend(LLVM, window))
     assert torch.equal(pages.plan(LLVM, window, CPU).slots, pages.plan(TORCH, window, CPU).slots)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), SHAPES)
+def test_keys_and_values_in_bfloat16_are_read_as_they_are(
+    heads: int, kv_heads: int, dim: int, window: int | None
+) -> None:
+    pages = Pages(LENGTHS, heads, kv_heads, dim, torch.float32)
+    pages.storage = pages.storage.bfloat16().float()
+    for lanes in (None, 16, 4):
+        assert torch.equal(filled(pages, window, lanes, rounded=True), filled(pages, window, lanes))
+    expected = pages.attend(LLVM, window)
+    pages.storage = pages.storage.bfloat16()
+    assert torch.equal(pages.attend(LLVM, window), expected)
 
 
 @pytest.mark.parametrize("window", [None, 100])

@@ -47,16 +47,13 @@ class Counting(Programs):
 class Twins:
     """A model that repeats and one that does not, over the same sequences. `wanted` is what a step captures."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kept: torch.dtype | None = None) -> None:
         self.programs = Counting()
-        self.models = [self._load(path, kernels) for kernels in (self._own, replace(LLVM, repeated=AtOnce))]
+        kernels = (replace(LLVM, kept=kept, repeated=repeated) for repeated in (lambda: self.programs, AtOnce))
+        self.models = [self._load(path, own) for own in kernels]
         self.caches = [self._cache(model) for model in self.models]
         self.sequences = [[cache.open([2] * 40, 2000) for _ in range(3)] for cache in self.caches]
         self.lengths = [0, 0, 0]
-
-    @property
-    def _own(self) -> Any:
-        return replace(LLVM, repeated=lambda: self.programs)
 
     @staticmethod
     def _load(path: Path, kernels: Any) -> TargetModel:
@@ -64,7 +61,7 @@ class Twins:
 
     @staticmethod
     def _cache(model: TargetModel) -> KVCache:
-        return KVCache(model.config, pages=400, dtype=torch.float32, device=CPU, prefix_cache=False)
+        return KVCache(model.config, pages=400, dtype=model.kept_dtype, device=CPU, prefix_cache=False)
 
     def step(self, items: Sequence[tuple[int, Sequence[int]]], capture: frozenset[int] = CAPTURE) -> None:
         """Rows of some sequences, by number; fails where the two differ in a bit."""
@@ -91,9 +88,10 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny.save_qwen3(tmp_path, num_hidden_layers=5, num_attention_heads=2, **changes)
 
 
-@pytest.fixture
-def twins(path: Path) -> Twins:
-    return Twins(path)
+@pytest.fixture(params=[None, torch.bfloat16], ids=["float32", "bfloat16"])
+def twins(path: Path, request: pytest.FixtureRequest) -> Twins:
+    """Over keys and values of either kind."""
+    return Twins(path, request.param)
 
 
 @pytest.fixture

@@ -83,6 +83,23 @@ def test_keys_and_values_go_to_their_pages(heads: int, kv_heads: int, dim: int) 
     assert torch.equal(found[kv_heads:], expected[kv_heads:])  # values are copied as they are
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 1, 256), (5, 2, 20), (1, 1, 14)])
+def test_keys_and_values_are_rounded_to_pages_in_bfloat16(heads: int, kv_heads: int, dim: int) -> None:
+    pages = Pages(((0, 1), (15, 18), (64, 3)), heads * kv_heads, kv_heads, dim, torch.float32)
+    rows = len(pages.q)
+    qkv, w = wild(rows, (heads + 2) * kv_heads, dim), randn((heads + 1) * kv_heads, dim)
+    odd = torch.tensor(
+        [0.0, -0.0, 1e-40, 3.4e38, torch.inf, -torch.inf, torch.nan, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-9]
+    )
+    qkv[0, -1, : len(odd)] = odd  # a value's: halfway cases, and what rounds to infinity
+    angle = randn(rows, 1, dim // 2)
+    turn, plan = (angle.cos(), angle.sin()), pages.plan(LLVM, None, CPU)
+    exact, found = pages.storage.clone(), pages.storage.bfloat16()
+    q = LLVM.norm_rotary_write(qkv, w, EPS, *turn, exact, plan)
+    assert torch.equal(LLVM.norm_rotary_write(qkv, w, EPS, *turn, found, plan), q)
+    torch.testing.assert_close(found, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("activation", ["gelu_tanh", "silu"])
 def test_activations_of_all_sizes(activation: str) -> None:
     gate = torch.cat(

@@ -11,6 +11,7 @@ import torch
 from support import tiny
 from support.targets import Piece, load, new_cache, prefill, random_ids, step
 
+from dspark.kernels import team
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import TargetModel
 
@@ -31,16 +32,24 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    value: torch.dtype = request.param
-    return value
+@pytest.fixture(params=["bfloat16", "float32", "float32 over bfloat16"])
+def numbers(request: pytest.FixtureRequest) -> tuple[torch.dtype, torch.dtype | None]:
+    """Of rows, and of keys and values where these are others."""
+    if request.param == "bfloat16":
+        return torch.bfloat16, None
+    if request.param == "float32":
+        return torch.float32, None
+    if not team.available():
+        pytest.skip("this torch has no OpenMP that can be called")
+    return torch.float32, torch.bfloat16
 
 
 @pytest.fixture(params=list(SHAPES))
-def model(request: pytest.FixtureRequest, tmp_path: Path, dtype: torch.dtype) -> TargetModel:
-    save, changes = SHAPES[request.param]
-    return load(save(tmp_path, **changes), dtype)
+def model(
+    request: pytest.FixtureRequest, tmp_path: Path, numbers: tuple[torch.dtype, torch.dtype | None]
+) -> TargetModel:
+    (save, changes), (dtype, kept) = SHAPES[request.param], numbers
+    return load(save(tmp_path, **changes), dtype, kept=kept)
 
 
 def crowd(model: TargetModel, cache: KVCache) -> list[Piece]:
@@ -102,14 +111,14 @@ def test_rows_do_not_depend_on_cached_prefixes_or_rollbacks(model: TargetModel) 
     assert torch.equal(after, expected[-3:])
 
 
-def test_thread_count_does_not_matter(tiny_gemma: Path, dtype: torch.dtype) -> None:
+def test_thread_count_does_not_matter(tiny_gemma: Path, numbers: tuple[torch.dtype, torch.dtype | None]) -> None:
     ids = random_ids(300, tiny.VOCAB)
     results = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            model = load(tiny_gemma, dtype)
+            model = load(tiny_gemma, numbers[0], kept=numbers[1])
             results.append(prefill(model, new_cache(model), ids, 100)[1])
     finally:
         torch.set_num_threads(threads)

@@ -107,6 +107,12 @@ def test_whatever_goes_on_is_decided_every_round(busy: dict[str, Any]) -> None:
     assert rest.again(running, []) is None
 
 
+def test_a_round_without_sequences_never_stands() -> None:
+    rest = Rest()
+    rest.decided(a_round([]))
+    assert rest.again([], []) is None
+
+
 def test_a_wish_that_has_to_last_is_looked_at_every_round() -> None:
     rest, running = Rest(), sequences()
     running[2].chosen = 1
@@ -139,11 +145,17 @@ def test_plain_rounds_beside_another_routers_drafts_say_nothing_of_plain_decodin
     made, running = scheduler(), sequences()
     for _ in range(20):  # it waits for the other's drafts, and for their rows
         made.learn(a_round(running), took(0.056, other_rows=10, others=4))
-        made.learn(a_round(running), took(0.056, other_rows=0, others=4))  # or for its step
     assert made.payoff.plain == 1.0
     for _ in range(20):
         made.learn(a_round(running), took(0.056, other_rows=4, others=4))
     assert 1.9 < made.payoff.plain <= 2.0
+
+
+def test_rounds_beside_another_routers_prompts_say_nothing_of_drafts() -> None:
+    made, running = scheduler(), sequences()
+    for _ in range(3 * ENOUGH):
+        made.learn(a_round(running, drafted=True), took(0.180, 7, other_rows=4 + 128, others=4))
+    assert made.payoff.advantage == 0.0
 
 
 @pytest.mark.parametrize(("others", "pays"), [({"other_rows": 4, "others": 4}, False), ({}, True)])

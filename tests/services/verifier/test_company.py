@@ -3,14 +3,22 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from support.verifying import make_engine
 
+from dspark.costs import CostModel, CostProfile, Point, Refined
 from dspark.errors import Unavailable
-from dspark.messages import SequenceKey, StepItem, StepResult
+from dspark.messages import SequenceKey, StepItem, StepResult, WorkerLoad
+from dspark.rpc.codec import step_call
+from dspark.v1.verifier_pb2 import VerifierRequest
 from services.verifier.company import AWAY, LONGEST_PAUSE, PATIENCE, Company, Load
+from services.verifier.session import RouterSession
 from services.verifier.thread import EngineThread
 
 FIXED = 0.020
@@ -140,6 +148,9 @@ class Toy:
         time.sleep(FIXED)
         return StepResult(())
 
+    def run_background(self) -> None:
+        self.has_background_work = False
+
     def publish_due(self) -> Callable[[], None]:
         return lambda: None
 
@@ -163,8 +174,7 @@ def two_routers(saved: float, rounds: int = 40) -> int:
 
 
 def test_two_routers_meet_and_stay_together() -> None:
-    assert two_routers(saved=FIXED) < 60
-    assert two_routers(saved=0.0) > 70  # who does not wait, alternates
+    assert two_routers(saved=FIXED) < 0.75 * two_routers(saved=0.0)  # who does not wait, alternates
 
 
 def test_a_step_that_waits_as_the_worker_stops_is_refused() -> None:
@@ -181,12 +191,96 @@ def test_a_step_that_waits_as_the_worker_stops_is_refused() -> None:
     assert engine.steps == 2
 
 
-def test_whatever_else_comes_ends_the_wait() -> None:
+def test_other_calls_overtake_a_step_that_waits() -> None:
     engine, one, other = Toy(saved=0.0), Caller(), Caller()
     with EngineThread(engine) as thread:  # type: ignore[arg-type]
         for caller, name in ((one, "a"), (other, "b")):
             thread.step([StepItem(SequenceKey(name, 0), 1, 1)], caller).result(5)
         engine.saves = 60.0
         waiting = thread.step([StepItem(SequenceKey("a", 0), 2, 1)], one)
-        thread.submit(lambda: None)
+        time.sleep(0.1)
+        thread.submit(lambda: None).result(5)
+        assert not waiting.done()
+        engine.has_background_work = True
+        thread.submit(lambda: None).result(5)
+        assert waiting.result(5) is not None  # nor does it keep the engine from what it has to do
+
+
+def test_a_step_does_not_wait_for_a_session_that_has_ended() -> None:
+    engine, one, other = Toy(saved=0.0), Caller(), Caller()
+    with EngineThread(engine) as thread:  # type: ignore[arg-type]
+        for caller, name in ((one, "a"), (other, "b")):
+            thread.step([StepItem(SequenceKey(name, 0), 1, 1)], caller).result(5)
+        engine.saves = 60.0
+        waiting = thread.step([StepItem(SequenceKey("a", 0), 2, 1)], one)
+        time.sleep(0.1)
+        assert not waiting.done()
+        thread.leave(other)
         assert waiting.result(5) is not None
+
+
+def test_what_a_step_came_after_runs_before_it_also_where_steps_join() -> None:
+    engine, one, other = Toy(saved=0.0), Caller(), Caller()
+    order, go = list[str](), threading.Event()
+    with EngineThread(engine) as thread:  # type: ignore[arg-type]
+        thread.submit(go.wait)
+        first = thread.step([StepItem(SequenceKey("a", 0), 1, 1)], one)
+        first.add_done_callback(lambda _: order.append("steps"))
+        thread.submit(lambda: order.append("opened"))
+        second = thread.step([StepItem(SequenceKey("b", 0), 1, 1)], other)
+        go.set()
+        assert second.result(5) is not None
+        assert first.result(5) is not None
+    assert order == ["opened", "steps"]
+    assert engine.steps == 1
+
+
+# ---------------------------------------------------------------- around it
+
+
+class Recorder:
+    """Stands in for an engine's thread: who sent steps, and who has left."""
+
+    def __init__(self) -> None:
+        self.callers: list[object] = []
+        self.gone: list[object] = []
+
+    def step(self, _items: object, caller: object) -> Future[StepResult]:
+        self.callers.append(caller)
+        answer: Future[StepResult] = Future()
+        answer.set_result(StepResult(()))
+        return answer
+
+    def leave(self, caller: object) -> None:
+        self.gone.append(caller)
+
+    def submit(self, _function: Callable[[], None]) -> Future[None]:
+        return Future()
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad()
+
+
+async def test_a_session_is_who_its_steps_come_from() -> None:
+    thread: Any = Recorder()
+    session = RouterSession(thread)
+
+    async def requests() -> AsyncIterator[VerifierRequest]:
+        yield step_call([StepItem(SequenceKey("a", 0), 1, 1)])
+
+    await session.read(requests())
+    assert len([reply async for reply in session.replies()]) == 1
+    assert (thread.callers, thread.gone) == ([session], [])
+    session.end()
+    assert thread.gone == [session]
+
+
+def test_what_a_joined_step_saves_is_what_is_fixed_in_one(tiny_gemma: Path) -> None:
+    engine = make_engine(tiny_gemma)
+    assert engine.saved((4, 64.0), (4, 64.0)) == 0.0  # nothing is known
+    points = tuple(Point(rows, 64, FIXED + 0.001 * rows) for rows in (1, 16, 64))
+    engine.costs = Refined(CostModel(CostProfile("verify", "toy", points, 0.0)))
+    assert engine.saved((4, 64.0), (12, 64.0)) == pytest.approx(FIXED)
+    cliff = tuple(Point(rows, 64, seconds) for rows, seconds in ((1, 0.001), (4, 0.1), (64, 0.1)))
+    engine.costs = Refined(CostModel(CostProfile("verify", "toy", cliff, 0.0)))
+    assert engine.saved((1, 64.0), (4, 64.0)) == pytest.approx(0.001)  # no more than the shorter takes

@@ -33,7 +33,8 @@ class Rig:
 
     def __init__(self, path: Path, *, pages: int = 200, most: int = 64) -> None:
         self.model: TargetModel = load_target(path, dtype=float32, device=CPU, kernels=select_kernels("auto", CPU))
-        self.cache = KVCache(self.model.config, pages=pages, dtype=float32, device=CPU, max_step_rows=most)
+        kept = self.model.kept_dtype
+        self.cache = KVCache(self.model.config, pages=pages, dtype=kept, device=CPU, max_step_rows=most)
         self.settings = EngineSettings(max_step_tokens=most)
         self.engine = VerifyEngine(self.model, self.cache, self.settings)
         self.rehearsal = Rehearsal(VerifyEngine(self.model, self.cache, self.settings), self.cache)
