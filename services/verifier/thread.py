@@ -12,10 +12,9 @@ import asyncio
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -24,7 +23,8 @@ import structlog
 
 from dspark.errors import DSparkError, InternalError, Unavailable
 from dspark.messages import StepItem, StepResult, WorkerLoad
-from services.verifier.company import Company, Load
+from services.verifier.calls import Call, Waiting, load_of
+from services.verifier.company import Company
 from services.verifier.engine import VerifyEngine
 
 __all__ = ["EngineThread"]
@@ -42,30 +42,6 @@ def _nothing() -> None:
 
 def _at_once(function: Callable[[], None]) -> None:
     function()
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A queued call: a function, or the items of a step."""
-
-    function: Callable[[], Any] = _nothing
-    items: tuple[StepItem, ...] | None = None
-    caller: object = None
-    answer: Future[Any] = field(default_factory=Future)
-    queued_at: float = field(default_factory=time.perf_counter)
-
-    @property
-    def rows(self) -> int:
-        return sum(item.count + len(item.draft_tokens) for item in self.items or ())
-
-    @property
-    def context(self) -> float:
-        """Mean committed length."""
-        return sum(item.committed_len for item in self.items or ()) / max(1, len(self.items or ()))
-
-    @property
-    def sequences(self) -> set[str]:
-        return {item.key.sequence_id for item in self.items or ()}
 
 
 class EngineThread:
@@ -89,7 +65,7 @@ class EngineThread:
         self._company = Company(engine.saved, max_rows=engine.settings.max_step_tokens)
         self._on_end = on_end
         self._hand_over = hand_over
-        self._calls: deque[_Call] = deque()
+        self._calls = Waiting(engine.settings.max_step_tokens)
         self._wake = threading.Condition()
         self._stopping = False
         self._busy = 0  # calls since background work last ran
@@ -113,11 +89,11 @@ class EngineThread:
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
         """Queue a call of the engine."""
-        return self._queue(_Call(function))
+        return self._queue(Call(function))
 
     def step(self, items: Sequence[StepItem], caller: object = None) -> Future[StepResult]:
         """Queue a step. `caller`: who sends one after another, so that others' steps may wait for it; None: nobody."""
-        return self._queue(_Call(items=tuple(items), caller=caller))
+        return self._queue(Call(items=tuple(items), caller=caller))
 
     def leave(self, caller: object) -> None:
         """No more steps come from this caller."""
@@ -138,14 +114,14 @@ class EngineThread:
         with self._wake:
             return self._wake.wait_for(lambda: self._stopping or self.engine.load().running == 0, seconds)
 
-    def _queue(self, call: _Call) -> Future[Any]:
+    def _queue(self, call: Call) -> Future[Any]:
         with self._wake:
             if self._stopping:
                 call.answer.set_exception(Unavailable("this worker is stopping"))
             else:
-                self._calls.append(call)
+                self._calls.add(call)
                 if call.caller is not None:
-                    self._company.asked(call.caller, (call.rows, call.context), call.queued_at)
+                    self._company.asked(call.caller, call.load, call.queued_at)
                 self._wake.notify_all()
         return call.answer
 
@@ -167,7 +143,7 @@ class EngineThread:
                 _fail(call, Unavailable("this worker is stopping"))
             self._on_end()
 
-    def _take(self) -> list[_Call]:
+    def _take(self) -> list[Call]:
         """The next call with what may run together with it; empty at the end. Background work runs meanwhile."""
         while True:
             with self._wake:
@@ -182,73 +158,44 @@ class EngineThread:
             self._busy = 0
             self._guard(self.engine.run_background)
 
-    def _next(self) -> list[_Call]:
+    def _next(self) -> list[Call]:
         """What runs now, off the queue: a call, or steps that run together. None at the end."""
-        first = self._calls[0]
+        first = self._calls.first
         if first.items is not None:
-            first = self._await_company() or self._between() or first
+            first = self._await_company() or self._calls.within(self._calls.group()) or first
         if self._stopping:
             return []
-        group = [first] if first.items is None else self._group()
-        for call in group:
-            self._calls.remove(call)
+        taken = [first] if first.items is None else self._calls.group()
+        self._calls.take(taken)
         if first.items is not None:
             self._since = None
             self._company.runs(time.perf_counter())
-        return group
+        return taken
 
-    def _await_company(self) -> _Call | None:
+    def _await_company(self) -> Call | None:
         """Returns once the steps that wait are to run, or with a call that need not wait with them."""
         now = time.perf_counter()
         self._since = now if self._since is None else self._since
         while not self._stopping and not self.engine.has_background_work:
             until = self._until(self._since, now)
-            if until <= now:
-                return None
-            for call in self._calls:
-                if call.items is None:
-                    return call
+            if until <= now or self._calls.function is not None:
+                return self._calls.function if until > now else None
             self._wake.wait(until - now)
             now = time.perf_counter()
         return None
 
     def _until(self, since: float, now: float) -> float:
         """Until when the steps that wait go on waiting: `now` where there are some that do not fit together."""
-        group = self._group()
-        if len(group) < sum(call.items is not None for call in self._calls):
+        group = self._calls.group()
+        if len(group) < len(self._calls.steps):
             return now
         try:
-            return self._company.worth(_load(group), since, now)
+            return self._company.worth(load_of(group), since, now)
         except Exception:  # noqa: BLE001 - the thread must outlive any fault in it
             _log.exception("no company was sought")
             return now
 
-    def _between(self) -> _Call | None:
-        """The first call, no step, that one of the steps to run came after: it runs before them."""
-        last = self._group()[-1]
-        for call in self._calls:
-            if call is last or call.items is None:
-                return None if call is last else call
-        return None
-
-    def _group(self) -> list[_Call]:
-        """The first step that waits and those behind it that run together with it, up to one that does not fit."""
-        taken: list[_Call] = []
-        for call in self._calls:
-            if call.items is None:
-                continue
-            if taken and not self._joins(taken, call):
-                break
-            taken.append(call)
-        return taken
-
-    def _joins(self, taken: Sequence[_Call], other: _Call) -> bool:
-        """Whether a waiting step fits into one forward with those taken: no sequence twice, not too many rows."""
-        rows = other.rows + sum(call.rows for call in taken)
-        fits = rows <= self.engine.settings.max_step_tokens
-        return fits and all(other.sequences.isdisjoint(call.sequences) for call in taken)
-
-    def _step(self, calls: Sequence[_Call]) -> None:
+    def _step(self, calls: Sequence[Call]) -> None:
         live = [call for call in calls if call.answer.set_running_or_notify_cancel()]
         began = time.perf_counter()
         try:
@@ -270,7 +217,7 @@ class EngineThread:
         self._guard(lambda: news.append(self.engine.publish_due()))
         self._hand_over(partial(self._tell, news))
 
-    def _note_answered(self, calls: Sequence[_Call]) -> None:
+    def _note_answered(self, calls: Sequence[Call]) -> None:
         now = time.perf_counter()
         with self._wake:
             for call in calls:
@@ -281,7 +228,7 @@ class EngineThread:
         for tell in news:
             self._guard(tell)
 
-    def _execute(self, call: _Call) -> None:
+    def _execute(self, call: Call) -> None:
         if not call.answer.set_running_or_notify_cancel():
             return
         try:
@@ -301,11 +248,6 @@ class EngineThread:
             _log.exception("background work failed")
 
 
-def _load(calls: Sequence[_Call]) -> Load:
-    rows = sum(call.rows for call in calls)
-    return rows, sum(call.rows * call.context for call in calls) / max(1, rows)
-
-
-def _fail(call: _Call, error: DSparkError) -> None:
+def _fail(call: Call, error: DSparkError) -> None:
     if call.answer.set_running_or_notify_cancel():
         call.answer.set_exception(error)
