@@ -46,7 +46,7 @@ class _Caller:
         """It has sent its next step."""
         if self.awaited is not None:
             since, saved = self.awaited
-            self._learn(saved - (now - since) if self.alone else saved)
+            self._learn(saved - (now - since) if self.alone else saved)  # to meet at all is worth any wait
         self.pending += 1
         self.answered_at = self.awaited = None
 
@@ -101,7 +101,10 @@ class Company:
             caller.missed(now)
 
     def worth(self, present: Load, since: float, now: float) -> float:
-        """Until when a step that could have run `since` then goes on waiting; `now` where not any more."""
+        """Until when a step that could have run `since` then goes on waiting; `now` where not any more.
+
+        Whom it is to wait for is noted: what becomes of it is learned as that caller asks, or a step runs without it.
+        """
         return max((self._until(caller, present, since, now) for caller in self._absent()), default=now)
 
     def _absent(self) -> list[_Caller]:

@@ -178,8 +178,10 @@ class EngineThread:
         self._since = now if self._since is None else self._since
         while not self._stopping and not self.engine.has_background_work:
             until = self._until(self._since, now)
-            if until <= now or self._calls.function is not None:
-                return self._calls.function if until > now else None
+            if until <= now:
+                return None
+            if (overtaking := self._calls.function) is not None:
+                return overtaking
             self._wake.wait(until - now)
             now = time.perf_counter()
         return None

@@ -177,28 +177,31 @@ def test_two_routers_meet_and_stay_together() -> None:
     assert two_routers(saved=FIXED) < 0.75 * two_routers(saved=0.0)  # who does not wait, alternates
 
 
+def waits_for(other: Caller, thread: EngineThread, engine: Toy) -> Future[StepResult]:
+    """A step of one caller that waits a minute or more for the other, who has been answered."""
+    one = Caller()
+    for caller, name in ((one, "a"), (other, "b")):
+        thread.step([StepItem(SequenceKey(name, 0), 1, 1)], caller).result(5)
+    engine.saves = 60.0
+    waiting = thread.step([StepItem(SequenceKey("a", 0), 2, 1)], one)
+    time.sleep(0.1)
+    assert not waiting.done()
+    return waiting
+
+
 def test_a_step_that_waits_as_the_worker_stops_is_refused() -> None:
-    engine, one, other = Toy(saved=0.0), Caller(), Caller()
+    engine, other = Toy(saved=0.0), Caller()
     with EngineThread(engine) as thread:  # type: ignore[arg-type]
-        for caller, name in ((one, "a"), (other, "b")):
-            thread.step([StepItem(SequenceKey(name, 0), 1, 1)], caller).result(5)
-        engine.saves = 60.0
-        waiting = thread.step([StepItem(SequenceKey("a", 0), 2, 1)], one)
-        time.sleep(0.1)
-        assert not waiting.done()
+        waiting = waits_for(other, thread, engine)
     with pytest.raises(Unavailable):
         waiting.result(5)
     assert engine.steps == 2
 
 
 def test_other_calls_overtake_a_step_that_waits() -> None:
-    engine, one, other = Toy(saved=0.0), Caller(), Caller()
+    engine, other = Toy(saved=0.0), Caller()
     with EngineThread(engine) as thread:  # type: ignore[arg-type]
-        for caller, name in ((one, "a"), (other, "b")):
-            thread.step([StepItem(SequenceKey(name, 0), 1, 1)], caller).result(5)
-        engine.saves = 60.0
-        waiting = thread.step([StepItem(SequenceKey("a", 0), 2, 1)], one)
-        time.sleep(0.1)
+        waiting = waits_for(other, thread, engine)
         thread.submit(lambda: None).result(5)
         assert not waiting.done()
         engine.has_background_work = True
@@ -207,14 +210,9 @@ def test_other_calls_overtake_a_step_that_waits() -> None:
 
 
 def test_a_step_does_not_wait_for_a_session_that_has_ended() -> None:
-    engine, one, other = Toy(saved=0.0), Caller(), Caller()
+    engine, other = Toy(saved=0.0), Caller()
     with EngineThread(engine) as thread:  # type: ignore[arg-type]
-        for caller, name in ((one, "a"), (other, "b")):
-            thread.step([StepItem(SequenceKey(name, 0), 1, 1)], caller).result(5)
-        engine.saves = 60.0
-        waiting = thread.step([StepItem(SequenceKey("a", 0), 2, 1)], one)
-        time.sleep(0.1)
-        assert not waiting.done()
+        waiting = waits_for(other, thread, engine)
         thread.leave(other)
         assert waiting.result(5) is not None
 
