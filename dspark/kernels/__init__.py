@@ -18,6 +18,7 @@ from dspark.kernels.linear import Activation, Linear
 from dspark.kernels.logits import TORCH_LOGITS, LogitKernels
 from dspark.kernels.noise import KeyedBits
 from dspark.kernels.repeated import Repeated
+from dspark.kernels.screen import Screen
 
 __all__ = ["TORCH", "Kernels", "Plan", "select_kernels"]
 
@@ -33,7 +34,8 @@ class Kernels:
     them means.
     `projection` is `linear` for what is not the target's own: float32 weights of a drafter's tap, never rounded.
     `name` is part of the numerics fingerprint; `implementation` is what services choose their own kernels by.
-    `kept` is the dtype of a target's keys and values, None for that of its rows.
+    `kept` is the dtype of a target's keys and values, None for that of its rows. `screen` bounds the logits of a head
+    where that pays (`dspark.kernels.screen`), and gives None elsewhere.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Kernels:
     logits: LogitKernels
     repeated: Callable[[], Repeated]
     kept: torch.dtype | None = None
+    screen: Callable[[torch.Tensor], Screen | None] = lambda _: None
 
 
 TORCH = Kernels(

@@ -12,19 +12,20 @@ from llvmlite import ir
 
 from dspark.kernels.parts_llvm import FLOAT, INT32, Writer, number
 
-__all__ = ["Bfloat16", "Codes", "Dots", "Float32", "Form"]
+__all__ = ["Bfloat16", "BoundedCodes", "Codes", "Dots", "Float32", "Form"]
 
 
 class Form(Protocol):
     """A step takes `inputs` inputs: `vectors` vectors `stored` of a panel, and one `element` of each row.
 
-    `behind`: vectors at the end of a panel that are no step's.
+    `behind`: vectors at the end of a panel that are no step's. `figures`: float32s of a row beside its elements.
     """
 
     name: str
     inputs: int
     vectors: int
     behind: int
+    figures: int
     stored: ir.VectorType
     element: ir.Type
 
@@ -44,13 +45,14 @@ class Form(Protocol):
         """The sums, with this step."""
 
     def end(self, write: Writer, totals: Sequence[ir.Value], behind: ir.Value, scale: ir.Value) -> list[ir.Value]:
-        """Outputs in float32 of both halves; `scale` is where the row's lies."""
+        """Outputs in float32 of both halves; `scale` is where the row's figures lie."""
 
 
 class _Summed:
     """Sums in float32, from nothing to the outputs."""
 
     behind = 0
+    figures = 1
 
     def start(self, write: Writer, behind: ir.Value) -> tuple[ir.Value, ir.Value]:  # noqa: ARG002 - other forms need it
         """Nothing yet."""
@@ -158,6 +160,7 @@ class Codes(_Beside):
     name = "codes"
     inputs = 4
     behind = 4
+    figures = 1
     element = INT32
 
     def __init__(self, lanes: int) -> None:
@@ -189,3 +192,23 @@ class Codes(_Beside):
             )
             for half, total in enumerate(totals)
         ]
+
+
+class BoundedCodes(Codes):
+    """As `Codes`, and no output is less than the product that the codes stand for (`dspark.kernels.screen`).
+
+    Behind a panel's scales lie its weights' errors and lengths; a row has, behind its scale, its length and its error.
+    """
+
+    name = "bounded_codes"
+    behind = 8
+    figures = 3
+
+    def end(self, write: Writer, totals: Sequence[ir.Value], behind: ir.Value, scale: ir.Value) -> list[ir.Value]:
+        """With what codes may hide on top."""
+        length, error = (write.broadcast(write.build.load(write.at(scale, number(place)))) for place in (1, 2))
+        outputs = []
+        for half, product in enumerate(super().end(write, totals, behind, scale)):
+            errors, lengths = (write.load(write.at(behind, number(place + half))) for place in (4, 6))
+            outputs.append(write.build.fadd(product, write.fma(errors, length, write.build.fmul(lengths, error))))
+        return outputs

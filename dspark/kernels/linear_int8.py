@@ -14,10 +14,10 @@ from dspark.kernels.linear_llvm import Streamed, in_panels, rounded_gated, round
 from dspark.kernels.rowwise_llvm import activated, codes
 from dspark.kernels.tiles_llvm import compiled
 
-__all__ = ["Int8Gated", "Int8Linear", "gated", "linear"]
+__all__ = ["ZERO_POINT", "Int8Gated", "Int8Linear", "code_panels", "gated", "linear"]
 
 _CHUNK = 1 << 14  # channels quantised at a time, in float32
-_ZERO_POINT = 128
+ZERO_POINT = 128
 
 
 def linear(weight: torch.Tensor) -> Linear:
@@ -69,6 +69,11 @@ def _panels(weight: torch.Tensor, lanes: int) -> torch.Tensor:
         values = weight[part]
         scales[part] = own = values.abs().amax(1).div_(127).clamp_(min=1e-30)
         quantised[part] = (values / own[:, None]).round_()
-        taken[part] = quantised[part].sum(1, dtype=torch.int32).mul_(-_ZERO_POINT)
-    parts = (quantised, taken[:, None], scales[:, None])
+        taken[part] = quantised[part].sum(1, dtype=torch.int32).mul_(-ZERO_POINT)
+    return code_panels(quantised, taken, scales, lanes=lanes)
+
+
+def code_panels(quantised: torch.Tensor, *behind: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Codes (out, in), and what lies behind a panel's, each (out,) of 32 bits, as (panels, 32-bit words)."""
+    parts = (quantised, *(one[:, None] for one in behind))
     return torch.cat([in_panels(one.view(torch.int32), (2, lanes), (0, 3, 1, 2)).flatten(1) for one in parts], 1)

@@ -105,7 +105,7 @@ class Streamed:
 
 
 class StreamedLinear(Streamed):
-    """A weight that bfloat16 holds exactly is kept in it, any other in float32.
+    """A weight, in float32 or bfloat16, that bfloat16 holds exactly is kept in it, any other in float32.
 
     `rounded`: over the former, rows are rounded to bfloat16 where the processor multiplies that.
     """
@@ -141,6 +141,8 @@ def _arranged(weight: torch.Tensor, product: Product, *, rounded: bool) -> tuple
 
 def _bfloat16(weight: torch.Tensor) -> torch.Tensor | None:
     """The weight in bfloat16, or None where that would round it."""
+    if weight.dtype == torch.bfloat16:
+        return weight
     narrow = torch.empty(weight.shape, dtype=torch.bfloat16)
     for start in range(0, len(weight), _PART):
         part = slice(start, start + _PART)

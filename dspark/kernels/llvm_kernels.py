@@ -2,7 +2,8 @@
 
 Layers of models in bfloat16, and what these kernels leave out, are torch's. Noise and sampling are compiled for those,
 too. `ROUNDED` and `INT8` multiply bfloat16 and bytes in models whose tensors are float32, where the processor does, and
-keep keys and values in bfloat16: an attention of few rows takes as long as reading them.
+keep keys and values in bfloat16: an attention of few rows takes as long as reading them. `ROUNDED` bounds the logits of
+large heads by bytes where the processor multiplies these, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dspark.kernels.logits_llvm import LLVM_LOGITS
 from dspark.kernels.noise_llvm import keyed_bits
 from dspark.kernels.repeated_llvm import Programs
 from dspark.kernels.rowwise_llvm import add_norm, norm_rotary, norm_rotary_write, rms_norm
+from dspark.kernels.screen_llvm import screen
 from dspark.kernels.tiles_llvm import compiled
 
 __all__ = ["INT8", "LLVM", "ROUNDED", "multiplies_bfloat16", "multiplies_int8"]
@@ -39,7 +41,9 @@ LLVM = replace(
     logits=LLVM_LOGITS,
     repeated=Programs,
 )
-ROUNDED = replace(LLVM, name="llvm-bfloat16", linear=rounded_linear, gated=rounded_gated, kept=torch.bfloat16)
+ROUNDED = replace(
+    LLVM, name="llvm-bfloat16", linear=rounded_linear, gated=rounded_gated, kept=torch.bfloat16, screen=screen
+)
 INT8 = replace(LLVM, name="llvm-int8", linear=linear_int8.linear, gated=linear_int8.gated, kept=torch.bfloat16)
 
 

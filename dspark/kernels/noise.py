@@ -41,15 +41,17 @@ class Stream(enum.IntEnum):
     TOKEN = 0
     """Gumbel of one token (item: target token id). Shared by drafter and target: the coupling itself."""
     REST = 1
-    """Gumbel of all tokens outside the target's candidates taken as one (item 0)."""
+    """Gumbel of all tokens outside the target's candidates taken as one (item: arrival, 0 where it is the only one)."""
     REST_PICK = 2
-    """Uniform that picks inside the rest once it has won (item 0)."""
+    """Uniform that picks inside the rest once it has won (item: arrival)."""
     DRAFT = 3
     """Uniform from which a drafter samples in rejection mode (item: the round's committed length)."""
     ACCEPT = 4
     """Uniform of the acceptance test (item: the round's committed length)."""
     RESIDUAL = 5
     """Uniform that picks from the residual after a rejection (item: the round's committed length)."""
+    REST_KEEP = 6
+    """Uniform by which an arrival of the rest is taken (item: arrival)."""
 
 
 def signed_seed(seed: int) -> int:

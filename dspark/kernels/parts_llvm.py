@@ -300,6 +300,19 @@ class Writer:
             with body(self.build.icmp_signed("<", first, end)):
                 yield first, self.least(self.build.add(first, share), end)
 
+    @contextmanager
+    def while_set(self, flag: ir.Value) -> Iterator[None]:
+        """A loop that goes on while the integer at a pointer is not 0."""
+        head = self.function.append_basic_block()
+        self.build.branch(head)
+        self.build.position_at_end(head)
+        block, after = self.function.append_basic_block(), self.function.append_basic_block()
+        self.build.cbranch(self.build.icmp_signed("!=", self.build.load(flag), number(0)), block, after)
+        self.build.position_at_end(block)
+        yield
+        self.build.branch(head)
+        self.build.position_at_end(after)
+
     def cases(self, value: ir.Value, cases: range, write: Callable[[int], None]) -> None:
         """`write(case)` runs where `value` is that case."""
         after = self.function.append_basic_block()

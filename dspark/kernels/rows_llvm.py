@@ -70,7 +70,10 @@ class TurnedArguments(ctypes.Structure):
 
 
 class CodeArguments(ctypes.Structure):
-    """Of `codes`: `x` (rows, size) float32, `out` as many bytes, `scales` (rows,) float32."""
+    """Of `codes`: `x` (rows, size) float32, `out` as many bytes, `scales` (rows,) float32.
+
+    Of `bounded_codes`, `scales` is (rows, 3): scale, length, error.
+    """
 
     _fields_ = [*((name, ctypes.c_int64) for name in ("x", "out", "scales", "size")), *_SHARED]
 
@@ -96,7 +99,8 @@ def compiled(lanes: int | None = None) -> Code:
         "norm_rotary": _write_turned,
         "norm_rotary_write": lambda write: _write_rotary(write, rounded=False),
         "norm_rotary_round": lambda write: _write_rotary(write, rounded=True),
-        "codes": _write_codes,
+        "codes": lambda write: _write_codes(write, bounded=False),
+        "bounded_codes": lambda write: _write_codes(write, bounded=True),
         "gelu_tanh": lambda write: _write_activation(write, _gelu_tanh),
         "silu": lambda write: _write_activation(write, _silu),
     }
@@ -165,13 +169,17 @@ def _write_norm(write: Writer, *, summed: bool, normed: bool) -> None:
             write.store(build.fmul(build.fmul(value, scale), weight), write.at(out, place))
 
 
-def _write_codes(write: Writer) -> None:
-    """Rows as whole numbers 1 to 255 around 128, and what one of them is: NaN where the row holds one."""
+def _write_codes(write: Writer, *, bounded: bool) -> None:
+    """Rows as whole numbers 1 to 255 around 128, and what one of them is: NaN where the row holds one.
+
+    `bounded`: the row's length, and that of what the whole numbers leave of it, too.
+    """
     given, build, lanes = _given(write, CodeArguments), write.build, write.lanes
     size, bytes_ = given["size"], ir.VectorType(ir.IntType(8), lanes)
     with _rows(write, given) as row:
         x = write.at(given["x"], build.mul(row, size))
         out = write.at(build.bitcast(given["out"], ir.IntType(8).as_pointer()), build.mul(row, size))
+        figures = write.at(given["scales"], write.times(row, 3 if bounded else 1))
 
         def widest(at: ir.Value, most: list[ir.Value]) -> list[ir.Value]:
             value = write.load(write.at(x, at))
@@ -180,12 +188,24 @@ def _write_codes(write: Writer) -> None:
         (most,) = write.summing(number(0), size, [write.constant(_LEAST)], widest, step=lanes)
         most = write.broadcast(write.folded(most, write.maximum))
         scale = build.fdiv(most, write.constant(127.0))
-        build.store(build.extract_element(scale, ir.Constant(INT32, 0)), write.at(given["scales"], row))
+        build.store(build.extract_element(scale, ir.Constant(INT32, 0)), figures)
         steps = build.fdiv(write.constant(127.0), most)
-        with write.counting(number(0), size, lanes) as place:
-            code = write.fma(write.load(write.at(x, place)), steps, write.constant(128.5))
-            whole = build.fptoui(code, ir.VectorType(INT32, lanes))
+
+        def code(place: ir.Value, squares: list[ir.Value]) -> list[ir.Value]:
+            value = write.load(write.at(x, place))
+            near = write.fma(value, steps, write.constant(128.5))
+            whole = build.fptoui(near, ir.VectorType(INT32, lanes))
             write.store(build.trunc(whole, bytes_), write.at(out, place))
+            if not bounded:
+                return squares
+            taken = build.fsub(build.uitofp(whole, write.vector), write.constant(128.0))
+            left = write.fma(build.fsub(write.zero, taken), scale, value)
+            return [write.fma(one, one, total) for one, total in zip((value, left), squares, strict=True)]
+
+        squares = write.summing(number(0), size, [write.zero] * (2 if bounded else 0), code, step=lanes)
+        for place, total in enumerate(squares, 1):
+            length = write.sqrt(write.broadcast(write.folded(total, build.fadd)))
+            build.store(build.extract_element(length, ir.Constant(INT32, 0)), write.at(figures, number(place)))
 
 
 def _write_rotary(write: Writer, *, rounded: bool) -> None:

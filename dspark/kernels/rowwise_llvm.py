@@ -15,7 +15,7 @@ from dspark.kernels import fused, reference, rows_llvm, team
 from dspark.kernels.parts_llvm import host_lanes
 from dspark.kernels.rows_llvm import ActivationArguments, CodeArguments, NormArguments, RotaryArguments, TurnedArguments
 
-__all__ = ["activated", "add_norm", "codes", "norm_rotary", "norm_rotary_write", "rms_norm"]
+__all__ = ["activated", "add_norm", "bounded_codes", "codes", "norm_rotary", "norm_rotary_write", "rms_norm"]
 
 _STORED = {torch.float32: "norm_rotary_write", torch.bfloat16: "norm_rotary_round"}
 _ALONE = 1 << 14  # numbers that one thread has done before a team would begin
@@ -102,6 +102,16 @@ def codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     addresses = x.data_ptr(), out.data_ptr(), scales.data_ptr()
     _run("codes", x.shape[1], CodeArguments, *addresses, x.shape[1], rows=len(x))
     return out, scales
+
+
+def bounded_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `codes`, with (n, 3) float32: scales, lengths of the rows, and lengths of what the codes leave of them."""
+    assert x.dtype == torch.float32
+    assert x.is_contiguous()
+    out, figures = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(len(x), 3)
+    addresses = x.data_ptr(), out.data_ptr(), figures.data_ptr()
+    _run("bounded_codes", x.shape[1], CodeArguments, *addresses, x.shape[1], rows=len(x))
+    return out, figures
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from dspark.kernels.forms_llvm import Bfloat16, Codes, Dots, Float32, Form
+from dspark.kernels.forms_llvm import Bfloat16, BoundedCodes, Codes, Dots, Float32, Form
 from dspark.kernels.parts_llvm import FLOAT, INT, Writer, compile_module, host_has, host_lanes, kernel, number
 
 __all__ = ["GROUP", "NARROW", "WIDE", "Product", "ProductArguments", "Tiling", "compiled"]
@@ -32,7 +32,7 @@ _AHEAD = 4096
 class ProductArguments(ctypes.Structure):
     """What the compiled product reads.
 
-    `x` (rows, inputs) float32, or codes with the rows' `scales` (rows,) float32, `weight` in panels, `out`
+    `x` (rows, inputs) float32, or codes with the rows' `scales` (rows, figures) float32, `weight` in panels, `out`
     (rows, outputs) float32, `groups` of panels, `share` groups that a thread takes at a time, `next` the first group
     that nobody has taken: 0 at the start.
     """
@@ -65,8 +65,8 @@ class Product:
     """The compiled products: addresses of what a team runs.
 
     `bfloat16` and `float32`: rows as they are, over weights kept so. `dots`: rows rounded to bfloat16 over bfloat16
-    weights. `codes`: rows and weights in bytes. Of these two, inputs are a multiple of the lanes; None where the
-    processor does not multiply so.
+    weights. `codes` and `bounded_codes`: rows and weights in bytes. Of these, inputs are a multiple of the lanes; None
+    where the processor does not multiply so.
     """
 
     tiling: Tiling
@@ -74,6 +74,7 @@ class Product:
     float32: int
     dots: int | None
     codes: int | None
+    bounded_codes: int | None
 
 
 @lru_cache(maxsize=4)
@@ -86,11 +87,13 @@ def compiled(tiling: Tiling | None = None) -> Product:
     if wide and host_has("avx512bf16"):
         forms["dots"] = Dots(lanes)
     if wide and host_has("avx512vnni"):
-        forms["codes"] = Codes(lanes)
+        forms |= {"codes": Codes(lanes), "bounded_codes": BoundedCodes(lanes)}
     names = {name: _write_product(module, tiling, form) for name, form in forms.items()}
     code = compile_module(module, list(names.values())).functions
     own = {name: code[function] for name, function in names.items()}
-    return Product(tiling, own["bfloat16"], own["float32"], own.get("dots"), own.get("codes"))
+    return Product(
+        tiling, own["bfloat16"], own["float32"], *(own.get(name) for name in ("dots", "codes", "bounded_codes"))
+    )
 
 
 def _write_product(module: ir.Module, tiling: Tiling, form: Form) -> str:
@@ -131,7 +134,7 @@ def _write_group(
         function = build.select(build.icmp_signed("==", row, number(0)), *tiles[rows])
         for first in range(0, GROUP, tiling.panels[rows - 1]):
             at = write.at(weight, write.times(panel, first)), write.at(to, number(first * 2 * tiling.lanes))
-            build.call(function, [from_, *at, write.at(scales, row), steps, outputs])
+            build.call(function, [from_, *at, write.at(scales, write.times(row, form.figures)), steps, outputs])
 
     most = len(tiling.panels)
     left = build.srem(given["rows"], number(most))
@@ -172,7 +175,7 @@ def _write_tile(module: ir.Module, tiling: Tiling, form: Form, rows: int, ahead:
     sums = iter(write.summing(number(0), steps, [half for end in ends for half in form.start(write, end)] * rows, add))
     for row in range(rows):
         for panel, end in enumerate(ends):
-            halves = form.end(write, [next(sums), next(sums)], end, write.at(scales, number(row)))
+            halves = form.end(write, [next(sums), next(sums)], end, write.at(scales, number(row * form.figures)))
             for half, value in enumerate(halves, 2 * panel):
                 write.store(value, write.at(out, write.times(outputs, row), number(half * tiling.lanes)))
     build.ret_void()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["let_go"]
+import torch
+
+__all__ = ["let_go", "let_go_of"]
 
 _RANDOM, _DONT_NEED = 1, 4  # advice of madvise(2)
 
@@ -24,16 +26,27 @@ def let_go(paths: Iterable[Path]) -> None:
     if sys.platform != "linux":
         return
     names = {str(path.resolve()) for path in paths}
+    _advise(lambda name, _start, _end: name in names)
+
+
+def let_go_of(tensor: torch.Tensor) -> None:
+    """`let_go` of the file that a tensor is mapped from; of one in memory nothing happens."""
+    at = tensor.data_ptr()
+    if sys.platform == "linux":
+        _advise(lambda _name, start, end: start <= at < end)
+
+
+def _advise(concerned: Callable[[str, int, int], bool]) -> None:
     system = ctypes.CDLL(None)
-    for start, length in list(_mappings(names)):
+    for start, end in [(start, end) for name, start, end in _mappings() if concerned(name, start, end)]:
         for advice in (_DONT_NEED, _RANDOM):
-            system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+            system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
-def _mappings(names: set[str]) -> Iterator[tuple[int, int]]:
-    """Start and length of what this process maps of the named files: file pages only, never memory of its own."""
+def _mappings() -> Iterator[tuple[str, int, int]]:
+    """What this process maps of files, by name, start and end: never memory of its own."""
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         addresses, _, _, _, inode, *name = line.split(maxsplit=5)
-        if name and inode != "0" and name[0] in names:
+        if name and inode != "0":
             start, end = (int(address, 16) for address in addresses.split("-"))
-            yield start, end - start
+            yield name[0], start, end

@@ -13,7 +13,7 @@ import torch
 
 from dspark.errors import ModelFileError
 from dspark.kernels import Kernels, Plan
-from dspark.kernels.linear import LinearInto
+from dspark.kernels.linear import Linear, LinearInto
 from dspark.messages import ModelInfo
 from dspark.models import gemma3, qwen3
 from dspark.models.batch import RaggedBatch
@@ -22,6 +22,7 @@ from dspark.models.fingerprint import model_fingerprint, numerics_fingerprint
 from dspark.models.gguf import GgufSource
 from dspark.models.kv_cache import KVCache
 from dspark.models.layers import GroupStep, LayerWeights, RotaryTable
+from dspark.models.mapped import let_go_of
 from dspark.models.weights import SafetensorsSource, TensorSource
 
 EMBEDDING = -1
@@ -67,7 +68,7 @@ class TargetModel:
     """A target model, ready to run.
 
     `embed_weight` (vocab, d) is the model's own. On a CPU it stays mapped from a bfloat16 file, so that only the rows
-    looked up take memory, and the head's product uses a packed copy.
+    looked up take memory, and the head's product uses a packed copy: with a `screen`, once whole logits are wanted.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class TargetModel:
         self.embed_weight = source.lookup("model.embed_tokens.weight", shape, dtype).to(device)
         tied = config.tie_word_embeddings
         self._stored_head = self.embed_weight if tied else source.lookup("lm_head.weight", shape, dtype).to(device)
-        self._head = kernels.linear(self._stored_head.to(dtype))
+        self.screen = kernels.screen(self._stored_head)
+        if self.screen is None:
+            self._head = kernels.linear(self._stored_head.to(dtype))
         scaled = architecture.scaled_embedding
         self._embedding_scale = gemma3.embedding_scale(config.hidden_size, dtype) if scaled else None
         self.layers: list[DecoderLayer] = [
@@ -99,6 +102,14 @@ class TargetModel:
         self.norm_weight = (norm + architecture.norm_offset).to(device)
         self._repeat = kernels.repeated()
         self._rotary = {kind: RotaryTable(config.rope[kind], config.head_dim, device) for kind in config.layer_types}
+
+    @cached_property
+    def _head(self) -> Linear:
+        """The head's product where there is a screen: laid out when logits are first asked for."""
+        assert self.screen is not None
+        whole = self.screen.whole()
+        let_go_of(self._stored_head)
+        return whole
 
     @property
     def kept_dtype(self) -> torch.dtype:
@@ -155,6 +166,8 @@ class TargetModel:
     @property
     def written_logits(self) -> int:
         """Numbers of a row that `logits` writes where it is told; 0 if it does not."""
+        if self.screen is not None:
+            return self.screen.width
         return self._head.width if isinstance(self._head, LinearInto) else 0
 
     def _steps(self, batch: RaggedBatch) -> dict[str, GroupStep]:

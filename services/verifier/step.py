@@ -54,7 +54,7 @@ class Stepper:
         self._cache = cache
         self._features = features
         self._noise_candidates = noise_candidates
-        self._verify = verifier_kernels(model.kernels).verify
+        self._judge = judge(model, noise_candidates)
 
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> Computed:
@@ -76,8 +76,7 @@ class Stepper:
         outcomes: dict[Work, Outcome] = {}
         for part in split(anchored, self._sampled_rows(hidden), lambda entry: 1 + len(entry[0].draft_tokens)):
             rows = [row for own, first in part for row in range(first, first + 1 + len(own.draft_tokens))]
-            logits = self._logits(hidden[torch.tensor(rows, device=hidden.device)])
-            chosen = self._verify(logits, _candidates(part), noise_candidates=self._noise_candidates)
+            chosen = self._judge(hidden[torch.tensor(rows, device=hidden.device)], _candidates(part))
             outcomes |= zip((own for own, _ in part), chosen, strict=True)
         return outcomes
 
@@ -86,11 +85,6 @@ class Stepper:
         where = "kept" if self._model.written_logits else hidden.device.type
         row = self._model.config.vocab_size * hidden.element_size()
         return max(1, SAMPLED_BYTES.get(where, SAMPLED_BYTES["cpu"]) // row)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        if not (width := self._model.written_logits):
-            return self._model.logits(hidden)
-        return self._model.logits(hidden, scratch.take("sampled", len(hidden), width, hidden.device, hidden.dtype))
 
     def _commit(self, work: Work, outcome: Outcome | None) -> Verdict:
         state = work.state
@@ -107,6 +101,26 @@ class Stepper:
         """So that times are those of the work and not of its launch."""
         if self._cache.device.type == "cuda":
             torch.cuda.synchronize(self._cache.device)
+
+
+def judge(model: TargetModel, noise_candidates: int) -> Callable[[Tensor, Sequence[Candidate]], list[Outcome]]:
+    """Verdicts on requests from their hidden rows: by bounds on logits where the model has a screen, or by logits."""
+    kernels = verifier_kernels(model.kernels)
+
+    def logits(hidden: Tensor) -> Tensor:
+        if not (width := model.written_logits):
+            return model.logits(hidden)
+        return model.logits(hidden, scratch.take("sampled", len(hidden), width, hidden.device, hidden.dtype))
+
+    def by_bounds(hidden: Tensor, candidates: Sequence[Candidate]) -> list[Outcome]:
+        assert kernels.screened is not None
+        whole = lambda rows: logits(hidden[torch.tensor(rows)])  # noqa: E731 - of these rows
+        return kernels.screened(hidden, candidates, screen=model.screen, whole=whole, noise_candidates=noise_candidates)
+
+    def by_logits(hidden: Tensor, candidates: Sequence[Candidate]) -> list[Outcome]:
+        return kernels.verify(logits(hidden), candidates, noise_candidates=noise_candidates)
+
+    return by_logits if model.screen is None else by_bounds
 
 
 def first_rows(work: Sequence[Work]) -> Iterator[tuple[Work, int]]:
@@ -148,12 +162,12 @@ def warm_up(model: TargetModel, cache: KVCache, noise_candidates: int, rows: Seq
     Layers run as often as it takes until they are only repeated (`dspark.kernels.repeated`). Nothing stays behind: the
     pages are given back and none is hashed.
     """
-    verify = verifier_kernels(model.kernels).verify
+    judged = judge(model, noise_candidates)
     for count in rows:
         sequence = cache.open([0] * count, count + 1)
         batch = RaggedBatch.build([(sequence, [0] * count, 0)])
         hidden = [model.forward(batch, cache).hidden for _ in range(3)][-1]
-        logits = model.logits(hidden[-8:])
         for sampling in (Sampling(temperature=0.0), Sampling(seed=1)):
-            verify(logits[-1:], [Candidate(sampling, 0, count)], noise_candidates=noise_candidates)
+            last = hidden[-8:]
+            judged(last, [Candidate(sampling, len(last) - 1, count)])
         cache.close(sequence)

@@ -21,11 +21,13 @@ class VerifierKernels:
     """One implementation of what verification computes beyond `dspark.kernels`.
 
     `services.verifier.verification` and `services.verifier.kernels.features` say what each of them means.
+    `screened` is verification for a head whose logits are bounded first: `services.verifier.kernels.screened_llvm`.
     """
 
     verify: Callable[..., list[Outcome]]
     tap_inputs: Callable[..., Tensor]
     tap_outputs: Callable[..., Tensor]
+    screened: Callable[..., list[Outcome]] | None = None
 
 
 _TORCH = VerifierKernels(verify, features.tap_inputs, features.tap_outputs)
@@ -37,9 +39,10 @@ def verifier_kernels(shared: Kernels) -> VerifierKernels:
     if shared.implementation == "torch":
         return replace(_TORCH, verify=reference)
     if shared.implementation == "llvm":
-        from services.verifier.kernels import verify_llvm  # noqa: PLC0415 - llvmlite is an extra
+        from services.verifier.kernels import screened_llvm, verify_llvm  # noqa: PLC0415 - llvmlite is an extra
 
-        return replace(_TORCH, verify=partial(verify_llvm.verify, reference=reference))
+        own = partial(verify_llvm.verify, reference=reference)
+        return replace(_TORCH, verify=own, screened=partial(screened_llvm.verify, by_logits=own, passes=shared.logits))
     from services.verifier.kernels import features_triton, verify_triton  # noqa: PLC0415 - triton is an extra
 
     return VerifierKernels(verify_triton.verify, features_triton.tap_inputs, features_triton.tap_outputs)

@@ -1,7 +1,7 @@
 """Which drafts stand and what follows them, for many requests, as code for the processor at hand.
 
 A task is a request; its rows are judged in order and only as far as a token behind them may stand. The rules are those
-of `services.verifier.verification`; of blocks by rejection `trial_llvm` has them.
+of `services.verifier.verification`; of blocks by rejection `trial_llvm` has them, of rows that hold bounds `race_llvm`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from functools import lru_cache
 from llvmlite import ir
 
 from dspark.kernels.logits import BLOCK
-from dspark.kernels.parts_llvm import INT, Writer, compile_module, host_lanes, kernel, number
+from dspark.kernels.parts_llvm import INT, Writer, compile_module, host_has, host_lanes, kernel, number
 from services.verifier.kernels.law_llvm import Law, declare
 from services.verifier.kernels.numbers_llvm import BFLOAT16, FLOAT32, Element, finite, ordered
+from services.verifier.kernels.race_llvm import RaceWalk
 from services.verifier.kernels.trial_llvm import TrialWalk
 from services.verifier.kernels.walk_llvm import FIELDS, Request, Walk
 
-__all__ = ["COUPLED", "GREEDY", "REJECTION", "compiled"]
+__all__ = ["BOUNDED_COUPLED", "BOUNDED_GREEDY", "COUPLED", "GREEDY", "REJECTION", "compiled"]
 
-GREEDY, COUPLED, REJECTION = range(3)
+GREEDY, COUPLED, REJECTION, BOUNDED_GREEDY, BOUNDED_COUPLED = range(5)
 _OUT = 3  # accepted, token, whether the logits were sound
 
 
@@ -39,7 +40,15 @@ class _Judging:
     def __init__(self, write: Writer, element: Element, law: Law) -> None:
         self._write, self._build, self._element = write, write.build, element
         self._walk = Walk(write, element, law)
-        self._trial = TrialWalk(self._walk)
+        trial = TrialWalk(self._walk)
+        self._walks: dict[int, Callable[[Request], None]] = {
+            GREEDY: self._greedy,
+            COUPLED: self._coupled,
+            REJECTION: trial.follow,
+        }
+        if element is FLOAT32 and host_has("avx512bf16"):
+            self._race = RaceWalk(self._walk)
+            self._walks |= {BOUNDED_GREEDY: self._bounded_greedy, BOUNDED_COUPLED: self._bounded_coupled}
 
     def write(self) -> None:
         """Task by task."""
@@ -47,7 +56,7 @@ class _Judging:
         with write.taking(self._walk.fields["next"], number(1), self._walk.given["tasks"]) as (task, _):
             request = self._request(task)
             self._walk.begin()
-            for kind, walk in ((GREEDY, self._greedy), (COUPLED, self._coupled), (REJECTION, self._trial.follow)):
+            for kind, walk in self._walks.items():
                 with build.if_then(build.icmp_signed("==", request.kind, number(kind))):
                     walk(request)
             out = write.at(write.integers(self._walk.given["out"]), write.times(task, _OUT))
@@ -70,6 +79,14 @@ class _Judging:
         """The target's own choice, row by row."""
         self._along(request, self._chosen)
 
+    def _bounded_greedy(self, request: Request) -> None:
+        """As `_greedy`, of rows that hold bounds."""
+        self._along(request, self._overtaken)
+
+    def _bounded_coupled(self, request: Request) -> None:
+        """As `_coupled`, of rows that hold bounds."""
+        self._along(request, self._raced)
+
     def _along(self, request: Request, choose: Callable[[Request, ir.Value], None]) -> None:
         """Chooses at one row after another for as long as the choice is the draft token there."""
         write, build, walk = self._write, self._build, self._walk
@@ -87,6 +104,15 @@ class _Judging:
     def _chosen(self, request: Request, at: ir.Value) -> None:
         with self._walk.measured(request, at) as row:
             self._walk.choose(request, row)
+
+    def _raced(self, request: Request, at: ir.Value) -> None:
+        with self._walk.measured(request, at) as row:
+            self._race.choose(request, row)
+
+    def _overtaken(self, request: Request, at: ir.Value) -> None:
+        self._greatest(request, at)
+        with self._build.if_then(self._walk.is_set(self._walk.sound)):
+            self._race.overtake(request, at)
 
     def _greatest(self, request: Request, at: ir.Value) -> None:
         """The first token of the greatest logit."""

@@ -6,6 +6,7 @@ Requests with filters or log-probabilities, and rules that are not exact, are th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -22,14 +23,38 @@ from dspark.sampling.drafted import certain
 from dspark.sampling.scratch import scratch
 from services.verifier import verification
 from services.verifier.candidates import Candidate, Outcome, refused
-from services.verifier.kernels.judge_llvm import COUPLED, GREEDY, REJECTION, compiled
+from services.verifier.kernels.judge_llvm import (
+    BOUNDED_COUPLED,
+    BOUNDED_GREEDY,
+    COUPLED,
+    GREEDY,
+    REJECTION,
+    compiled,
+)
 from services.verifier.kernels.walk_llvm import JudgeArguments, room_sizes
 from services.verifier.verification import EXACT, AcceptanceRules
 
-__all__ = ["verify"]
+__all__ = ["Table", "unsound", "verify", "walk"]
 
 _ALIGNED = 64
 _DTYPES = torch.float32, torch.bfloat16
+_BOUNDED = {GREEDY: BOUNDED_GREEDY, COUPLED: BOUNDED_COUPLED}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Table:
+    """What logits are made of whose bounds are known: rows (any, d) and weights (vocabulary, d), both bfloat16."""
+
+    states: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def places(self) -> tuple[int, int, int]:
+        """Addresses of both, and pairs of numbers in a row."""
+        assert self.states.dtype == self.weights.dtype == torch.bfloat16
+        assert self.states.is_contiguous()
+        assert self.weights.is_contiguous()
+        return self.states.data_ptr(), self.weights.data_ptr(), self.weights.shape[1] // 2
 
 
 @torch.inference_mode()
@@ -59,30 +84,37 @@ def _simple(sampling: Sampling) -> bool:
 def _judged(logits: torch.Tensor, requests: Sequence[Candidate], most: int) -> list[Outcome]:
     outcomes = [refused(request, *logits.shape) for request in requests]
     sound = [request for request, outcome in zip(requests, outcomes, strict=True) if outcome is None]
-    walked = iter(_walk(logits, sound, most) if sound else ())
+    walked = iter(walk(logits, sound, most) if sound else ())
     return [_outcome(r, *next(walked)) if o is None else o for r, o in zip(requests, outcomes, strict=True)]
 
 
 def _outcome(request: Candidate, accepted: int, token: int, sound: int) -> Outcome:
     if sound:
         return Outcome(accepted, token)
-    error = InternalError(f"the target's logits for position {request.position + accepted} are not finite")
-    return Outcome(0, -1, error=error)
+    return Outcome(0, -1, error=unsound(request.position + accepted))
 
 
-def _walk(logits: torch.Tensor, requests: Sequence[Candidate], most: int) -> list[list[int]]:
-    """Of each request: draft tokens that stand, the token behind them, and whether the logits were sound."""
+def unsound(position: int) -> InternalError:
+    """Why nothing is chosen there."""
+    return InternalError(f"the target's logits for position {position} are not finite")
+
+
+def walk(logits: torch.Tensor, requests: Sequence[Candidate], most: int, table: Table | None = None) -> list[list[int]]:
+    """Of each request: draft tokens that stand, the token behind them, and whether the logits were sound.
+
+    With a table, `logits` are bounds, and the last may be `race_llvm.UNDECIDED`.
+    """
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     if missing := -logits.shape[1] % BLOCK:
         logits = functional.pad(logits, (0, missing), value=-torch.inf)
     blocks, most = logits.shape[1] // BLOCK, min(most, logits.shape[1])
     threads = torch.get_num_threads() if len(requests) > 1 else 1  # a team's threads each take a room
     rooms, piece = _rooms(blocks, most, threads)
-    own = _tables(requests)
+    own = _tables(requests, bounded=table is not None)
     out = torch.empty(len(requests), 3, dtype=torch.int64)
     arguments = JudgeArguments(
         logits.data_ptr(), logits.stride(0), blocks, most, *(table.data_ptr() for table in own), out.data_ptr(),
-        *rooms, piece, 0, len(requests), 0,
+        *(table.places if table else (0, 0, 0)), *rooms, piece, 0, len(requests), 0,
     )  # fmt: skip
     run = team.alone if threads == 1 else team.run
     run(compiled(narrow=logits.dtype == torch.bfloat16), arguments)
@@ -90,12 +122,19 @@ def _walk(logits: torch.Tensor, requests: Sequence[Candidate], most: int) -> lis
     return found
 
 
-def _tables(requests: Sequence[Candidate]) -> tuple[torch.Tensor, ...]:
+def _tables(requests: Sequence[Candidate], *, bounded: bool) -> tuple[torch.Tensor, ...]:
     """Requests, temperatures, draft tokens, and what these were drawn from, as `JudgeArguments` has them."""
     counts = [len(request.draft_tokens) for request in requests]
     firsts = accumulate(counts, initial=0)
     rows = [
-        (_kind(r.sampling), r.first_row, first, count, r.position, signed_seed(r.sampling.seed))
+        (
+            _BOUNDED[_kind(r.sampling)] if bounded else _kind(r.sampling),
+            r.first_row,
+            first,
+            count,
+            r.position,
+            signed_seed(r.sampling.seed),
+        )
         for r, first, count in zip(requests, firsts, counts, strict=False)
     ]
     temperatures = [request.sampling.temperature or 1.0 for request in requests]

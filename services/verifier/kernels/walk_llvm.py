@@ -31,15 +31,17 @@ class JudgeArguments(ctypes.Structure):
     `logits` (any, blocks · BLOCK), rows `stride` numbers apart; `requests` (tasks, FIELDS) int64, `temperatures`
     (tasks,) float64. Request r's drafts are `tokens[drafts]` … ; draft d was drawn from `ids` and `shares` (float64)
     `begins[d]` … `begins[d + 1]` - 1, itself with `owns[d]` (float64). `out` (tasks, 3). A law's head has `most`
-    tokens. `rooms`: of each part of `room_sizes` the place of the first thread's, then how many bytes a thread has.
+    tokens. Where `logits` are bounds, `states` (any, pairs) int32 are their rows and `table` (vocabulary, pairs) the
+    head's weights, two bfloat16s each. `rooms`: of each part of `room_sizes` the place of the first thread's, then how
+    many bytes a thread has.
     """
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             "logits", "stride", "blocks", "most", "requests", "temperatures", "tokens", "begins", "ids", "shares",
-            "owns", "out", "figures", "sums", "weights", "inner", "peaks", "room_ids", "keys", "piece", "next_room",
-            "tasks", "next",
+            "owns", "out", "states", "table", "pairs", "figures", "sums", "weights", "inner", "peaks", "room_ids",
+            "keys", "piece", "next_room", "tasks", "next",
         )
     ]  # fmt: skip
 

@@ -54,7 +54,7 @@ def test_the_counter_is_item_position_stream_and_the_key_is_the_seed() -> None:
 
 def test_a_row_of_streams() -> None:
     assert streams(2, Stream.REST, Stream.DRAFT, device=torch.device("cpu")).tolist() == [0, 0, 1, 3]
-    assert len(set(Stream)) == 6
+    assert len(set(Stream)) == 7
 
 
 def test_uniform_stays_inside_and_gumbel_is_finite() -> None:
@@ -82,5 +82,5 @@ def test_compiled_bits_are_the_same(rows: int) -> None:
     items = torch.randint(0, 2**32, (rows, 257), generator=generator)
     items[0, :3] = torch.tensor([0, 1, 2**32 - 1])
     positions = torch.randint(0, 2**31, (rows, 1), generator=generator)
-    for of in (torch.tensor(int(Stream.TOKEN)), torch.arange(257) % 6):
+    for of in (torch.tensor(int(Stream.TOKEN)), torch.arange(257) % 7):
         assert torch.equal(compiled(seeds, items, positions, of), keyed_bits(seeds, items, positions, of))
