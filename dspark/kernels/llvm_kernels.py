@@ -48,8 +48,8 @@ INT8 = replace(LLVM, name="llvm-int8", linear=linear_int8.linear, gated=linear_i
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor at hand can have `ROUNDED`."""
-    return compiled().dots is not None
+    """Whether the processor at hand can have `ROUNDED`, whose choices rest on bytes, too."""
+    return None not in (compiled().dots, compiled().bounded_codes)
 
 
 def multiplies_int8() -> bool:
