@@ -20,12 +20,13 @@ from llvmlite import ir
 
 from dspark.kernels.parts_llvm import FLOAT, Writer, compile_module, host_lanes, kernel, number
 
-__all__ = ["AttendArguments", "Heads", "compiled"]
+__all__ = ["KEYS", "LEAST_SCORE", "AttendArguments", "Heads", "Row", "Task", "Writing", "compiled"]
 
-_SUMS = 8  # in registers: enough to hide a multiply-add's latency, few enough for AVX2's sixteen registers
 _MOST_HEADS = 4  # that share a vector read
-_KEYS = 16  # that lie beside each other in turn; scores begin at multiples of it, so that lanes are those of positions
-_LEAST_SCORE = float("-inf")
+KEYS = 16
+"""Keys that lie beside each other in turn; scores begin at multiples of it, so that lanes are those of positions."""
+LEAST_SCORE = float("-inf")
+"""Of a key that is not seen."""
 
 
 class AttendArguments(ctypes.Structure):
@@ -65,12 +66,12 @@ class Heads:
 def compiled(heads: Heads, lanes: int | None = None) -> int:
     """Where the code for a team lies, for this processor or vectors of another length; a tenth of a second, once."""
     module = ir.Module("attend")
-    _Writing(kernel(module, "attend", math.gcd(heads.dim, lanes or host_lanes())), heads).write()
+    Writing(kernel(module, "attend", math.gcd(heads.dim, lanes or host_lanes())), heads).write()
     return compile_module(module, ["attend"]).functions["attend"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class Task:
     """One tile and key/value head: its rows, where they see keys, and the page numbers."""
 
     begin: ir.Value
@@ -86,7 +87,7 @@ class _Task:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """One row of a task: its query heads, what becomes of them, their scores, and the keys it sees."""
 
     q: ir.Value
@@ -96,11 +97,16 @@ class _Row:
     behind: ir.Value
 
 
-class _Writing:
+class Writing:
+    """Writes the whole function; sums are float32, one multiply-add after the other."""
+
+    sums = 8
+    """In registers: enough to hide a multiply-add's latency, few enough for AVX2's sixteen registers."""
+
     def __init__(self, write: Writer, heads: Heads) -> None:
         self._write, self._build, self._heads = write, write.build, heads
         self._parts = [range(at, min(at + _MOST_HEADS, heads.group)) for at in range(0, heads.group, _MOST_HEADS)]
-        self._beside = math.gcd(_KEYS, heads.page_size)
+        self._beside = math.gcd(KEYS, heads.page_size)
         self._fields = write.fields(AttendArguments)
         given = {name: self._build.load(at) for name, at in self._fields.items()}
         for name in ("q", "out", "rooms"):
@@ -123,7 +129,11 @@ class _Writing:
             self._means(task, room)
         self._build.ret_void()
 
-    def _task(self, index: ir.Value) -> _Task:
+    def fitting(self, part: range) -> int:
+        """Sums of each head of a part that fit beside those of the others: a power of two."""
+        return self.sums // (1 << (len(part) - 1).bit_length())
+
+    def _task(self, index: ir.Value) -> Task:
         write, build, given = self._write, self._build, self._given
         tile, head = build.udiv(index, given["kv_heads"]), build.urem(index, given["kv_heads"])
         begin, end, table = (build.load(write.at(given[name], tile)) for name in ("begin", "end", "tables"))
@@ -131,11 +141,11 @@ class _Writing:
         values = write.at(keys, build.mul(given["kv_heads"], given["head_stride"]))
         first = build.load(write.at(given["first"], begin))
         last = build.load(write.at(given["last"], build.sub(end, number(1))))
-        start = build.sub(first, build.urem(first, number(_KEYS)))
+        start = build.sub(first, build.urem(first, number(KEYS)))
         table = write.at(given["pages"], table)
-        return _Task(begin, end, head, keys, values, table, start, build.add(last, number(1)))
+        return Task(begin, end, head, keys, values, table, start, build.add(last, number(1)))
 
-    def _row(self, task: _Task, room: ir.Value, row: ir.Value) -> _Row:
+    def _row(self, task: Task, room: ir.Value, row: ir.Value) -> Row:
         write, build, given = self._write, self._build, self._given
         group, dim = self._heads.group, self._heads.dim
         heads = write.times(build.add(build.mul(row, given["kv_heads"]), task.head), group * dim)
@@ -143,9 +153,9 @@ class _Writing:
         scores = [write.at(room, own, write.times(given["room"], head)) for head in range(group)]
         first, last = (build.load(write.at(given[name], row)) for name in ("first", "last"))
         at = write.at(given["q"], heads), write.at(given["out"], heads)
-        return _Row(*at, scores, first, build.add(last, number(1)))
+        return Row(*at, scores, first, build.add(last, number(1)))
 
-    def _lying(self, task: _Task, rows: ir.Value, position: ir.Value) -> ir.Value:
+    def _lying(self, task: Task, rows: ir.Value, position: ir.Value) -> ir.Value:
         """Where a position's key or value lies."""
         size = number(self._heads.page_size)
         page = self._build.load(self._write.at(task.table, self._build.udiv(position, size)))
@@ -154,17 +164,21 @@ class _Writing:
 
     # ---- scores
 
-    def _scores(self, task: _Task, room: ir.Value) -> None:
+    def _scores(self, task: Task, room: ir.Value) -> None:
         """Of every row of a task, scaled, for the keys start … behind - 1."""
         write, build = self._write, self._build
         for part in self._parts:
-            unit = math.gcd(_beside(part), self._beside)
+            unit = math.gcd(self.fitting(part), self._beside)
             with write.counting(task.start, task.behind, unit) as key:
                 at, index = self._lying(task, task.keys, key), build.sub(key, task.start)
+                self._read_ahead(task, task.keys, key, unit)
                 with write.counting(task.begin, task.end) as number_:
                     self._unit(self._row(task, room, number_), part, at, index, unit)
 
-    def _unit(self, row: _Row, part: range, at: ir.Value, index: ir.Value, unit: int) -> None:
+    def _read_ahead(self, task: Task, rows: ir.Value, key: ir.Value, count: int) -> None:
+        """Nothing is asked for."""
+
+    def _unit(self, row: Row, part: range, at: ir.Value, index: ir.Value, unit: int) -> None:
         """Scores of `unit` keys from `at` on, which share a page, for the heads of a part."""
         write, build = self._write, self._build
 
@@ -182,7 +196,7 @@ class _Writing:
 
     # ---- means
 
-    def _means(self, task: _Task, room: ir.Value) -> None:
+    def _means(self, task: Task, room: ir.Value) -> None:
         """Softmax of every row, then the values' means, some values at a time for all rows."""
         write, build = self._write, self._build
         size = number(self._heads.group * self._heads.dim)
@@ -195,19 +209,14 @@ class _Writing:
         first = build.sub(task.start, build.urem(task.start, number(self._beside)))
         with write.counting(first, task.behind, self._beside) as key:
             at = self._lying(task, task.values, key)
+            self._read_ahead(task, task.values, key, self._beside)
             with write.counting(task.begin, task.end) as number_:
                 self._add_values(task, self._row(task, room, number_), key, at)
 
-    def _softmax(self, task: _Task, row: _Row, scores: ir.Value) -> None:
+    def _softmax(self, task: Task, row: Row, scores: ir.Value) -> None:
         """Scores become weights that add up to one; those of keys that the row does not see are as if -inf."""
         write, build = self._write, self._build
-        first, behind = (build.sub(key, task.start) for key in (row.first, row.behind))
-        begin = build.sub(first, build.urem(first, number(_KEYS)))
-        end = build.add(behind, number(write.lanes - 1))
-        end = build.sub(end, build.urem(end, number(write.lanes)))
-        for hidden in ((begin, first), (behind, end)):
-            with write.counting(*hidden) as index:
-                build.store(ir.Constant(FLOAT, _LEAST_SCORE), write.at(scores, index))
+        begin, end = self._hide(task, row, scores)
 
         def larger(index: ir.Value, most: list[ir.Value]) -> list[ir.Value]:
             return [write.larger(write.load(write.at(scores, index)), most[0])]
@@ -220,7 +229,7 @@ class _Writing:
             write.store(value, at)
             return [build.fadd(total[0], value)]
 
-        found = write.summing(begin, end, [write.constant(_LEAST_SCORE)], larger, step=write.lanes)
+        found = write.summing(begin, end, [write.constant(LEAST_SCORE)], larger, step=write.lanes)
         most = write.broadcast(write.folded(found[0], write.larger))
         total = write.summing(begin, end, [write.zero], power, step=write.lanes)
         share = write.broadcast(build.fdiv(ir.Constant(FLOAT, 1.0), write.folded(total[0], build.fadd)))
@@ -228,15 +237,32 @@ class _Writing:
             at = write.at(scores, index)
             write.store(build.fmul(write.load(at), share), at)
 
-    def _add_values(self, task: _Task, row: _Row, key: ir.Value, at: ir.Value) -> None:
+    def _hide(self, task: Task, row: Row, scores: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Where the scores that a row looks at begin and end, whole vectors; of keys it does not see they are -inf."""
+        write, build = self._write, self._build
+        first, behind = (build.sub(key, task.start) for key in (row.first, row.behind))
+        begin = build.sub(first, build.urem(first, number(KEYS)))
+        end = build.add(behind, number(write.lanes - 1))
+        end = build.sub(end, build.urem(end, number(write.lanes)))
+        for hidden in ((begin, first), (behind, end)):
+            with write.counting(*hidden) as index:
+                build.store(ir.Constant(FLOAT, LEAST_SCORE), write.at(scores, index))
+        return begin, end
+
+    def _seen(self, row: Row, key: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Which of the keys beside each other from `key` on a row sees: from which on, and up to which."""
+        write, build = self._write, self._build
+        begin = build.sub(write.most(key, row.first), key)
+        return begin, build.sub(write.least(build.add(key, number(self._beside)), row.behind), key)
+
+    def _add_values(self, task: Task, row: Row, key: ir.Value, at: ir.Value) -> None:
         """To a row's means those of `beside` values from `key` on, which lie at `at`, that it sees."""
         write, build, lanes = self._write, self._build, self._write.lanes
-        begin = build.sub(write.most(key, row.first), key)
-        end = build.sub(write.least(build.add(key, number(self._beside)), row.behind), key)
+        begin, end = self._seen(row, key)
         index = build.sub(key, task.start)
         vectors = self._heads.dim // lanes
         for part in self._parts:
-            wide = _beside(part)
+            wide = self.fitting(part)
             whole = vectors - vectors % wide
             scores = [write.at(row.scores[head], index) for head in part]
             outs = [write.at(row.out, number(head * self._heads.dim)) for head in part]
@@ -269,8 +295,3 @@ class _Writing:
         sums = write.summing(*keys, [write.load(one) for one in places], add)
         for one, total in zip(places, sums, strict=True):
             write.store(total, one)
-
-
-def _beside(part: range) -> int:
-    """Sums of each head of a part that fit beside those of the others: a power of two."""
-    return _SUMS // (1 << (len(part) - 1).bit_length())

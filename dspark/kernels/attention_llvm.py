@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
 
-from dspark.kernels import attend_llvm, team
+from dspark.kernels import attend_dots_llvm, attend_llvm, team
 from dspark.kernels import attention as plain
 from dspark.kernels.attend_llvm import AttendArguments, Heads
 from dspark.kernels.attention import AttentionPlan, Span
@@ -100,9 +101,15 @@ def paged_attention(
     count, heads, dim = q.shape
     out = q.new_empty(count, heads * dim)
     rounded = storage.dtype == torch.bfloat16
-    function = attend_llvm.compiled(Heads(heads // (len(storage) // 2), dim, plan.page_size, rounded))
+    function = compiled(Heads(heads // (len(storage) // 2), dim, plan.page_size, rounded))
     attend(function, q.contiguous(), storage, plan.rows, scale, out)
     return out
+
+
+@lru_cache(maxsize=8)
+def compiled(heads: Heads) -> int:
+    """Where the attention for this processor and such heads lies."""
+    return attend_dots_llvm.compiled(heads) if attend_dots_llvm.fits(heads) else attend_llvm.compiled(heads)
 
 
 def attend(function: int, q: torch.Tensor, storage: torch.Tensor, rows: Rows, scale: float, out: torch.Tensor) -> None:

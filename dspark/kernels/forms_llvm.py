@@ -29,11 +29,8 @@ class Form(Protocol):
     stored: ir.VectorType
     element: ir.Type
 
-    def room(self, write: Writer, inputs: ir.Value, rows: int) -> ir.Value:
-        """Memory of a thread for so many rows."""
-
-    def rows(self, write: Writer, x: ir.Value, first: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:
-        """Elements of the rows at `x`, an address, that have numbers `first` to `first + count`."""
+    def rows(self, write: Writer, x: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:
+        """Elements of rows of `count` numbers in all at `x`; both are addresses, `room` of a thread's, as large."""
 
     def start(self, write: Writer, behind: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Sums of both halves of a panel's outputs before the first step, given where its steps end."""
@@ -80,13 +77,9 @@ class _AsTheyAre(_Summed):
     inputs = 1
     element = FLOAT
 
-    def room(self, write: Writer, inputs: ir.Value, rows: int) -> ir.Value:  # noqa: ARG002 - other forms need them
-        """None is needed."""
-        return number(0)
-
-    def rows(self, write: Writer, x: ir.Value, first: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:  # noqa: ARG002
+    def rows(self, write: Writer, x: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:  # noqa: ARG002 - see `Dots`
         """As they lie."""
-        return write.at(write.floats(x), first)
+        return write.floats(x)
 
     def add(self, write: Writer, one: ir.Value, half: ir.Value, total: ir.Value) -> ir.Value:
         """A fused multiply-add."""
@@ -122,7 +115,7 @@ class Float32(_Beside, _AsTheyAre):
 class Dots(_Beside, _Summed):
     """Two inputs a step, in bfloat16 (AVX512-BF16).
 
-    Rows are rounded to bfloat16 as a thread needs them: a sixtieth of its multiplications.
+    Each thread rounds all rows to bfloat16 for itself, once.
     """
 
     name = "dots"
@@ -132,18 +125,15 @@ class Dots(_Beside, _Summed):
     def __init__(self, lanes: int) -> None:
         self.stored = ir.VectorType(INT32, lanes)
 
-    def room(self, write: Writer, inputs: ir.Value, rows: int) -> ir.Value:
-        """On the thread's stack."""
-        return write.build.alloca(INT32, write.times(inputs, -(-rows // 2)))
-
-    def rows(self, write: Writer, x: ir.Value, first: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:
+    def rows(self, write: Writer, x: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:
         """Rounded to the nearest, to even in the middle."""
-        lanes, x = write.lanes, write.at(write.floats(x), first)
+        lanes, x = write.lanes, write.floats(x)
+        elements = write.build.inttoptr(room, INT32.as_pointer())
         halves = ir.VectorType(ir.IntType(16), lanes)
         with write.counting(number(0), count, lanes) as at:
             narrow = write.call("x86.avx512bf16.cvtneps2bf16.512", halves, write.load(write.at(x, at)))
-            write.store(narrow, write.at(room, write.build.sdiv(at, number(self.inputs))))
-        return room
+            write.store(narrow, write.at(elements, write.build.sdiv(at, number(self.inputs))))
+        return elements
 
     def add(self, write: Writer, one: ir.Value, half: ir.Value, total: ir.Value) -> ir.Value:
         """Both products are added to the sum."""
@@ -166,14 +156,9 @@ class Codes(_Beside):
     def __init__(self, lanes: int) -> None:
         self.stored = ir.VectorType(INT32, lanes)
 
-    def room(self, write: Writer, inputs: ir.Value, rows: int) -> ir.Value:  # noqa: ARG002 - other forms need them
-        """None is needed: rows come as codes."""
-        return number(0)
-
-    def rows(self, write: Writer, x: ir.Value, first: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:  # noqa: ARG002
-        """As they lie."""
-        codes = write.build.inttoptr(x, INT32.as_pointer())
-        return write.at(codes, write.build.sdiv(first, number(self.inputs)))
+    def rows(self, write: Writer, x: ir.Value, count: ir.Value, room: ir.Value) -> ir.Value:  # noqa: ARG002 - see `Dots`
+        """As they lie: rows come as codes."""
+        return write.build.inttoptr(x, INT32.as_pointer())
 
     def start(self, write: Writer, behind: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Minus 128 times the weights' sums, so that codes count from 0."""

@@ -32,7 +32,6 @@ __all__ = [
 
 _SHARES = 8  # that a thread takes of a product one by one, so that a disturbed thread leaves its rest to the others
 _ALONE = 16 << 20  # rows times bytes of weights that one thread has done before a sleeping team would begin
-_MOST_ROUNDED = 1 << 15  # inputs of rows that a thread rounds on its stack, a tile of them at a time
 _PART = 1 << 14  # outputs looked at together
 
 
@@ -65,6 +64,7 @@ class Streamed:
 
     def __init__(self, function: int, weight: torch.Tensor, shape: Sequence[int], tiling: Tiling) -> None:
         self._function, self._weight = function, weight
+        self._rounding = function == compiled().dots
         self._outputs, self._inputs = shape
         self._groups = len(weight) // GROUP
         self._padded = self._groups * tiling.group_outputs
@@ -97,10 +97,15 @@ class Streamed:
         """`out`, filled, from rows as the product reads them."""
         assert out.dtype == torch.float32
         assert x.shape[1:] == (self._inputs,)
-        share = max(1, self._groups // (_SHARES * torch.get_num_threads()))
+        threads = torch.get_num_threads()
+        shares = _SHARES * threads
+        rooms = x.new_empty(threads, self._rounding * len(x) * self._inputs // 2)
+        halved = self._groups < shares
+        pieces = 2 * self._groups if halved else self._groups
         at = x.data_ptr(), 0 if scales is None else scales.data_ptr(), self._weight.data_ptr(), out.data_ptr()
+        work = pieces, int(halved), max(1, pieces // shares), rooms.data_ptr(), rooms[0].nbytes, 0, 0
         run = team.alone if len(x) * self.weight_bytes <= _ALONE else team.run
-        run(self._function, ProductArguments(*at, len(x), self._inputs, out.shape[1], self._groups, share, 0))
+        run(self._function, ProductArguments(*at, len(x), self._inputs, out.shape[1], *work))
         return out
 
 
@@ -113,7 +118,7 @@ class StreamedLinear(Streamed):
     def __init__(self, weight: torch.Tensor, product: Product | None = None, *, rounded: bool = False) -> None:
         product = product or compiled()
         inputs = weight.shape[1]
-        rounded = rounded and not inputs % product.tiling.lanes and inputs <= _MOST_ROUNDED
+        rounded = rounded and not inputs % product.tiling.lanes
         super().__init__(*_arranged(weight, product, rounded=rounded), weight.shape, product.tiling)
 
 

@@ -22,10 +22,11 @@ from dspark.kernels.parts_llvm import FLOAT, INT, Writer, compile_module, host_h
 __all__ = ["GROUP", "NARROW", "WIDE", "Product", "ProductArguments", "Tiling", "compiled"]
 
 GROUP = 4
-"""Panels that a thread takes together."""
+"""Panels that lie, and mostly are taken by a thread, together."""
+_HALF = GROUP // 2
 
 _LINE = 64  # bytes
-_AHEAD = 4096
+_AHEAD = 6144
 """Bytes of a panel between what the first tile reads and what it asks for; the others find the panel in a cache."""
 
 
@@ -33,13 +34,29 @@ class ProductArguments(ctypes.Structure):
     """What the compiled product reads.
 
     `x` (rows, inputs) float32, or codes with the rows' `scales` (rows, figures) float32, `weight` in panels, `out`
-    (rows, outputs) float32, `groups` of panels, `share` groups that a thread takes at a time, `next` the first group
-    that nobody has taken: 0 at the start.
+    (rows, outputs) float32. Threads take `share` at a time of `pieces`, whole groups or, if `halved` is 1, halves of
+    them; `next` is the first that nobody has taken: 0 at the start. So is `next_room`: a thread has `piece` bytes at
+    `rooms`.
     """
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("x", "scales", "weight", "out", "rows", "inputs", "outputs", "groups", "share", "next")
+        for name in (
+            "x",
+            "scales",
+            "weight",
+            "out",
+            "rows",
+            "inputs",
+            "outputs",
+            "pieces",
+            "halved",
+            "share",
+            "rooms",
+            "piece",
+            "next_room",
+            "next",
+        )
     ]
 
 
@@ -98,61 +115,84 @@ def compiled(tiling: Tiling | None = None) -> Product:
 
 def _write_product(module: ir.Module, tiling: Tiling, form: Form) -> str:
     """A product with its tiles; its name."""
-    counts = range(1, len(tiling.panels) + 1)
-    tiles = {n: tuple(_write_tile(module, tiling, form, n, ahead) for ahead in (_AHEAD, 0)) for n in counts}
+    most = {GROUP: tiling.panels, _HALF: tuple(min(panels, _HALF) for panels in tiling.panels)}
+    shapes = sorted({(rows, panels) for of in most.values() for rows, panels in enumerate(of, 1)})
+    tiles = {
+        shape: tuple(_write_tile(module, tiling, form, *shape, ahead) for ahead in (_AHEAD, 0)) for shape in shapes
+    }
     write = kernel(module, f"product_{form.name}", tiling.lanes)
     fields = write.fields(ProductArguments)
     given = {name: write.build.load(at) for name, at in fields.items()}
     given["steps"] = write.build.sdiv(given["inputs"], number(form.inputs))
-    given["room"] = form.room(write, given["inputs"], len(tiling.panels))
-    with write.taking(fields["next"], given["share"], given["groups"]) as (first, end), write.counting(first, end) as g:
-        _write_group(write, tiling, form, tiles, given, g)
+    room = write.build.add(given["rooms"], write.build.mul(write.take(fields["next_room"], number(1)), given["piece"]))
+    numbers = write.build.mul(given["rows"], given["inputs"])
+    given["elements"] = form.rows(write, given["x"], numbers, room)
+    halved = write.build.icmp_signed("==", given["halved"], number(1))
+    with (
+        write.taking(fields["next"], given["share"], given["pieces"]) as share,
+        write.counting(*share) as piece,
+        write.build.if_else(halved) as (half, whole),
+    ):
+        for branch, size in ((half, _HALF), (whole, GROUP)):
+            own = [tiles[rows, panels] for rows, panels in enumerate(most[size], 1)]
+            with branch:
+                _Piece(write, tiling, form, size, own, given).write(piece)
     write.build.ret_void()
     name: str = write.function.name
     return name
 
 
-def _write_group(
-    write: Writer,
-    tiling: Tiling,
-    form: Form,
-    tiles: Mapping[int, Sequence[ir.Function]],
-    given: Mapping[str, ir.Value],
-    group: ir.Value,
-) -> None:
-    """All rows of one group's outputs: full tiles, then one of the rows that are left."""
-    build, inputs, outputs, steps = write.build, given["inputs"], given["outputs"], given["steps"]
-    panel = build.add(write.times(steps, form.vectors), number(form.behind))
-    weight = build.inttoptr(given["weight"], form.stored.as_pointer())
-    weight = write.at(weight, build.mul(group, write.times(panel, GROUP)))
-    scales, out = (write.floats(given[name]) for name in ("scales", "out"))
-    out = write.at(out, write.times(group, tiling.group_outputs))
+class _Piece:
+    """Writes all rows of so many panels' outputs: full tiles, then one of the rows that are left."""
 
-    def tile(rows: int, row: ir.Value) -> None:
-        to = write.at(out, build.mul(row, outputs))
-        from_ = form.rows(write, given["x"], build.mul(row, inputs), write.times(inputs, rows), given["room"])
-        function = build.select(build.icmp_signed("==", row, number(0)), *tiles[rows])
-        for first in range(0, GROUP, tiling.panels[rows - 1]):
-            at = write.at(weight, write.times(panel, first)), write.at(to, number(first * 2 * tiling.lanes))
-            build.call(function, [from_, *at, write.at(scales, write.times(row, form.figures)), steps, outputs])
+    def __init__(
+        self,
+        write: Writer,
+        tiling: Tiling,
+        form: Form,
+        size: int,
+        tiles: Sequence[Sequence[ir.Function]],
+        given: Mapping[str, ir.Value],
+    ) -> None:
+        """`tiles` by rows less one, each with and without asking ahead."""
+        self._write, self._build, self._form, self._given = write, write.build, form, given
+        self._outputs = 2 * tiling.lanes  # of a panel
+        self._size, self._tiles = size, tiles
+        self._panels = [min(panels, size) for panels in tiling.panels]
 
-    most = len(tiling.panels)
-    left = build.srem(given["rows"], number(most))
-    full = build.sub(given["rows"], left)
-    with write.counting(number(0), full, most) as row:
-        tile(most, row)
-    write.cases(left, range(1, most), lambda rows: tile(rows, full))
+    def write(self, piece: ir.Value) -> None:
+        """The piece of that number."""
+        write, build, given = self._write, self._build, self._given
+        most = len(self._tiles)
+        left = build.srem(given["rows"], number(most))
+        full = build.sub(given["rows"], left)
+        with write.counting(number(0), full, most) as row:
+            self._tile(piece, most, row)
+        write.cases(left, range(1, most), lambda rows: self._tile(piece, rows, full))
+
+    def _tile(self, piece: ir.Value, rows: int, row: ir.Value) -> None:
+        write, build, given, form = self._write, self._build, self._given, self._form
+        panel = build.add(write.times(given["steps"], form.vectors), number(form.behind))
+        weight = build.inttoptr(given["weight"], form.stored.as_pointer())
+        weight = write.at(weight, build.mul(piece, write.times(panel, self._size)))
+        scales, out = (write.floats(given[name]) for name in ("scales", "out"))
+        to = write.at(out, write.times(piece, self._size * self._outputs), build.mul(row, given["outputs"]))
+        from_ = write.at(given["elements"], build.mul(row, given["steps"]))
+        function = build.select(build.icmp_signed("==", row, number(0)), *self._tiles[rows - 1])
+        for first in range(0, self._size, self._panels[rows - 1]):
+            at = write.at(weight, write.times(panel, first)), write.at(to, number(first * self._outputs))
+            figures = write.at(scales, write.times(row, form.figures))
+            build.call(function, [from_, *at, figures, given["steps"], given["outputs"]])
 
 
-def _write_tile(module: ir.Module, tiling: Tiling, form: Form, rows: int, ahead: int) -> ir.Function:
+def _write_tile(module: ir.Module, tiling: Tiling, form: Form, rows: int, panels: int, ahead: int) -> ir.Function:
     """tile(x, weight, out, scales, steps, outputs): `rows` rows times some panels, all sums in registers.
 
     Weights `ahead` bytes further on are asked for, unless that is 0.
     """
-    panels = tiling.panels[rows - 1]
     places = (kind.as_pointer() for kind in (form.element, form.stored, FLOAT, FLOAT))
     kind = ir.FunctionType(ir.VoidType(), [*places, INT, INT])
-    function = ir.Function(module, kind, f"tile_{form.name}_{rows}_{ahead}")
+    function = ir.Function(module, kind, f"tile_{form.name}_{rows}_{panels}_{ahead}")
     function.linkage = "internal"
     x, weight, out, scales, steps, outputs = function.args
     write = Writer(function, tiling.lanes)
