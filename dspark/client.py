@@ -138,6 +138,8 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._channel.close()
+        # What gRPC keeps goes while its loop runs: left to the end of the program, its poller may never end.
+        del self._channel, self._stub
 
     def generate(self, prompt: Prompt, **params: Unpack[GenerateParams]) -> Stream:
         """Starts a completion and streams it: one `Started`, then `Delta`s, then one `Finished`."""
