@@ -131,15 +131,23 @@ class Client:
 
     async def __aenter__(self) -> Self:
         self._channel = connect(self.address)
-        self._stub = RouterStub(self._channel)
+        self._calls = RouterStub(self._channel)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._channel.close()
-        # What gRPC keeps goes while its loop runs: left to the end of the program, its poller may never end.
-        del self._channel, self._stub
+        try:
+            await self._channel.close()
+        finally:  # what gRPC keeps goes while its loop runs: left to the end of the program, its poller may never end
+            del self._channel, self._calls
+
+    @property
+    def _stub(self) -> RouterStub:
+        try:
+            return self._calls
+        except AttributeError:
+            raise Unavailable(f"router {self.address}: this client is not open, use it in `async with`") from None
 
     def generate(self, prompt: Prompt, **params: Unpack[GenerateParams]) -> Stream:
         """Starts a completion and streams it: one `Started`, then `Delta`s, then one `Finished`."""

@@ -33,6 +33,8 @@ __all__ = [
 _SHARES = 8  # that a thread takes of a product one by one, so that a disturbed thread leaves its rest to the others
 _ALONE = 16 << 20  # rows times bytes of weights that one thread has done before a sleeping team would begin
 _PART = 1 << 14  # outputs looked at together
+_TILE = 12  # rows, a multiple of which is taken where there are too many
+_MOST_ROOM = 32 << 20  # bytes of rounded rows at a time
 
 
 def linear(weight: torch.Tensor) -> Linear:
@@ -62,9 +64,11 @@ def _streamable(weight: torch.Tensor) -> bool:
 class Streamed:
     """x (rows, in) ↦ (rows, out), both float32, by one of the compiled products over a weight in its panels."""
 
-    def __init__(self, function: int, weight: torch.Tensor, shape: Sequence[int], tiling: Tiling) -> None:
-        self._function, self._weight = function, weight
-        self._rounding = function == compiled().dots
+    def __init__(
+        self, function: int, weight: torch.Tensor, shape: Sequence[int], tiling: Tiling, *, rounds: bool = False
+    ) -> None:
+        """`rounds`: threads round rows to bfloat16 for themselves."""
+        self._function, self._weight, self._rounds = function, weight, rounds
         self._outputs, self._inputs = shape
         self._groups = len(weight) // GROUP
         self._padded = self._groups * tiling.group_outputs
@@ -98,15 +102,21 @@ class Streamed:
         assert out.dtype == torch.float32
         assert x.shape[1:] == (self._inputs,)
         threads = torch.get_num_threads()
-        shares = _SHARES * threads
-        rooms = x.new_empty(threads, self._rounding * len(x) * self._inputs // 2)
-        halved = self._groups < shares
+        room = self._rounds * 2 * self._inputs  # bytes of a row, for each thread
+        most = max(_TILE, _MOST_ROOM // max(1, threads * room) // _TILE * _TILE)
+        for first in range(0, len(x), most):
+            part = slice(first, first + most)
+            self._run(x[part], None if scales is None else scales[part], out[part], threads, room)
+        return out
+
+    def _run(self, x: torch.Tensor, scales: torch.Tensor | None, out: torch.Tensor, threads: int, room: int) -> None:
+        halved = self._groups < _SHARES * threads
         pieces = 2 * self._groups if halved else self._groups
+        rooms = x.new_empty(threads, len(x) * room // x.element_size())
         at = x.data_ptr(), 0 if scales is None else scales.data_ptr(), self._weight.data_ptr(), out.data_ptr()
-        work = pieces, int(halved), max(1, pieces // shares), rooms.data_ptr(), rooms[0].nbytes, 0, 0
+        work = pieces, int(halved), max(1, pieces // (_SHARES * threads)), rooms.data_ptr(), len(x) * room, 0, 0
         run = team.alone if len(x) * self.weight_bytes <= _ALONE else team.run
         run(self._function, ProductArguments(*at, len(x), self._inputs, out.shape[1], *work))
-        return out
 
 
 class StreamedLinear(Streamed):
@@ -119,7 +129,8 @@ class StreamedLinear(Streamed):
         product = product or compiled()
         inputs = weight.shape[1]
         rounded = rounded and not inputs % product.tiling.lanes
-        super().__init__(*_arranged(weight, product, rounded=rounded), weight.shape, product.tiling)
+        function, panels = _arranged(weight, product, rounded=rounded)
+        super().__init__(function, panels, weight.shape, product.tiling, rounds=function == product.dots)
 
 
 class StreamedGated:

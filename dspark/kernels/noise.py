@@ -41,7 +41,8 @@ class Stream(enum.IntEnum):
     TOKEN = 0
     """Gumbel of one token (item: target token id). Shared by drafter and target: the coupling itself."""
     REST = 1
-    """Gumbel of all tokens outside the target's candidates taken as one (item: arrival, 0 where it is the only one)."""
+    """Gumbel of all tokens outside the target's candidates taken as one (item 0), or how long an arrival of theirs is
+    awaited (item: arrival)."""
     REST_PICK = 2
     """Uniform that picks inside the rest once it has won (item: arrival)."""
     DRAFT = 3

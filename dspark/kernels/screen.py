@@ -67,7 +67,7 @@ def hadamard(block: int) -> torch.Tensor:
 
 def strided(x: torch.Tensor, block: int) -> torch.Tensor:
     """(n, d) ↦ (n · d / block, block): blocks of numbers that lie as far apart as there are blocks."""
-    return x.view(len(x), block, -1).transpose(1, 2).reshape(-1, block)
+    return x.view(len(x), block, x.shape[1] // block).transpose(1, 2).reshape(-1, block)
 
 
 def coded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

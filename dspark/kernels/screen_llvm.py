@@ -16,12 +16,16 @@ from dspark.kernels.tiles_llvm import compiled
 
 __all__ = ["ScreenedHead", "screen"]
 
+_LEAST = 1e-18  # of a length: squares of what is far smaller are nothing
 _CHUNK = 1 << 10  # outputs turned at a time, in float32
 _MOST_INPUTS = 1 << 15  # whose products, in bytes, an int32 holds the sum of
 
 
 def screen(weight: torch.Tensor) -> ScreenedHead | None:
-    """The screen of a head (vocabulary, d), or None where its logits are computed at once: a small or a wide one."""
+    """The screen of a head (vocabulary, d), or None where its logits are computed at once.
+
+    Of a small head, one that is not bfloat16, one with inputs that cannot be turned, or very many of them.
+    """
     outputs, inputs = weight.shape
     large = outputs >= LEAST_OUTPUTS and inputs <= _MOST_INPUTS and block_of(inputs) is not None
     plain = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
@@ -68,5 +72,5 @@ class ScreenedHead(Streamed):
             codes, figures[part] = bounded_codes(self._turned(self.table[part].float()))
             quantised[part] = codes.bitwise_xor_(ZERO_POINT).view(torch.int8)
             taken[part] = quantised[part].sum(1, dtype=torch.int32).mul_(-ZERO_POINT)
-        units, lengths, errors = figures.div_(self._block).unbind(1)  # a power of two: not rounded
+        units, lengths, errors = figures.clamp_(min=_LEAST).div_(self._block).unbind(1)  # a power of two: not rounded
         return quantised, taken, units, errors, lengths + errors

@@ -19,7 +19,7 @@ from dspark.kernels import Kernels
 from dspark.models.config import read_config
 from dspark.models.weights import weight_files
 
-NUMERICS = 5
+NUMERICS = 6
 """Goes up with every change of this code that changes bits."""
 
 _CHUNK = 1 << 24

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["let_go", "let_go_of"]
+__all__ = ["let_go", "let_go_of", "read_ahead"]
 
-_RANDOM, _DONT_NEED = 1, 4  # advice of madvise(2)
+_RANDOM, _WILL_NEED, _DONT_NEED = 1, 3, 4  # advice of madvise(2)
 
 
 def let_go(paths: Iterable[Path]) -> None:
@@ -26,20 +26,29 @@ def let_go(paths: Iterable[Path]) -> None:
     if sys.platform != "linux":
         return
     names = {str(path.resolve()) for path in paths}
-    _advise(lambda name, _start, _end: name in names)
+    _advise(lambda name, _start, _end: name in names, _DONT_NEED, _RANDOM)
 
 
 def let_go_of(tensor: torch.Tensor) -> None:
     """`let_go` of the file that a tensor is mapped from; of one in memory nothing happens."""
+    _advise_on(tensor, _DONT_NEED, _RANDOM)
+
+
+def read_ahead(tensor: torch.Tensor) -> None:
+    """Have the system read the file that a tensor is mapped from, at once and not page by page."""
+    _advise_on(tensor, _WILL_NEED)
+
+
+def _advise_on(tensor: torch.Tensor, *advices: int) -> None:
     at = tensor.data_ptr()
     if sys.platform == "linux":
-        _advise(lambda _name, start, end: start <= at < end)
+        _advise(lambda _name, start, end: start <= at < end, *advices)
 
 
-def _advise(concerned: Callable[[str, int, int], bool]) -> None:
+def _advise(concerned: Callable[[str, int, int], bool], *advices: int) -> None:
     system = ctypes.CDLL(None)
     for start, end in [(start, end) for name, start, end in _mappings() if concerned(name, start, end)]:
-        for advice in (_DONT_NEED, _RANDOM):
+        for advice in advices:
             system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 

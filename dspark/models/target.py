@@ -22,7 +22,7 @@ from dspark.models.fingerprint import model_fingerprint, numerics_fingerprint
 from dspark.models.gguf import GgufSource
 from dspark.models.kv_cache import KVCache
 from dspark.models.layers import GroupStep, LayerWeights, RotaryTable
-from dspark.models.mapped import let_go_of
+from dspark.models.mapped import let_go_of, read_ahead
 from dspark.models.weights import SafetensorsSource, TensorSource
 
 EMBEDDING = -1
@@ -107,6 +107,7 @@ class TargetModel:
     def _head(self) -> Linear:
         """The head's product where there is a screen: laid out when logits are first asked for."""
         assert self.screen is not None
+        read_ahead(self._stored_head)
         whole = self.screen.whole()
         let_go_of(self._stored_head)
         return whole

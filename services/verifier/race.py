@@ -11,13 +11,14 @@ an arrival is taken with a chance of w over its bound, and the next one awaited 
 Shedler 1979). An arrival at time t has the score -log t, as a token of weight w and Gumbel noise G has log w + G. So
 the choice has exactly the target's distribution, and depends on the row and the key alone.
 
-Rows on which that many arrivals would not do, flat ones at low temperatures, are `Undecided`: all of their logits are
-wanted, and the choice is `dspark.sampling.choice.choose`'s. It depends on the row and its temperature only, not on
-noise, so that nothing is chosen twice.
+Rows on which arrivals would not end, flat ones at low temperatures, are left undecided: all of their logits are wanted,
+and the choice is `dspark.sampling.choice.choose`'s. Which rows are is a matter of the row and its temperature only, not
+of noise, so that nothing is chosen twice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,11 +29,17 @@ from dspark.sampling.order import LogitRows
 from dspark.sampling.processed import Law, process
 from dspark.sampling.rows import SamplingRows
 
-__all__ = ["MOST_ARRIVALS", "choose", "greatest"]
+__all__ = ["MOST_ARRIVALS", "MOST_BELOW", "MOST_LOOKED_UP", "OUT_OF_REACH", "choose", "greatest"]
 
 MOST_ARRIVALS = 64.0
-"""By their bounds, tokens outside the head may weigh so many times the head, which is taken to weigh as much less than
-by its bounds as its first token does: arrivals to be awaited on such a row, about."""
+"""Tokens outside the head may weigh so many times the head by bounds, the head taken to lie as far below its own as the
+token of the greatest bound does. About so many arrivals are awaited on such a row at most."""
+MOST_BELOW = 28.0
+"""Temperatures that this token may lie below its bound: weights outside the head are 0 from 73 below the bound on."""
+OUT_OF_REACH = 45.0
+"""Temperatures below this token, from which on bounds are of no account: all such tokens together weigh e^-32 of it."""
+MOST_LOOKED_UP = 4096
+"""Logits of a row looked up for its greatest; all of them at once are cheaper then."""
 
 Exact = Callable[[int], float]
 """A token's logit."""
@@ -88,8 +95,9 @@ class _Race:
 
     def winner(self) -> int | None:
         law = self._law
-        worth = self._difference(int(law.ids[0, 0])).exp() * law.head
-        if float(law.rest) > MOST_ARRIVALS * float(worth):
+        top, edge = float(self._difference(int(law.ids[0, 0]))), float(law.log_weights[0, -1])
+        few = float(law.rest) <= MOST_ARRIVALS * math.exp(top) * float(law.head)
+        if edge > top - OUT_OF_REACH and not (top >= -MOST_BELOW and few):
             return None
         ids = law.ids[0]
         noise = gumbel(self._bits(law.ids, torch.tensor(int(Stream.TOKEN))))[0]

@@ -159,8 +159,9 @@ def split(entries: Sequence[T], limit: int, size: Callable[[T], int]) -> Iterato
 def warm_up(model: TargetModel, cache: KVCache, noise_candidates: int, rows: Sequence[int] = (32, 8, 1)) -> None:
     """Run every part at several sizes, so that the first request does not pay for what is done lazily.
 
-    Layers run as often as it takes until they are only repeated (`dspark.kernels.repeated`). Nothing stays behind: the
-    pages are given back and none is hashed.
+    But for whole logits where the model has a screen, which are laid out for the first request that wants them. Layers
+    run as often as it takes until they are only repeated (`dspark.kernels.repeated`). Nothing stays behind: the pages
+    are given back and none is hashed.
     """
     judged = judge(model, noise_candidates)
     for count in rows:
@@ -168,6 +169,5 @@ def warm_up(model: TargetModel, cache: KVCache, noise_candidates: int, rows: Seq
         batch = RaggedBatch.build([(sequence, [0] * count, 0)])
         hidden = [model.forward(batch, cache).hidden for _ in range(3)][-1]
         for sampling in (Sampling(temperature=0.0), Sampling(seed=1)):
-            last = hidden[-8:]
-            judged(last, [Candidate(sampling, len(last) - 1, count)])
+            judged(hidden[-1:], [Candidate(sampling, 0, count)])
         cache.close(sequence)

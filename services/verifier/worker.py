@@ -140,6 +140,7 @@ def _info(settings: Settings, model: TargetModel, path: Path) -> ModelInfo:
         model.device,
         model=model.info.model_fingerprint,
         noise_candidates=settings.noise_candidates,
+        paired_positions=settings.page_size % 2 == 0,  # attention multiplies them so where it can
         processor=processor_name(),
     )
     return replace(model.info, numerics_fingerprint=numerics, has_chat_template=chat_template(path) is not None)

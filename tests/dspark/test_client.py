@@ -161,6 +161,15 @@ async def test_the_blocking_client() -> None:
         await asyncio.wait_for(router.cancelled.wait(), 2)
 
 
+async def test_a_client_that_is_not_open_says_so() -> None:
+    client = Client("127.0.0.1:1")
+    for _ in range(2):
+        with pytest.raises(errors.Unavailable, match="not open"):
+            client.generate("hello")
+        async with client:
+            pass
+
+
 def test_speculation_counts_add_up() -> None:
     parts = [
         Speculation(True, 2, 6, 4, 1, 0, (2, 1), (1, 0), "d"),

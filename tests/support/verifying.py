@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dspark.kernels import select_kernels
+from dspark.kernels import Kernels, select_kernels
 from dspark.messages import OpenSequence, Sampling, SequenceKey, StepItem, TapInfo, Verdict
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import load_target
@@ -21,10 +21,16 @@ Drafts = Callable[[Sequence[int]], Sequence[int]]
 
 
 def make_engine(
-    path: Path, *, pages: int = 64, dtype: torch.dtype = torch.float32, prefix_cache: bool = True, **settings: Any
+    path: Path,
+    *,
+    pages: int = 64,
+    dtype: torch.dtype = torch.float32,
+    prefix_cache: bool = True,
+    kernels: Kernels | None = None,
+    **settings: Any,
 ) -> VerifyEngine:
     """An engine on a saved target, pages of 16 positions."""
-    model = load_target(path, dtype=dtype, device=CPU, kernels=select_kernels("auto", CPU))
+    model = load_target(path, dtype=dtype, device=CPU, kernels=kernels or select_kernels("auto", CPU))
     own = EngineSettings(**settings)
     cache = KVCache(
         model.config,

@@ -16,7 +16,7 @@ from dspark.kernels.parts_llvm import DOUBLE, FLOAT, INT, INT32, Writer, number
 from services.verifier.kernels.law_llvm import Row
 from services.verifier.kernels.numbers_llvm import function, ordered
 from services.verifier.kernels.walk_llvm import ZERO, Request, Walk
-from services.verifier.race import MOST_ARRIVALS
+from services.verifier.race import MOST_ARRIVALS, MOST_BELOW, MOST_LOOKED_UP, OUT_OF_REACH
 
 __all__ = ["UNDECIDED", "RaceWalk"]
 
@@ -34,6 +34,7 @@ class RaceWalk:
         self._logit = build.alloca(FLOAT)
         self._best, self._front, self._since = (build.alloca(DOUBLE) for _ in range(3))
         self._first, self._place, self._top, self._arrival, self._running = (build.alloca(INT) for _ in range(5))
+        self._looked_up = build.alloca(INT)
 
     # ------------------------------------------------------------ the greatest logit
 
@@ -42,6 +43,7 @@ class RaceWalk:
         write, build, walk, room = self._write, self._build, self._walk, self._room
         first = build.load(walk.token)
         build.store(first, self._first)
+        build.store(number(0), self._looked_up)
         build.store(self.exact(request, at, first), self._logit)
         with write.counting(number(0), walk.given["blocks"]) as block:
             peak = build.load(write.at(room.peaks, block))
@@ -49,12 +51,16 @@ class RaceWalk:
                 start = write.times(block, BLOCK)
                 with write.counting(start, build.add(start, number(BLOCK))) as token:
                     self._contend(request, at, token)
+        with build.if_then(build.icmp_signed(">=", build.load(self._looked_up), number(MOST_LOOKED_UP))):
+            self._leave()
 
     def _contend(self, request: Request, at: ir.Value, token: ir.Value) -> None:
         build, walk = self._build, self._walk
         other = build.icmp_signed("!=", token, build.load(self._first))
         high = build.fcmp_ordered(">=", self._bound(request, at, token), build.load(self._logit))
-        with build.if_then(build.and_(other, high)):
+        decided = build.icmp_signed("<", build.load(self._looked_up), number(MOST_LOOKED_UP))
+        with build.if_then(build.and_(build.and_(other, high), decided)):
+            build.store(build.add(build.load(self._looked_up), number(1)), self._looked_up)
             logit, best = self.exact(request, at, token), build.load(self._logit)
             lower = build.icmp_signed("<", token, build.load(walk.token))
             ahead = build.and_(build.fcmp_ordered("==", logit, best), lower)
@@ -70,15 +76,28 @@ class RaceWalk:
         at = build.load(walk.at)
         position = build.add(request.position, at)
         self._enter(request, position)
-        worth = self._write.double("exp", self._difference(request, at, build.load(self._top)))
-        bearable = build.fmul(build.fmul(worth, row.head), ir.Constant(DOUBLE, MOST_ARRIVALS))
-        with build.if_else(build.fcmp_ordered("<=", row.rest, bearable)) as (then, otherwise):
+        top = self._difference(request, at, build.load(self._top))
+        with build.if_else(self._ends(request, row, top)) as (then, otherwise):
             with then:
                 self._run(request, at)
                 self._arrive(request, row, at, position)
             with otherwise:
-                build.store(number(UNDECIDED), walk.sound)
-                build.store(number(-1), walk.token)
+                self._leave()
+
+    def _ends(self, request: Request, row: Row, top: ir.Value) -> ir.Value:
+        """Whether arrivals do, `top` being how far the token of the greatest bound lies below it."""
+        write, build = self._write, self._build
+        bearable = build.fmul(build.fmul(write.double("exp", top), row.head), _double(MOST_ARRIVALS))
+        few = build.fcmp_ordered("<=", row.rest, bearable)
+        near = build.fcmp_ordered(">=", top, _double(-MOST_BELOW))
+        edge = build.fdiv(build.fsub(build.fpext(row.edge()[0], DOUBLE), row.greatest), request.temperature)
+        far = build.fcmp_ordered("<=", edge, build.fsub(top, _double(OUT_OF_REACH)))
+        return build.or_(far, build.and_(near, few))
+
+    def _leave(self) -> None:
+        """To whoever has all logits."""
+        self._build.store(number(UNDECIDED), self._walk.sound)
+        self._build.store(number(-1), self._walk.token)
 
     def _enter(self, request: Request, position: ir.Value) -> None:
         """Noise onto the head's log weights; the place of the greatest sum, and the token of the greatest bound."""
@@ -178,6 +197,10 @@ class RaceWalk:
     def _corrected(self, request: Request, at: ir.Value, place: ir.Value) -> ir.Value:
         """The score of a place in the head, with the logit for its bound."""
         return self._build.fadd(self._score(place), self._difference(request, at, self._listed(place)))
+
+
+def _double(value: float) -> ir.Constant:
+    return ir.Constant(DOUBLE, value)
 
 
 def _declare_exact(write: Writer) -> ir.Function:

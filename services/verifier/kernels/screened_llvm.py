@@ -7,6 +7,7 @@ undecided, and of rows whose log-probabilities are asked for, which changes no t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -92,7 +93,8 @@ class _Court:
             for walk, result in zip(going, found, strict=True):
                 walk.advance(*result)
             self._decide([walk for walk in walks if walk.undecided], rows)
-        return [self._reported(*pair) for pair in zip(requests, (walk.result for walk in walks), strict=True)]
+        outcomes = [walk.result for walk in walks if walk.result is not None]
+        return self._reported(requests, outcomes)
 
     def _decide(self, walks: Sequence[_Walk], rows: Sequence[int]) -> None:
         """Tokens of rows that bounds leave undecided, by their logits."""
@@ -103,22 +105,26 @@ class _Court:
         for walk, outcome in zip(walks, self._by_logits(logits, asked, noise_candidates=self._size), strict=True):
             walk.decide(outcome)
 
-    def _reported(self, request: Candidate, outcome: Outcome | None) -> Outcome:
-        """With log-probabilities, where they are asked for."""
-        assert outcome is not None
-        count = request.sampling.logprobs
-        if count is None or outcome.error:
-            return outcome
-        tokens = (*request.draft_tokens[: outcome.accepted], outcome.token)
-        places = range(request.first_row, request.first_row + len(tokens))
-        law = UNFILTERED if request.sampling.greedy else request.sampling
-        reports = (self._report(place, token, law, count) for place, token in zip(places, tokens, strict=True))
-        return replace(outcome, logprobs=tuple(reports))
+    def _reported(self, requests: Sequence[Candidate], outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """With log-probabilities, where they are asked for; logits of all their rows are computed at once."""
+        asked = [
+            (index, request, (*request.draft_tokens[: outcome.accepted], outcome.token))
+            for index, (request, outcome) in enumerate(zip(requests, outcomes, strict=True))
+            if request.sampling.logprobs is not None and outcome.error is None
+        ]
+        if not asked:
+            return list(outcomes)
+        logits = self._whole([request.first_row + at for _, request, tokens in asked for at in range(len(tokens))])
+        reported, rows = list(outcomes), itertools.count()
+        for index, request, tokens in asked:
+            reports = tuple(self._report(logits, next(rows), token, request.sampling) for token in tokens)
+            reported[index] = replace(reported[index], logprobs=reports)
+        return reported
 
-    def _report(self, place: int, token: int, sampling: Sampling, count: int) -> PositionLogprobs:
-        logits = LogitRows.of(self._whole([place]), [0], self._passes)
-        law = process(logits, SamplingRows.of([sampling], logits.values.device), self._size)
-        return logprobs(law, logits, 0, token, count)
+    def _report(self, logits: torch.Tensor, row: int, token: int, sampling: Sampling) -> PositionLogprobs:
+        own = LogitRows.of(logits, [row], self._passes)
+        law = SamplingRows.of([UNFILTERED if sampling.greedy else sampling], logits.device)
+        return logprobs(process(own, law, self._size), own, 0, token, sampling.logprobs or 0)
 
 
 class _Walk:

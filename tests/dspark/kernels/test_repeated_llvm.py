@@ -11,7 +11,7 @@ import torch
 from support import tiny
 from torch import Tensor
 
-from dspark.kernels import team
+from dspark.kernels import Kernels, team
 from dspark.kernels.repeated import AtOnce, Layers
 from dspark.models.batch import RaggedBatch
 from dspark.models.kv_cache import KVCache
@@ -20,7 +20,7 @@ from dspark.models.target import Forward, TargetModel, load_target
 if not team.available():
     pytest.skip("this torch has no OpenMP that can be called", allow_module_level=True)
 
-from dspark.kernels.llvm_kernels import LLVM
+from dspark.kernels.llvm_kernels import LLVM, ROUNDED, multiplies_bfloat16
 from dspark.kernels.repeated_llvm import MOST_ROWS, Programs
 
 CPU = torch.device("cpu")
@@ -47,9 +47,9 @@ class Counting(Programs):
 class Twins:
     """A model that repeats and one that does not, over the same sequences. `wanted` is what a step captures."""
 
-    def __init__(self, path: Path, kept: torch.dtype | None = None) -> None:
+    def __init__(self, path: Path, own: Kernels = LLVM) -> None:
         self.programs = Counting()
-        kernels = (replace(LLVM, kept=kept, repeated=repeated) for repeated in (lambda: self.programs, AtOnce))
+        kernels = (replace(own, repeated=repeated) for repeated in (lambda: self.programs, AtOnce))
         self.models = [self._load(path, own) for own in kernels]
         self.caches = [self._cache(model) for model in self.models]
         self.sequences = [[cache.open([2] * 40, 2000) for _ in range(3)] for cache in self.caches]
@@ -82,16 +82,22 @@ class Twins:
 
 @pytest.fixture(params=["gemma3", "qwen3"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Weights that bfloat16 holds."""
     if request.param == "gemma3":
-        return tiny.save_gemma3(tmp_path, **WHOLE)
+        return tiny.save_gemma3(tmp_path, dtype=torch.bfloat16, **WHOLE)
     changes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_key_value_heads": 1}
-    return tiny.save_qwen3(tmp_path, num_hidden_layers=5, num_attention_heads=2, **changes)
+    return tiny.save_qwen3(tmp_path, dtype=torch.bfloat16, num_hidden_layers=5, num_attention_heads=2, **changes)
 
 
-@pytest.fixture(params=[None, torch.bfloat16], ids=["float32", "bfloat16"])
+KINDS = {"float32": LLVM, "float32 products": replace(LLVM, kept=torch.bfloat16), "bfloat16 products": ROUNDED}
+
+
+@pytest.fixture(params=KINDS)
 def twins(path: Path, request: pytest.FixtureRequest) -> Twins:
-    """Over keys and values of either kind."""
-    return Twins(path, request.param)
+    """Over keys, values and products of either kind."""
+    if KINDS[request.param] is ROUNDED and not multiplies_bfloat16():
+        pytest.skip("no AVX512-BF16 instructions here")
+    return Twins(path, KINDS[request.param])
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ class Court:
         self.logits = self.head.whole()(hidden)
         self.bounds = self.head.above(hidden, torch.empty(len(hidden), self.head.width))
         self.asked: list[int] = []
+        self.calls = 0
 
     @classmethod
     def random(cls, rows: int, vocab: int, *, spread: float = 2.0, far: float = 1.0, seed: int = 1) -> "Court":
@@ -82,6 +83,7 @@ class Court:
 
     def _whole(self, rows: Sequence[int]) -> torch.Tensor:
         self.asked += rows
+        self.calls += 1
         chosen: torch.Tensor = self.logits[torch.tensor(rows)]
         return chosen
 
@@ -137,6 +139,30 @@ def test_rows_that_bounds_leave_undecided_are_judged_by_logits() -> None:
     assert max(o.accepted for o in outcomes) == 4
 
 
+@pytest.mark.parametrize("far", [1.0, 10.0])
+@pytest.mark.parametrize("size", [1, 2, 16])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 0.02])
+def test_low_temperatures_are_greedy_by_logits_not_by_bounds(temperature: float, size: int, far: float) -> None:
+    """Of bounds, weights far below the greatest are nothing, though their tokens' logits may be the greatest."""
+    court = Court.random(40, 2_000, far=far)
+    requests = [Candidate(Sampling(temperature=temperature, seed=s), s, 9) for s in range(40)]
+    outcomes = court.judge(requests, size)
+    assert outcomes == [court.expected(request, size) for request in requests]
+    best, second = court.logits.topk(2).values.T
+    clear = (best - second > 40 * temperature).tolist()
+    assert sum(clear) > 5
+    for outcome, token, sure in zip(outcomes, court.logits.argmax(1).tolist(), clear, strict=True):
+        assert outcome.token == token or not sure
+
+
+def test_greedy_rows_of_too_many_candidates_are_judged_by_logits() -> None:
+    court = Court.random(3, 12_000, spread=0.01, far=60.0)
+    requests = [Candidate(GREEDY, 0, 9, (5,)), *(Candidate(GREEDY, row, 9) for row in range(3))]
+    assert int((court.bounds >= court.logits.amax(1, keepdim=True)).sum(1).min()) > race.MOST_LOOKED_UP
+    assert court.judge(requests) == verify(court.logits, requests)
+    assert court.asked == [0, 0, 1, 2]
+
+
 def test_filters_and_rejection_are_judged_by_logits_beside_others() -> None:
     court = Court.random(8, 900)
     kinds = (
@@ -154,10 +180,11 @@ def test_filters_and_rejection_are_judged_by_logits_beside_others() -> None:
 
 
 def test_log_probabilities_change_no_token() -> None:
-    court = Court.random(8, 900, far=30.0)
+    court = Court.random(8, 900)
     plain = make_requests(court, 30, 0.0, 1.0)
     asked = [replace(request, sampling=replace(request.sampling, logprobs=3)) for request in plain]
     outcomes = court.judge(asked)
+    assert court.calls == 1  # for all of them
     assert [replace(outcome, logprobs=()) for outcome in outcomes] == court.judge(plain)
     for request, outcome in zip(asked, outcomes, strict=True):
         assert len(outcome.logprobs) == outcome.accepted + 1
