@@ -101,22 +101,26 @@ class Streamed:
         """`out`, filled, from rows as the product reads them."""
         assert out.dtype == torch.float32
         assert x.shape[1:] == (self._inputs,)
-        threads = torch.get_num_threads()
-        room = self._rounds * 2 * self._inputs  # bytes of a row, for each thread
-        most = max(_TILE, _MOST_ROOM // max(1, threads * room) // _TILE * _TILE)
-        for first in range(0, len(x), most):
-            part = slice(first, first + most)
-            self._run(x[part], None if scales is None else scales[part], out[part], threads, room)
+        assert out.shape[1] == self._padded
+        at = x.data_ptr(), 0 if scales is None else scales.data_ptr(), self._weight.data_ptr(), out.data_ptr()
+        if not self._rounds:
+            self._run(*at, x.shape[0], 0, 0)
+            return out
+        row, threads = 2 * self._inputs, torch.get_num_threads()  # bytes, for each thread
+        most = max(_TILE, _MOST_ROOM // (threads * row) // _TILE * _TILE)
+        for first in range(0, x.shape[0], most):
+            part, count = slice(first, first + most), min(most, x.shape[0] - first)
+            rooms = x.new_empty(threads, count * self._inputs // 2)
+            self._run(x[part].data_ptr(), 0, at[2], out[part].data_ptr(), count, rooms.data_ptr(), count * row)
         return out
 
-    def _run(self, x: torch.Tensor, scales: torch.Tensor | None, out: torch.Tensor, threads: int, room: int) -> None:
-        halved = self._groups < _SHARES * threads
+    def _run(self, x: int, scales: int, weight: int, out: int, rows: int, rooms: int, room: int) -> None:
+        shares = _SHARES * torch.get_num_threads()
+        halved = self._groups < shares
         pieces = 2 * self._groups if halved else self._groups
-        rooms = x.new_empty(threads, len(x) * room // x.element_size())
-        at = x.data_ptr(), 0 if scales is None else scales.data_ptr(), self._weight.data_ptr(), out.data_ptr()
-        work = pieces, int(halved), max(1, pieces // (_SHARES * threads)), rooms.data_ptr(), len(x) * room, 0, 0
-        run = team.alone if len(x) * self.weight_bytes <= _ALONE else team.run
-        run(self._function, ProductArguments(*at, len(x), self._inputs, out.shape[1], *work))
+        work = pieces, int(halved), max(1, pieces // shares), rooms, room, 0, 0
+        run = team.alone if rows * self.weight_bytes <= _ALONE else team.run
+        run(self._function, ProductArguments(x, scales, weight, out, rows, self._inputs, self._padded, *work))
 
 
 class StreamedLinear(Streamed):

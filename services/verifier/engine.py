@@ -117,6 +117,12 @@ class VerifyEngine:
         Verdicts come in the order of the items. An item that cannot be served gets an error and hurts no other; of
         two items about one sequence the second is refused. Rows past max_step_tokens go into a further forward.
         """
+        result, learn = self.compute(items)
+        learn()
+        return self._priced(result)
+
+    def compute(self, items: Sequence[StepItem]) -> tuple[StepResult, Callable[[], None]]:
+        """`step`, but for what is to be learned of it for counts and costs, which whoever waits need not wait for."""
         began = time.perf_counter()
         self.publish_due()()
         planned = self._plan(items)
@@ -134,8 +140,10 @@ class VerifyEngine:
             sum(part.sample_seconds for part in computed),
             time.perf_counter() - began,
         )
-        self._count(computed, result)
-        return self._learn(computed, result)
+        rows = sum(own.rows for own in work)
+        if work:
+            self._load = replace(self._load, tokens_in_flight=rows, step_seconds=result.total_seconds)
+        return self._priced(result), partial(self._learn, computed, result, rows)
 
     def saved(self, one: tuple[int, float], other: tuple[int, float]) -> float:
         """Seconds that a step of both takes less than one of each, rows and context; 0 where costs are not known.
@@ -316,22 +324,24 @@ class VerifyEngine:
         fresh = iter([verdict for part in computed for verdict in part.verdicts])
         return tuple(next(fresh) if isinstance(entry, Work) else entry for entry in planned)
 
-    def _count(self, computed: Sequence[Computed], result: StepResult) -> None:
-        rows = sum(work.rows for part in computed for work in part.work)
+    def _learn(self, computed: Sequence[Computed], result: StepResult, rows: int) -> None:
+        """Count the step, and let the costs follow it."""
         for part in computed:
             for work, verdict in zip(part.work, part.verdicts, strict=True):
                 self.metrics.committed(work, verdict)
         if computed:
             self.metrics.stepped(result, rows)
-            self._load = replace(self._load, tokens_in_flight=rows, step_seconds=result.total_seconds)
-
-    def _learn(self, computed: Sequence[Computed], result: StepResult) -> StepResult:
-        """Let the costs follow the step, and add what they come to."""
         if self.costs is None:
-            return result
+            return
         if len(computed) == 1 and (shape := step_shape(computed[0].work)) is not None:
             self.costs.observe(*shape, result.total_seconds)
         self._load = replace(self._load, observed_ratio=self.costs.ratio)
+        self._priced(result)  # what takes its time is done now, and the next step's reply finds it done
+
+    def _priced(self, result: StepResult) -> StepResult:
+        """With what the costs come to."""
+        if self.costs is None:
+            return result
         return replace(result, fixed_seconds=self.costs.fixed_seconds, marginal_seconds=self.costs.marginal_seconds)
 
     def _note_load(self) -> None:

@@ -201,7 +201,7 @@ class EngineThread:
         live = [call for call in calls if call.answer.set_running_or_notify_cancel()]
         began = time.perf_counter()
         try:
-            result = self.engine.step([item for call in live for item in call.items or ()])
+            result, learn = self.engine.compute([item for call in live for item in call.items or ()])
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault in it
             _log.exception("a step failed")
             for call in live:
@@ -218,6 +218,7 @@ class EngineThread:
             news.append(partial(call.answer.set_result, answer))
         self._guard(lambda: news.append(self.engine.publish_due()))
         self._hand_over(partial(self._tell, news))
+        self._guard(learn)  # while others read what came of the step
 
     def _note_answered(self, calls: Sequence[Call]) -> None:
         now = time.perf_counter()

@@ -143,10 +143,10 @@ class Toy:
     def saved(self, _one: Load, _other: Load) -> float:
         return self.saves
 
-    def step(self, _items: list[StepItem]) -> StepResult:
+    def compute(self, _items: list[StepItem]) -> tuple[StepResult, Callable[[], None]]:
         self.steps += 1
         time.sleep(FIXED)
-        return StepResult(())
+        return StepResult(()), lambda: None
 
     def run_background(self) -> None:
         self.has_background_work = False

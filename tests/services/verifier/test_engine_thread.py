@@ -110,11 +110,11 @@ class Background:
     def saved(self, _one: tuple[int, float], _other: tuple[int, float]) -> float:
         return 0.0
 
-    def step(self, items: list[StepItem]) -> StepResult:
+    def compute(self, items: list[StepItem]) -> tuple[StepResult, Callable[[], None]]:
         self.log.append("step")
         if not items:
             raise RuntimeError("a fault in a step")
-        return StepResult(())
+        return StepResult(()), lambda: self.log.append("learned")
 
 
 def test_verdicts_and_features_of_a_step_are_handed_over_as_one_and_in_this_order() -> None:
@@ -123,10 +123,10 @@ def test_verdicts_and_features_of_a_step_are_handed_over_as_one_and_in_this_orde
         answer = thread.step([StepItem(SequenceKey("a", 0), 1, 1)])
         answer.add_done_callback(lambda _: engine.log.append("answered"))
         thread.submit(lambda: None).result(5)  # runs after the step
-        assert engine.log == ["step"]
+        assert engine.log == ["step", "learned"]
         assert len(handed) == 1
         handed[0]()
-        assert engine.log == ["step", "answered", "told"]
+        assert engine.log == ["step", "learned", "answered", "told"]
         assert answer.result(0) == StepResult((), queue_seconds=answer.result(0).queue_seconds)
 
 
