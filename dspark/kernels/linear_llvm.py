@@ -8,7 +8,7 @@ many products at once, and sums in float32. Rows keep their bits by construction
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -72,6 +72,16 @@ class Streamed:
         self._outputs, self._inputs = shape
         self._groups = len(weight) // GROUP
         self._padded = self._groups * tiling.group_outputs
+
+    @property
+    def one_row(self) -> tuple[int, Mapping[str, int]]:
+        """The product, and its arguments for one row in one thread but for where things lie: whoever calls it says."""
+        sizes = {"rows": 1, "inputs": self._inputs, "outputs": self._padded}
+        return self._function, sizes | {
+            "weight": self._weight.data_ptr(),
+            "pieces": self._groups,
+            "share": self._groups,
+        }
 
     @property
     def weight_bytes(self) -> int:

@@ -35,7 +35,7 @@ from dspark.kernels.repeated import Layers
 
 __all__ = ["Programs"]
 
-MOST_ROWS = 32  # more take so long that Python's share is small
+MOST_ROWS = 64  # more take so long that Python's share is small
 MOST_BYTES = 32 << 20  # of what layers write; taken as it is used
 MOST_PROGRAMS = 512  # of some 30 KB each
 _ALIGNED = 64

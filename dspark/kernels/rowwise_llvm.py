@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,16 @@ from dspark.kernels import fused, reference, rows_llvm, team
 from dspark.kernels.parts_llvm import host_lanes
 from dspark.kernels.rows_llvm import ActivationArguments, CodeArguments, NormArguments, RotaryArguments, TurnedArguments
 
-__all__ = ["activated", "add_norm", "bounded_codes", "codes", "norm_rotary", "norm_rotary_write", "rms_norm"]
+__all__ = [
+    "activated",
+    "add_norm",
+    "bounded_codes",
+    "code_row",
+    "codes",
+    "norm_rotary",
+    "norm_rotary_write",
+    "rms_norm",
+]
 
 _STORED = {torch.float32: "norm_rotary_write", torch.bfloat16: "norm_rotary_round"}
 _ALONE = 1 << 14  # numbers that one thread has done before a team would begin
@@ -102,6 +112,12 @@ def codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     addresses = x.data_ptr(), out.data_ptr(), scales.data_ptr()
     _run("codes", x.shape[1], CodeArguments, *addresses, x.shape[1], rows=len(x))
     return out, scales
+
+
+def code_row(inputs: int) -> tuple[int, Mapping[str, int]]:
+    """The function of `codes`, and its arguments for one row in one thread but for where things lie."""
+    function = rows_llvm.compiled(math.gcd(inputs, host_lanes())).functions["codes"]
+    return function, {"size": inputs, "rows": 1, "share": 1}
 
 
 def bounded_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

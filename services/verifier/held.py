@@ -103,7 +103,10 @@ class HeldStates:
 
 
 def _gathered(taken: Sequence[_Rows]) -> Mapping[int, Tensor]:
-    """Their states, one after another."""
+    """Their states, one after another; of one sequence, where they lie."""
+    if len(taken) == 1:
+        part, first, end, _ = taken[0]
+        return {layer: states[first:end] for layer, states in part.captured.items()}
     by_part: dict[Computed, list[Tensor]] = {}
     for part, first, end, _ in taken:
         by_part.setdefault(part, []).append(torch.arange(first, end))

@@ -12,16 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels import team
+from dspark.kernels.linear_llvm import Streamed
 from dspark.kernels.noise import signed_seed
 from dspark.kernels.parts_llvm import host_lanes
 from dspark.messages import Mode, Sampling, SparseDistribution
+from dspark.models.drafters.heads import MarkovHead
 from services.draft.drafting import Drafted
 from services.draft.kernels import sequential
 from services.draft.kernels.choice_llvm import COUPLED, GREEDY, REJECTION, ChoiceArguments, compiled
+from services.draft.kernels.sequence_llvm import Fields, chosen_along, grid
 from services.draft.kernels.sequential import SequentialHead, unrolled
 
 __all__ = ["draft_tokens"]
@@ -42,6 +47,8 @@ def draft_tokens(
     if base.dtype != torch.float32 or base.shape[2] % host_lanes() or any(_filtered(one) for one in samplings):
         return sequential.draft_tokens(own, base, hidden, anchors, committed_lens, samplings)
     rows = torch.tensor([(signed_seed(s.seed), n, n, _kind(s)) for s, n in zip(samplings, committed_lens, strict=True)])
+    if _stateless(own):
+        return _at_once(own, base, hidden, anchors, rows, samplings)
     choosing = _Choosing(own, rows, torch.tensor([s.temperature for s in samplings], dtype=torch.float64))
     tokens, confidence_logits = unrolled(own, hidden, anchors, lambda k, bias: choosing.next(base[:, k], bias.float()))
     return Drafted(
@@ -51,6 +58,58 @@ def draft_tokens(
         logits=choosing.logits,
         chosen=choosing.chosen,
     )
+
+
+def _stateless(own: SequentialHead) -> bool:
+    """Whether a block's tokens can be found in one call."""
+    plain = type(own.head) is MarkovHead and isinstance(own.bias, Streamed)
+    table = own.head.markov_w1.weight
+    return plain and table.dtype == torch.float32 and table.is_contiguous() and table.shape[1] % host_lanes() == 0
+
+
+def _at_once(
+    own: SequentialHead,
+    base: Tensor,
+    hidden: Tensor,
+    anchors: Sequence[int],
+    rows: Tensor,
+    samplings: Sequence[Sampling],
+) -> Drafted:
+    """All tokens of all blocks by `sequence_llvm`; `rows` (b, 4) as in `ChoiceArguments`, at the first position."""
+    base = base.contiguous()
+    (blocks, count, width), most = base.shape, own.chooser.top_k
+    tokens = torch.empty(blocks, count + 1, dtype=torch.int64)
+    chosen, counts = torch.empty(2, blocks, count, dtype=torch.int64)
+    tokens[:, 0] = torch.tensor(anchors)
+    along = rows[:, None].repeat(1, count, 1)
+    along[:, :, 1] += torch.arange(count)
+    temperatures = torch.tensor([s.temperature for s in samplings], dtype=torch.float64)
+    logits = torch.empty(blocks, count, width)
+    places = torch.empty(blocks, count, most, dtype=torch.int64)
+    weights = torch.empty(blocks, count, most, dtype=torch.float64)
+    choice: Fields = {
+        "base": _addresses(base), "width": width, "d2t": 0 if own.d2t is None else own.d2t.data_ptr(),
+        "rows": _addresses(along), "temperatures": temperatures.data_ptr() + 8 * grid(blocks, 1, 1),
+        "most": most, "logits": _addresses(logits), "chosen": _addresses(chosen), "counts": _addresses(counts),
+        "places": _addresses(places), "weights": _addresses(weights), "count": 1,
+    }  # fmt: skip
+    assert isinstance(own.bias, Streamed)
+    latents = chosen_along(own.bias, own.head.markov_w1.weight, own.head.rows, tokens, choice)
+    shipping = _Shipping(own.d2t, rows[:, 3])
+    return Drafted(
+        tokens=tokens[:, 1:],
+        distributions=[shipping.of(places[:, k], weights[:, k], counts[:, k]) for k in range(count)],
+        confidence_logits=None if own.confidence is None else own.confidence.logits(hidden, latents),
+        logits=logits.unbind(1),
+        chosen=chosen.unbind(1),
+    )
+
+
+def _addresses(numbers: Tensor) -> NDArray[np.int64]:
+    """(b, n): where each block's and token's part lies of a contiguous tensor (b, n, …)."""
+    assert numbers.is_contiguous()
+    blocks, count = numbers.shape[:2]
+    return numbers.data_ptr() + numbers.stride(1) * numbers.element_size() * grid(blocks, count, count)
 
 
 def _filtered(sampling: Sampling) -> bool:
@@ -70,7 +129,7 @@ class _Choosing:
         self._d2t = own.d2t
         self._rows, self._temperatures = rows, temperatures
         self._most = own.chooser.top_k
-        self._by_rejection = (rows[:, 3] == REJECTION).tolist()
+        self._shipping = _Shipping(own.d2t, rows[:, 3])
         self.logits: list[Tensor] = []
         self.chosen: list[Tensor] = []
         self.distributions: list[list[SparseDistribution | None]] = []
@@ -94,10 +153,19 @@ class _Choosing:
         self._rows[:, 1] += 1
         self.logits.append(logits)
         self.chosen.append(chosen)
-        self.distributions.append(self._shipped(places, weights, counts))
+        self.distributions.append(self._shipping.of(places, weights, counts))
         return tokens
 
-    def _shipped(self, places: Tensor, weights: Tensor, counts: Tensor) -> list[SparseDistribution | None]:
+
+class _Shipping:
+    """What tokens were drawn from, of blocks by rejection."""
+
+    def __init__(self, d2t: Tensor | None, kinds: Tensor) -> None:
+        """`kinds`: (b,)."""
+        self._d2t, self._by_rejection = d2t, (kinds == REJECTION).tolist()
+
+    def of(self, places: Tensor, weights: Tensor, counts: Tensor) -> list[SparseDistribution | None]:
+        """Of one token a block: (b, most), (b, most) and (b,)."""
         if not any(self._by_rejection):
             return [None] * len(places)
         return [

@@ -15,8 +15,8 @@ def tap_inputs(states: Sequence[Tensor], rows: Tensor, eps: float | None) -> Ten
 
     `states`: (all rows, hidden) of the model's dtype each; `rows` (n,) int64.
     """
-    picked = [state.index_select(0, rows).float() for state in states]
-    return torch.cat(picked if eps is None else [_unit_rms(state, eps) for state in picked], dim=-1)
+    picked = torch.stack([state.index_select(0, rows) for state in states], 1).float()
+    return (picked if eps is None else _unit_rms(picked, eps)).flatten(1)
 
 
 def tap_outputs(projected: Tensor, bias: Tensor | None, norm: Tensor, eps: float) -> Tensor:

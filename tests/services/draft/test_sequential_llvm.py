@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,17 +12,21 @@ import torch
 from dspark.kernels import team
 from dspark.kernels.linear import linear
 from dspark.messages import Mode, Sampling
-from dspark.models.drafters.heads import GatedMarkovHead, MarkovHead, RnnHead
+from dspark.models.drafters.heads import ConfidenceHead, GatedMarkovHead, MarkovHead, RnnHead
 from dspark.sampling import DraftChooser
 from services.draft.drafting import Drafted
 from services.draft.kernels import sequential
-from services.draft.kernels.sequential import SequentialHead
+from services.draft.kernels.sequential import ConfidenceRow, SequentialHead
 
 if not team.available():
     pytest.skip("this torch has no OpenMP that can be called", allow_module_level=True)
 
+from dspark.kernels import linear_int8, linear_llvm, tiles_llvm
 from services.draft.kernels import sequential_llvm
 
+LAYERS = {"float32": linear_llvm.linear, "bfloat16": linear_llvm.rounded_linear}
+if tiles_llvm.compiled().codes is not None:
+    LAYERS["int8"] = linear_int8.linear
 VOCAB, RANK, HIDDEN = 128, 8, 16
 GREEDY, COUPLED, REJECTION = Sampling(temperature=0.0), Sampling(), Sampling(mode=Mode.REJECTION)
 
@@ -144,3 +149,35 @@ def test_filtered_rows_are_the_references(odd: Sampling) -> None:
 
 def test_an_odd_vocabulary_is_the_references() -> None:
     assert_equal(*both(make_head(vocab=101), [replace(COUPLED, seed=2)] * 2))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 9])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("make", LAYERS)
+def test_in_one_call_as_token_by_token(make: str, mapped: bool, blocks: int) -> None:
+    """The same product, but for a wrapping behind which it cannot be seen: not a bit differs."""
+    torch.manual_seed(4)
+    vocab, rank = 160, 32
+    head = MarkovHead(2 * vocab if mapped else vocab, vocab, rank, HIDDEN).requires_grad_(requires_grad=False)
+    head.markov_w2.weight.copy_(head.markov_w2.weight.bfloat16())
+    if mapped:
+        head.rows = torch.arange(2 * vocab).flip(0)
+    layer, confidence = LAYERS[make](head.markov_w2.weight), ConfidenceRow.of(ConfidenceHead(HIDDEN, rank), HIDDEN)
+    chooser = DraftChooser(draft_top_k=20)
+    own = SequentialHead(head, layer, confidence, torch.arange(vocab) if mapped else None, chooser)
+    samplings = [replace((COUPLED, REJECTION, GREEDY)[n % 3], seed=n, temperature=0.4 + n % 3) for n in range(blocks)]
+    samplings = [replace(one, temperature=0.0) if n % 3 == 2 else one for n, one in enumerate(samplings)]
+    base, hidden = inputs(blocks, 5, vocab=vocab)
+    anchors, lengths = list(range(blocks)), [20 + n for n in range(blocks)]
+    found, expected = (
+        sequential_llvm.draft_tokens(one, base, hidden, anchors, lengths, samplings)
+        for one in (own, replace(own, bias=partial(layer.__call__)))
+    )
+    assert torch.equal(found.tokens, expected.tokens)
+    assert len(set(found.tokens.flatten().tolist())) > 3
+    assert found.distributions == expected.distributions
+    assert found.confidence_logits is not None
+    assert expected.confidence_logits is not None
+    assert torch.equal(found.confidence_logits, expected.confidence_logits)
+    for ours, theirs in zip((*found.logits, *found.chosen), (*expected.logits, *expected.chosen), strict=True):
+        assert torch.equal(ours, theirs)
