@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["let_go", "let_go_of", "read_ahead"]
 
-_RANDOM, _WILL_NEED, _DONT_NEED = 1, 3, 4  # advice of madvise(2)
+_RANDOM, _SEQUENTIAL, _DONT_NEED = 1, 2, 4  # advice of madvise(2)
 
 
 def let_go(paths: Iterable[Path]) -> None:
@@ -35,8 +35,8 @@ def let_go_of(tensor: torch.Tensor) -> None:
 
 
 def read_ahead(tensor: torch.Tensor) -> None:
-    """Have the system read the file that a tensor is mapped from, at once and not page by page."""
-    _advise_on(tensor, _WILL_NEED)
+    """Have the system read ahead of who reads the file that a tensor is mapped from, until it is let go of."""
+    _advise_on(tensor, _SEQUENTIAL)
 
 
 def _advise_on(tensor: torch.Tensor, *advices: int) -> None:

@@ -97,7 +97,7 @@ class _Race:
         law = self._law
         top, edge = float(self._difference(int(law.ids[0, 0]))), float(law.log_weights[0, -1])
         few = float(law.rest) <= MOST_ARRIVALS * math.exp(top) * float(law.head)
-        if edge > top - OUT_OF_REACH and not (top >= -MOST_BELOW and few):
+        if not (edge <= top - OUT_OF_REACH or (top >= -MOST_BELOW and few)):
             return None
         ids = law.ids[0]
         noise = gumbel(self._bits(law.ids, torch.tensor(int(Stream.TOKEN))))[0]

@@ -109,7 +109,7 @@ def _addresses(numbers: Tensor) -> NDArray[np.int64]:
     """(b, n): where each block's and token's part lies of a contiguous tensor (b, n, …)."""
     assert numbers.is_contiguous()
     blocks, count = numbers.shape[:2]
-    return numbers.data_ptr() + numbers.stride(1) * numbers.element_size() * grid(blocks, count, count)
+    return numbers.data_ptr() + numbers[0, 0].numel() * numbers.element_size() * grid(blocks, count, count)
 
 
 def _filtered(sampling: Sampling) -> bool:
