@@ -41,6 +41,11 @@ class Sampling:
         """Whether every choice is the most likely token; the mode then makes no difference."""
         return self.temperature == 0.0
 
+    @property
+    def filtered(self) -> bool:
+        """Whether any filter is on."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

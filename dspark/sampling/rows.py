@@ -40,7 +40,7 @@ class SamplingRows:
         ints = torch.tensor([(s.top_k, signed_seed(s.seed)) for s in samplings], dtype=torch.int64, device=device)
         temperature, top_p, min_p = floats.unsqueeze(-1).unbind(1)
         top_k, seed = ints.unsqueeze(-1).unbind(1)
-        filtered = any(s.top_k > 0 or s.top_p < 1.0 or s.min_p > 0.0 for s in samplings)
+        filtered = any(s.filtered for s in samplings)
         return SamplingRows(temperature, top_k, top_p, min_p, seed, filtered)
 
     def at(self, row: int) -> SamplingRows:

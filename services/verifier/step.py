@@ -113,8 +113,10 @@ def judge(model: TargetModel, noise_candidates: int) -> Callable[[Tensor, Sequen
         return model.logits(hidden, scratch.take("sampled", len(hidden), width, hidden.device, hidden.dtype))
 
     def by_bounds(hidden: Tensor, candidates: Sequence[Candidate]) -> list[Outcome]:
+        def whole(rows: Sequence[int]) -> Tensor:
+            return logits(hidden[torch.tensor(rows)])
+
         assert kernels.screened is not None
-        whole = lambda rows: logits(hidden[torch.tensor(rows)])  # noqa: E731 - of these rows
         return kernels.screened(hidden, candidates, screen=model.screen, whole=whole, noise_candidates=noise_candidates)
 
     def by_logits(hidden: Tensor, candidates: Sequence[Candidate]) -> list[Outcome]:

@@ -44,7 +44,11 @@ def draft_tokens(
     samplings: Sequence[Sampling],
 ) -> Drafted:
     """As `sequential.draft_tokens`."""
-    if base.dtype != torch.float32 or base.shape[2] % host_lanes() or any(_filtered(one) for one in samplings):
+    if (
+        base.dtype != torch.float32
+        or base.shape[2] % host_lanes()
+        or any(one.filtered and not one.greedy for one in samplings)
+    ):
         return sequential.draft_tokens(own, base, hidden, anchors, committed_lens, samplings)
     rows = torch.tensor([(signed_seed(s.seed), n, n, _kind(s)) for s, n in zip(samplings, committed_lens, strict=True)])
     if _stateless(own):
@@ -110,10 +114,6 @@ def _addresses(numbers: Tensor) -> NDArray[np.int64]:
     assert numbers.is_contiguous()
     blocks, count = numbers.shape[:2]
     return numbers.data_ptr() + numbers[0, 0].numel() * numbers.element_size() * grid(blocks, count, count)
-
-
-def _filtered(sampling: Sampling) -> bool:
-    return not sampling.greedy and (sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0)
 
 
 def _kind(sampling: Sampling) -> int:

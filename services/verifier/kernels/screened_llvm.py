@@ -50,39 +50,45 @@ def verify(
     """
     outcomes = [refused(request, len(hidden), len(screen.table)) for request in requests]
     left = [index for index, outcome in enumerate(outcomes) if outcome is None]
-    court = _Court(screen, whole, noise_candidates, by_logits, passes)
+    court = _Court(hidden, screen, whole, noise_candidates, by_logits, passes)
     for judge, bounded in ((court.by_bounds, True), (court.by_whole, False)):
         mine = [index for index in left if _bounded(requests[index].sampling) is bounded]
-        for index, outcome in zip(mine, judge(hidden, [requests[index] for index in mine]), strict=True):
+        for index, outcome in zip(mine, judge([requests[index] for index in mine]), strict=True):
             outcomes[index] = outcome
     return [outcome for outcome in outcomes if outcome is not None]
 
 
 def _bounded(sampling: Sampling) -> bool:
-    filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
-    return sampling.greedy or not (filtered or sampling.mode is Mode.REJECTION)
+    return sampling.greedy or not (sampling.filtered or sampling.mode is Mode.REJECTION)
 
 
 class _Court:
     """What stays the same during a call."""
 
     def __init__(
-        self, screen: Screen, whole: Whole, noise_candidates: int, by_logits: Judge, passes: LogitKernels
+        self,
+        hidden: torch.Tensor,
+        screen: Screen,
+        whole: Whole,
+        noise_candidates: int,
+        by_logits: Judge,
+        passes: LogitKernels,
     ) -> None:
-        self._screen, self._whole, self._size, self._passes = screen, whole, noise_candidates, passes
-        self._by_logits = by_logits
+        self._hidden, self._screen, self._whole = hidden, screen, whole
+        self._size, self._by_logits, self._passes = noise_candidates, by_logits, passes
 
-    def by_whole(self, hidden: torch.Tensor, requests: Sequence[Candidate]) -> list[Outcome]:  # noqa: ARG002 - as `by_bounds`
+    def by_whole(self, requests: Sequence[Candidate]) -> list[Outcome]:
         """By logits of all their rows."""
         if not requests:
             return []
         rows, moved = _apart(requests)
         return self._by_logits(self._whole(rows), moved, noise_candidates=self._size)
 
-    def by_bounds(self, hidden: torch.Tensor, requests: Sequence[Candidate]) -> list[Outcome]:
+    def by_bounds(self, requests: Sequence[Candidate]) -> list[Outcome]:
         """By bounds on theirs."""
         if not requests:
             return []
+        hidden = self._hidden
         rows, moved = _apart(requests)
         states = hidden if rows == list(range(len(hidden))) else hidden[torch.tensor(rows)]
         bounds = scratch.take("bounds", len(rows), self._screen.width, hidden.device)

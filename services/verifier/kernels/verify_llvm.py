@@ -77,8 +77,7 @@ def verify(
 
 
 def _simple(sampling: Sampling) -> bool:
-    filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
-    return sampling.logprobs is None and (sampling.greedy or not filtered)
+    return sampling.logprobs is None and (sampling.greedy or not sampling.filtered)
 
 
 def _judged(logits: torch.Tensor, requests: Sequence[Candidate], most: int) -> list[Outcome]:
