@@ -50,7 +50,7 @@ class Link(ABC):
     Attributes:
         listed: the store's latest reading holds the worker; without, it gets new work only if no other can.
         rounds, tokens: batches that this router had it do, and the tokens these came to.
-        on_load: called after each fresher reading of its load.
+        on_load: called after a reading of its load by which it may have other room than by the one before.
         costs: what its steps cost, from the profile it has published and the steps this router saw; None without one.
     """
 
@@ -68,6 +68,7 @@ class Link(ABC):
         self._release: asyncio.Task[None] | None = None
         self._failed = asyncio.Event()
         self.failure = ""
+        self.load = load
         self.read_load(load)
 
     @property
@@ -79,10 +80,11 @@ class Link(ABC):
 
     def read_load(self, load: WorkerLoad) -> None:
         """Takes a reading; what it counts beyond our own sequences is other routers'."""
-        self.load = load
+        former, self.load = self.load, load
         self.load_at = time.monotonic()
         self._others = max(0, load.running - self.own)
-        self.on_load()
+        if _room(former) != _room(load):
+            self.on_load()
 
     @property
     def load_age(self) -> float:
@@ -288,6 +290,11 @@ class DraftLink(Link):
 
     async def _free(self, keys: list[SequenceKey]) -> None:
         await self._call(codec.detach_call(keys), CALL_SECONDS)
+
+
+def _room(load: WorkerLoad) -> tuple[bool, int, int]:
+    """What decides whether it may be given more."""
+    return load.draining, load.running, load.free_pages
 
 
 def _nothing() -> None:

@@ -26,7 +26,7 @@ from services.router.links import DraftLink
 from services.router.metrics import Metrics
 from services.router.options import Patience
 from services.router.sequences import Sequence as Running
-from services.router.tasks import Tasks
+from services.router.tasks import Tasks, later
 
 __all__ = ["Ask", "Drafts", "Proposing"]
 
@@ -123,7 +123,7 @@ class Proposing:
         calls = self._start(asked)
         await self._await_unasked(coming, gathered)
         fresh = {sequence.sequence_id for batch in asked.values() for sequence, _ in batch}
-        self._change(ask for ask in asks if ask.sequence.sequence_id not in fresh)
+        later(self._change, [ask for ask in asks if ask.sequence.sequence_id not in fresh])
         if not asked and not coming:
             return Drafts()
         calls += self._start(gathered.missed)
@@ -174,7 +174,8 @@ class Proposing:
         if result is None:
             self._metrics.missed("late", len(batch))
             return
-        self._count(link, result, gathered)
+        gathered.engine_seconds = max(gathered.engine_seconds, result.total_seconds)
+        self._count(link, result)
         learn(link, [item for (_, item), p in zip(batch, result.proposals, strict=True) if p.error is None], result)
         for (sequence, item), proposal in zip(batch, result.proposals, strict=True):
             if self._use(link, sequence, item, proposal):
@@ -184,10 +185,9 @@ class Proposing:
                     sequence.standing = item.max_tokens if proposal.stays else 0
                 gathered.proposals[sequence.sequence_id] = proposal
 
-    def _count(self, link: DraftLink, result: ProposeResult, gathered: _Gathered) -> None:
+    def _count(self, link: DraftLink, result: ProposeResult) -> None:
         link.rounds += 1
         self._metrics.drafted(result)
-        gathered.engine_seconds = max(gathered.engine_seconds, result.total_seconds)
 
     def _use(self, link: DraftLink, sequence: Running, item: ProposeItem, proposal: Proposal) -> bool:
         """Whether the proposal can be verified; otherwise notes the miss and what to do about it."""
@@ -237,11 +237,17 @@ class Proposing:
             proposal = came.cut(item.max_tokens).proposal
             if self._use(link, sequence, item, proposal):
                 gathered.proposals[sequence.sequence_id] = proposal
-        for result, items in drafted.values():
-            self._count(link, result, gathered)
+        for result, _ in drafted.values():
+            gathered.engine_seconds = max(gathered.engine_seconds, result.total_seconds)
+        later(self._learn, link, list(drafted.values()))
+
+    def _learn(self, link: DraftLink, drafted: Sequence[tuple[ProposeResult, Sequence[ProposeItem]]]) -> None:
+        """Of blocks that came unasked and were used, once the round is on its way."""
+        for result, items in drafted:
+            self._count(link, result)
             if len(items) == len(result.proposals):
                 learn(link, items, result)
-        self._metrics.unasked_used(sum(len(items) for _, items in drafted.values()))
+        self._metrics.unasked_used(sum(len(items) for _, items in drafted))
 
     def _change(self, asks: Iterable[Ask]) -> None:
         """Blocks of other lengths are to come unasked from the next features on."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +19,7 @@ from services.router.proposing import Drafts, Proposing
 from services.router.round import Round, Took
 from services.router.scheduler import Scheduler
 from services.router.sequences import Sequence
+from services.router.tasks import later
 from services.router.trace import Trace
 
 __all__ = ["Owner", "Published", "Rounds"]
@@ -84,7 +82,7 @@ class Rounds:
         with phase("commit"):
             took = self._commit(cohort, round_, batch, result, began)
         round_.begins = drafts.begins
-        _later(self._learn, cohort, scheduler, round_, Done(batch, drafts, result, seconds, took))
+        later(self._learn, cohort, scheduler, round_, Done(batch, drafts, result, seconds, took))
 
     def _commit(self, cohort: Cohort, round_: Round, batch: list[Entry], result: StepResult, began: float) -> Took:
         """Takes in the verdicts. Text is made, and lessons are learned, while the next round waits for its workers."""
@@ -105,7 +103,7 @@ class Rounds:
                 if entry.row is not None:
                     matched[entry.row] = verdict.matched
                     counts.append((len(entry.item.draft_tokens), verdict.accepted))
-        _later(self._owner.publish, news)  # before anything that may fail: what is committed must reach its client
+        later(self._owner.publish, news)  # before anything that may fail: what is committed must reach its client
         self._count(cohort, result, news, counts)
         gained = sum(accepted + 1 for _, accepted in counts)
         apart = result.queue_seconds if not result.other_tokens else 0.0  # behind a step of others, whose tokens it had
@@ -175,14 +173,6 @@ class Done:
     result: StepResult
     seconds: float
     took: Took
-
-
-def _later(function: Callable[..., None], *arguments: Any, turns: int = 4) -> None:
-    """Some turns of the loop from now: by then the next round's request has gone through its session."""
-    if turns:
-        asyncio.get_running_loop().call_soon(partial(_later, function, *arguments, turns=turns - 1))
-    else:
-        function(*arguments)
 
 
 def _figures(round_: Round, done: Done) -> dict[str, Any]:

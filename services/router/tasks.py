@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -11,7 +12,7 @@ import structlog
 
 from dspark.ending import end
 
-__all__ = ["Tasks", "guarded"]
+__all__ = ["Tasks", "guarded", "later"]
 
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -23,6 +24,14 @@ def guarded(function: Callable[[], object]) -> None:
         function()
     except Exception:  # noqa: BLE001 - whatever it is
         _log.exception("a turn failed", function=getattr(function, "__qualname__", repr(function)))
+
+
+def later(function: Callable[..., object], *arguments: Any, turns: int = 4) -> None:
+    """Some turns of the loop from now: by then a request that is made next has gone through its session."""
+    if turns:
+        asyncio.get_running_loop().call_soon(partial(later, function, *arguments, turns=turns - 1))
+    else:
+        function(*arguments)
 
 
 class Tasks:

@@ -30,6 +30,8 @@ from services.verifier.engine import VerifyEngine
 __all__ = ["EngineThread"]
 
 STARVED_CALLS = 32  # in a row, after which one piece of background work runs although others wait
+TELLING = 0.001  # seconds in which others hear of a step before anything is learned of it
+MOST_LESSONS = 16  # steps that follow each other so closely that nothing was learned of them
 
 T = TypeVar("T")
 
@@ -69,6 +71,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._stopping = False
         self._busy = 0  # calls since background work last ran
+        self._lessons: list[Callable[[], None]] = []  # of steps whose verdicts are being told
         self._since: float | None = None  # when the steps that wait could have run
         self.failed = False
         """The thread has ended without being told to."""
@@ -148,15 +151,27 @@ class EngineThread:
         while True:
             with self._wake:
                 self._wake.notify_all()  # whoever waits for sequences to close
-                self._wake.wait_for(lambda: self._calls or self._stopping or self.engine.has_background_work)
+                self._wake.wait_for(self._wanted, TELLING if self._lessons else None)
                 if self._stopping:
                     return []
                 starved = self._busy >= STARVED_CALLS and self.engine.has_background_work
                 if self._calls and not starved:
                     self._busy += 1
                     return self._next()
-            self._busy = 0
-            self._guard(self.engine.run_background)
+            if self._lessons:
+                self._learn()
+            else:
+                self._busy = 0
+                self._guard(self.engine.run_background)
+
+    def _wanted(self) -> bool:
+        return bool(self._calls) or self._stopping or self.engine.has_background_work
+
+    def _learn(self) -> None:
+        """What steps taught. Done at once, it would keep the event loop from telling of them: it is all Python."""
+        lessons, self._lessons = self._lessons, []
+        for learn in lessons:
+            self._guard(learn)
 
     def _next(self) -> list[Call]:
         """What runs now, off the queue: a call, or steps that run together. None at the end."""
@@ -218,7 +233,9 @@ class EngineThread:
             news.append(partial(call.answer.set_result, answer))
         self._guard(lambda: news.append(self.engine.publish_due()))
         self._hand_over(partial(self._tell, news))
-        self._guard(learn)  # while others read what came of the step
+        self._lessons.append(learn)
+        if len(self._lessons) > MOST_LESSONS:
+            self._learn()
 
     def _note_answered(self, calls: Sequence[Call]) -> None:
         now = time.perf_counter()
