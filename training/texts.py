@@ -189,9 +189,7 @@ class _Watch:
             self._cache.close(sequence)
 
     def _features(self, tap: Tap, pieces: Sequence[Forward]) -> Tensor:
-        device = self._target.device
-        rows = [tap.project(p.captured, torch.arange(len(p.hidden), device=device)) for p in pieces]
-        return torch.cat(rows)
+        return torch.cat([tap.project(piece.captured) for piece in pieces])
 
     def _log_z(self, hidden: Tensor, temperature: float) -> Tensor:
         pieces = [

@@ -109,8 +109,7 @@ class Backfill:
         batch = RaggedBatch.build([(job.shadow, ids[job.done : end], job.done)])
         with torch.inference_mode():
             captured = self._model.forward(batch, self._cache, capture=self._features.layers).captured
-            rows = torch.arange(end - job.done)
-            self._features.write(captured, [(rows, job.state.cached.full_pages, job.done)])
+            self._features.write(captured, [(end - job.done, job.state.cached.full_pages, job.done)])
         self._cache.commit(job.shadow, ids[: job.end], end)
 
     def _release(self, job: Recomputation) -> None:

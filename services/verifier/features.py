@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.errors import Overloaded
@@ -61,42 +63,38 @@ class FeatureStore:
         for buffer in self._buffers.values():
             buffer.known[first : first + self._page_size] = False
 
-    def write(self, captured: Mapping[int, Tensor], placed: Sequence[tuple[Tensor, Sequence[int], int]]) -> None:
-        """Compute and keep the features of some rows of a forward, for every tap.
+    def write(self, captured: Mapping[int, Tensor], placed: Sequence[tuple[int, Sequence[int], int]]) -> None:
+        """Compute and keep features of states (n, hidden), for every tap.
 
-        `placed`: (rows of the forward (n,) int64, the sequence's pages, position of the first row) per sequence.
+        `placed`: whose the rows are, one sequence behind the other: how many, its pages, position of the first.
         """
         if not placed or not self._buffers:
             return
-        rows = torch.cat([entry[0] for entry in placed]).to(self._device)
-        slots = torch.cat([self._slots(pages, start, start + len(own)) for own, pages, start in placed])
+        places = [self._places(pages, start, start + count) for count, pages, start in placed]
         for buffer in self._buffers.values():
-            buffer.data[slots.to(self._device)] = buffer.tap.project(captured, rows)
-            buffer.known[slots] = True
+            features, first = buffer.tap.project(captured), 0
+            for own, (count, *_) in zip(places, placed, strict=True):
+                buffer.put(own, features[first : first + count])
+                first += count
 
     def known_until(self, tap_id: str, pages: Sequence[int], start: int, end: int) -> int:
         """The first position from `start` on, up to `end`, that lacks features of the tap."""
         known = self._buffers[tap_id].known[self._places(pages, start, end)]
-        return end if bool(known.all()) else start + int((~known).to(torch.uint8).argmax())
+        return end if known.all() else start + int(known.argmin())
 
     def read(self, tap_id: str, pages: Sequence[int], start: int, end: int) -> bytes:
         """Features of positions start … end - 1 as little-endian bfloat16 bytes, row-major (end - start, d)."""
-        places = self._places(pages, start, end)
-        rows = self._buffers[tap_id].data[places if isinstance(places, slice) else places.to(self._device)]
+        rows = self._buffers[tap_id].data[self._places(pages, start, end)]
         return rows.cpu().view(torch.uint8).numpy().tobytes()
 
-    def _places(self, pages: Sequence[int], start: int, end: int) -> slice | Tensor:
-        """As `_slots`; inside one page, as nearly always while decoding, a slice, which takes a third of the time."""
-        page, first = divmod(start, self._page_size)
-        if first + end - start > self._page_size:
-            return self._slots(pages, start, end)
-        slot = pages[page] * self._page_size + first
-        return slice(slot, slot + end - start)
-
-    def _slots(self, pages: Sequence[int], start: int, end: int) -> Tensor:
+    def _places(self, pages: Sequence[int], start: int, end: int) -> slice | NDArray[np.int64]:
+        """Slots of positions; a slice where they are in one page, as they mostly are while decoding."""
         size = self._page_size
-        slots = [pages[position // size] * size + position % size for position in range(start, end)]
-        return torch.tensor(slots, dtype=torch.int64)
+        page, first = divmod(start, size)
+        if first + end - start > size:
+            return np.array([pages[position // size] * size + position % size for position in range(start, end)])
+        slot = pages[page] * size + first
+        return slice(slot, slot + end - start)
 
 
 class _Buffer:
@@ -105,4 +103,9 @@ class _Buffer:
     def __init__(self, tap: Tap, slots: int, device: torch.device | str) -> None:
         self.tap = tap
         self.data = torch.zeros((slots, tap.info.feature_size), dtype=torch.bfloat16, device=device)
-        self.known = torch.zeros(slots, dtype=torch.bool)  # asked about on the host
+        self.known = np.zeros(slots, np.bool_)
+
+    def put(self, places: slice | NDArray[np.int64], features: Tensor) -> None:
+        """These slots' features are known from now on."""
+        self.data[places] = features
+        self.known[places] = True

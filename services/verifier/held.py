@@ -96,9 +96,7 @@ class HeldStates:
     @torch.inference_mode()
     def _write(self, taken: Sequence[tuple[SequenceState, _Rows]]) -> None:
         taken = sorted(taken, key=lambda entry: id(entry[1].part))
-        placed, at = [], 0
-        for state, rows in taken:
-            placed.append((torch.arange(at, at := at + rows.end - rows.first), state.cached.full_pages, rows.start))
+        placed = [(rows.end - rows.first, state.cached.full_pages, rows.start) for state, rows in taken]
         self._features.write(_gathered([rows for _, rows in taken]), placed)
 
 
@@ -107,13 +105,13 @@ def _gathered(taken: Sequence[_Rows]) -> Mapping[int, Tensor]:
     if len(taken) == 1:
         part, first, end, _ = taken[0]
         return {layer: states[first:end] for layer, states in part.captured.items()}
-    by_part: dict[Computed, list[Tensor]] = {}
+    by_part: dict[Computed, list[int]] = {}
     for part, first, end, _ in taken:
-        by_part.setdefault(part, []).append(torch.arange(first, end))
+        by_part.setdefault(part, []).extend(range(first, end))
     layers = taken[0].part.captured
     device = next(iter(layers.values())).device
-    rows = [(part.captured, torch.cat(own).to(device)) for part, own in by_part.items()]
-    return {layer: torch.cat([captured[layer][own] for captured, own in rows]) for layer in layers}
+    rows = [(part.captured, torch.tensor(own, device=device)) for part, own in by_part.items()]
+    return {layer: torch.cat([captured[layer].index_select(0, own) for captured, own in rows]) for layer in layers}
 
 
 def _size(part: Computed) -> int:

@@ -84,15 +84,15 @@ class Tap:
         self._bias = tensors[BIAS].to(device) if BIAS in tensors else None
         self._norm = tensors[NORM].to(device)
 
-    def project(self, captured: Mapping[int, Tensor], rows: Tensor) -> Tensor:
-        """Features of some rows of a forward.
+    def project(self, captured: Mapping[int, Tensor]) -> Tensor:
+        """Features of rows of a forward.
 
-        `captured[layer]`: (all rows, hidden), the output of that decoder layer; `rows`: (n,) int64.
+        `captured[layer]`: (n, hidden), the output of that decoder layer.
         Returns bfloat16 (n, feature_size). A row's features do not depend on the other rows.
         """
         states = [captured[layer] for layer in self.info.layer_ids]
         eps = self.info.norm_eps
-        inputs = self._kernels.tap_inputs(states, rows, eps if self.info.normalize_inputs else None)
+        inputs = self._kernels.tap_inputs(states, eps if self.info.normalize_inputs else None)
         return self._kernels.tap_outputs(self._project(inputs), self._bias, self._norm, eps)
 
 

@@ -114,9 +114,9 @@ def launch_verifier(dtype: torch.dtype) -> None:
 
     request = Candidate(Sampling(mode=Mode.REJECTION), 0, 5, (1, 2))
     verify_triton.verify(torch.zeros(3, 300, dtype=dtype), [request], noise_candidates=32)
-    state, rows = torch.zeros(4, 64, dtype=dtype), torch.tensor([1, 2])
+    state = torch.zeros(4, 64, dtype=dtype)
     for eps in (None, 1e-6):
-        projected = features_triton.tap_inputs([state, state], rows, eps)
+        projected = features_triton.tap_inputs([state, state], eps)
         features_triton.tap_outputs(projected, projected[0] if eps else None, projected[0], 1e-6)
 
 

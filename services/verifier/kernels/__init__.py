@@ -39,10 +39,11 @@ def verifier_kernels(shared: Kernels) -> VerifierKernels:
     if shared.implementation == "torch":
         return replace(_TORCH, verify=reference)
     if shared.implementation == "llvm":
-        from services.verifier.kernels import screened_llvm, verify_llvm  # noqa: PLC0415 - llvmlite is an extra
+        from services.verifier.kernels import features_llvm, screened_llvm, verify_llvm  # noqa: PLC0415 - an extra
 
         own = partial(verify_llvm.verify, reference=reference)
-        return replace(_TORCH, verify=own, screened=partial(screened_llvm.verify, by_logits=own, passes=shared.logits))
+        screened = partial(screened_llvm.verify, by_logits=own, passes=shared.logits)
+        return VerifierKernels(own, features_llvm.tap_inputs, features_llvm.tap_outputs, screened)
     from services.verifier.kernels import features_triton, verify_triton  # noqa: PLC0415 - triton is an extra
 
     return VerifierKernels(verify_triton.verify, features_triton.tap_inputs, features_triton.tap_outputs)

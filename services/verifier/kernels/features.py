@@ -10,12 +10,12 @@ from torch import Tensor
 __all__ = ["tap_inputs", "tap_outputs"]
 
 
-def tap_inputs(states: Sequence[Tensor], rows: Tensor, eps: float | None) -> Tensor:
-    """Some rows of m layers' states side by side, float32 (n, m · hidden); with `eps` each layer's brought to RMS 1.
+def tap_inputs(states: Sequence[Tensor], eps: float | None) -> Tensor:
+    """M layers' states side by side, float32 (n, m · hidden); with `eps` each layer's brought to RMS 1.
 
-    `states`: (all rows, hidden) of the model's dtype each; `rows` (n,) int64.
+    `states`: (n, hidden) of the model's dtype each.
     """
-    picked = torch.stack([state.index_select(0, rows) for state in states], 1).float()
+    picked = torch.stack(list(states), 1).float()
     return (picked if eps is None else _unit_rms(picked, eps)).flatten(1)
 
 

@@ -1,6 +1,6 @@
 """What lies before and behind a tap's projection, in Triton: one launch a layer, and one for the norm.
 
-The projection itself stays the shared linear. Inside it, rows would be gathered and normalised again for every tile of
+The projection itself stays the shared linear. Inside it, rows would be normalised again for every tile of
 outputs; beside it, they are one pass over n · m · hidden numbers against d times as many multiplications.
 """
 
@@ -19,10 +19,10 @@ __all__ = ["tap_inputs", "tap_outputs"]
 
 
 @triton.jit
-def _gather_kernel(state, rows, out, eps, width, state_stride, out_stride, unit: tl.constexpr, block: tl.constexpr):
+def _unit_kernel(state, out, eps, width, state_stride, out_stride, unit: tl.constexpr, block: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, block)
-    x = tl.load(state + tl.load(rows + n) * state_stride + at, mask=at < width, other=0.0).to(tl.float32)
+    x = tl.load(state + n * state_stride + at, mask=at < width, other=0.0).to(tl.float32)
     if unit:
         x = x * tl.math.rsqrt(tl.sum(x * x, 0) / width + eps)
     tl.store(out + n * out_stride + at, x, mask=at < width)
@@ -39,14 +39,14 @@ def _norm_kernel(projected, bias, norm, out, eps, width, biased: tl.constexpr, b
     tl.store(out + n * width + at, narrow(x, out.dtype.element_ty), mask=at < width)
 
 
-def tap_inputs(states: Sequence[Tensor], rows: Tensor, eps: float | None) -> Tensor:
+def tap_inputs(states: Sequence[Tensor], eps: float | None) -> Tensor:
     """As `features.tap_inputs`."""
-    width, rows = states[0].shape[1], rows.to(states[0].device)
-    out = torch.empty(len(rows), len(states) * width, dtype=torch.float32, device=rows.device)
+    rows, width = states[0].shape
+    out = torch.empty(rows, len(states) * width, dtype=torch.float32, device=states[0].device)
     for index, state in enumerate(states):
-        if len(rows):
-            _gather_kernel[(len(rows),)](
-                state, rows, out[:, index * width :], eps or 0.0, width, state.stride(0), out.stride(0),
+        if rows:
+            _unit_kernel[(rows,)](
+                state, out[:, index * width :], eps or 0.0, width, state.stride(0), out.stride(0),
                 unit=eps is not None, block=block_of(width),
             )  # fmt: skip
     return out

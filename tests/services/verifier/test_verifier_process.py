@@ -115,6 +115,7 @@ async def test_a_worker_publishes_what_its_steps_cost(
         async with connect(found.address) as channel, RouterSession(VerifierStub(channel).Session) as session:
             await session.call(open_call([OpenSequence(KEY, PROMPT, GREEDY, 60)]), timeout=10)
             await session.call(step_call([StepItem(KEY, len(PROMPT), len(PROMPT))]), timeout=10)
+            await asyncio.sleep(0.1)  # a step is learned of once it has been told
             reply = await session.call(step_call([StepItem(KEY, len(PROMPT) + 1, 1)]), timeout=10)
             result = decode(reply.step)
             assert result.fixed_seconds + result.marginal_seconds > 0
