@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,10 +189,16 @@ class DraftEngine:
 
         The batch is as long as its longest item wants, each proposal as long as its own.
         """
+        result, learn = self.compute(items)
+        learn()
+        return self._priced(result)
+
+    def compute(self, items: Sequence[ProposeItem]) -> tuple[ProposeResult, Callable[[], None]]:
+        """`propose`, but for what is to be learned of it for costs, which whoever waits need not wait for."""
         result = self.answer(items)
         self._last_tokens = sum(len(proposal.tokens) for proposal in result.proposals)
         self._last_seconds = result.total_seconds
-        return self._learn(items, result)
+        return self._priced(result), partial(self._learn, items, result)
 
     def answer(self, items: Sequence[ProposeItem]) -> ProposeResult:
         """As `propose`, and nothing remembers it: neither load nor costs."""
@@ -207,16 +214,22 @@ class DraftEngine:
         )
         return ProposeResult(proposals, forward_seconds, time.perf_counter() - began)
 
-    def _learn(self, items: Sequence[ProposeItem], result: ProposeResult) -> ProposeResult:
-        """Let the costs follow drafts of whole blocks, which are what was profiled, and add what they come to."""
+    def _learn(self, items: Sequence[ProposeItem], result: ProposeResult) -> None:
+        """Let the costs follow drafts of whole blocks, which are what was profiled."""
         if self.costs is None:
-            return result
+            return
         pairs = zip(items, result.proposals, strict=True)
         served = [item for item, proposal in pairs if proposal.error is None and item.max_tokens > 0]
         whole = sum(item.max_tokens >= self._blocks.block_size for item in served)
         if served and whole >= ALIKE * len(served):
             context = sum(item.committed_len for item in served) / len(served)
             self.costs.observe(len(served), context, result.total_seconds)
+        self._priced(result)  # what takes its time is done now, and the next reply finds it done
+
+    def _priced(self, result: ProposeResult) -> ProposeResult:
+        """With what the costs come to."""
+        if self.costs is None:
+            return result
         return replace(result, fixed_seconds=self.costs.fixed_seconds, marginal_seconds=self.costs.marginal_seconds)
 
     def draft(self, items: Sequence[ProposeItem]) -> Drafted:

@@ -55,14 +55,13 @@ class ParallelBlocks(ABC):
         starts = [piece.context.length for piece in pieces]
         ranges = [range(start, start + piece.count) for start, piece in zip(starts, pieces, strict=True)]
         positions = torch.tensor([position for one in ranges for position in one], device=self.stack.device)
-        features = features.to(self.stack.device, self.stack.dtype)
-        layers = self._keys_values(features, positions, max(one.stop for one in ranges))
-        first = 0
+        projected = self._context_kv(features.to(self.stack.device, self.stack.dtype))
+        projected = projected.view(len(features), self.stack.config.num_layers, -1, self.stack.config.head_dim)
+        rotary = self.stack.rotary(positions, max(one.stop for one in ranges))
+        self.stack.inject(projected, rotary, [(piece.context, piece.count) for piece in pieces])
         for piece, behind in zip(pieces, ids, strict=True):
-            piece.context.append(layers, first, piece.count)
             if piece.context.ids is not None:
                 piece.context.ids.append(behind)
-            first += piece.count
 
     @torch.inference_mode()
     def draft(self, blocks: Sequence[Block[ContextKV]], count: int) -> Drafted:
@@ -95,16 +94,6 @@ class ParallelBlocks(ABC):
         if at is not None:
             x = x.new_zeros(longest * len(rows), x.shape[-1]).index_copy_(0, at, x)
         return x.view(len(rows), longest, -1)
-
-    def _keys_values(self, features: Tensor, positions: Tensor, end: int) -> list[tuple[Tensor, Tensor]]:
-        """Per draft layer K (n, kv heads, head_dim), normed and rotated, and V, of features (n, d)."""
-        config = self.stack.config
-        projected = self._context_kv(features).view(len(features), config.num_layers, 2, config.num_kv_heads, -1)
-        rotary = self.stack.rotary(positions, end)
-        return [
-            (self.stack.keys(index, projected[:, index, 0], table), projected[:, index, 1])
-            for index, table in enumerate(rotary)
-        ]
 
     def _inputs(self, anchors: Tensor, contexts: Sequence[ContextKV], rows: int) -> Tensor:
         """Embeddings of the anchor and of a mask at each further place, and what hints add, (b, rows, d)."""

@@ -30,6 +30,7 @@ __all__ = ["EngineJobs"]
 
 GATHERED = 4096  # positions: fewer wait for a block behind them
 PIECE = 512  # positions computed at a time where more have gathered
+TELLING = 0.001  # seconds in which routers hear of blocks before anything is learned of them
 
 _log = structlog.get_logger(__name__)
 ResultT = TypeVar("ResultT")
@@ -50,6 +51,7 @@ class _Done:
 
     pulls: Sequence[SequenceKey]
     result: ProposeResult | None
+    learn: Callable[[], None]
     started_at: float
 
 
@@ -154,7 +156,8 @@ class EngineJobs:
     def _job(self, blocks: Sequence[FeatureBlock], items: Sequence[ProposeItem]) -> _Done:
         started_at = time.perf_counter()
         pulls = self._engine.append_features(blocks)
-        return _Done(pulls, self._engine.propose(items) if items else None, started_at)
+        result, learn = self._engine.compute(items) if items else (None, _nothing)
+        return _Done(pulls, result, learn, started_at)
 
     def _finished(self, job: asyncio.Future[_Done], calls: Sequence[_Call], blocks: Sequence[FeatureBlock]) -> None:
         self._busy = False
@@ -173,12 +176,18 @@ class EngineJobs:
         if done.result is None:
             return
         self._metrics.drafted(done.result)
+        asyncio.get_running_loop().call_later(TELLING, self._learn, done.learn)
         proposals = iter(done.result.proposals)
         for call in calls:
             own = tuple(next(proposals) for _ in call.items)
             queued = max(0.0, done.started_at - call.ready_at)
             others = len(done.result.proposals) - len(own)
             _resolve(call.result, replace(done.result, proposals=own, queue_seconds=queued, other_requests=others))
+
+    def _learn(self, learn: Callable[[], None]) -> None:
+        """Once blocks have been told: until then it would be in the way, as all of it is Python."""
+        if not self.closed:
+            self.submit(learn)
 
     def _failed(self, failure: BaseException, calls: Sequence[_Call], blocks: Sequence[FeatureBlock]) -> None:
         """A bug or a device error: these calls fail, and what was to be appended is fetched again."""
@@ -193,6 +202,10 @@ class EngineJobs:
         length = self._engine.length(key)
         if length is not None:
             self._incomplete(key, length)
+
+
+def _nothing() -> None:
+    """What is to be learned where nothing was drafted."""
 
 
 def _resolve(future: asyncio.Future[ResultT], result: ResultT) -> None:

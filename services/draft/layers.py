@@ -58,6 +58,7 @@ class DraftStack:
         self._repeated = kernels.repeated()
         self._embed = drafter.embed_weight
         self._layers = [_arrange(layer, kernels, self.own_kernels.spiky) for layer in draft_layers(drafter)]
+        self._k_norms = [layer.qk_norm[config.num_heads :] for layer in self._layers]
         thetas = dict.fromkeys(config.rope_thetas)
         self._rotary = {theta: RotaryTable(RopeConfig(theta), config.head_dim, self.device) for theta in thetas}
         self._final_norm = drafter.norm.weight.float()
@@ -78,8 +79,14 @@ class DraftStack:
 
     def keys(self, index: int, keys: Tensor, rotary: Rotary) -> Tensor:
         """Projected keys (n, kv heads, head_dim) of a layer, normed and rotated."""
-        weight = self._layers[index].qk_norm[self.config.num_heads :]
-        return self.kernels.norm_rotary(keys, weight, self.config.rms_norm_eps, *rotary)
+        return self.kernels.norm_rotary(keys, self._k_norms[index], self.config.rms_norm_eps, *rotary)
+
+    def inject(self, projected: Tensor, rotary: Sequence[Rotary], pieces: Sequence[tuple[ContextKV, int]]) -> None:
+        """Append K/V (n, layers, 2 · kv heads, D) to contexts, keys not yet normed and rotated.
+
+        `pieces`: whose the rows are, in order, and how many. `OutOfPages` past a context's limit.
+        """
+        self.own_kernels.inject(projected, self._k_norms, self.config.rms_norm_eps, rotary, self._memory, pieces)
 
     def plan(self, spans: Sequence[Span], *, causal: bool = False) -> Any:
         """What all layers of one forward share, for spans that cover its rows.

@@ -61,20 +61,18 @@ class PagedKV(ContextKV):
         weakref.finalize(self, memory.give_back, self.pages).atexit = False  # before any page: there may be too few
         self._make_room(min(limit, memory.shape.block_rows))
 
-    def slots(self, start: int, count: int) -> torch.Tensor:
-        """Places of positions in a layer's memory, (count,) int64."""
-        places = range(start, start + count)
-        slots = [self.pages[n // PAGE_SIZE] * PAGE_SIZE + n % PAGE_SIZE for n in places]
-        return torch.tensor(slots, dtype=torch.int64)
+    def slots(self, positions: range) -> list[int]:
+        """Their places in a layer's memory."""
+        return [self.pages[n // PAGE_SIZE] * PAGE_SIZE + n % PAGE_SIZE for n in positions]
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor, at: int = 0) -> None:
         """As in `ContextKV`."""
-        both = torch.cat((keys, values), 1).transpose(0, 1)
-        self._memory.layer(layer)[:, self.slots(self.length + at, len(keys))] = both
+        both, start = torch.cat((keys, values), 1).transpose(0, 1), self.length + at
+        self._memory.layer(layer)[:, self.slots(range(start, start + len(keys)))] = both
 
     def layer_rows(self, layer: int = 0) -> torch.Tensor:
         """As in `ContextKV`; a copy."""
-        rows = self._memory.layer(layer)[:, self.slots(0, len(self.pages) * PAGE_SIZE)]
+        rows = self._memory.layer(layer)[:, self.slots(range(len(self.pages) * PAGE_SIZE))]
         return rows.view(2, self._shape.kv_heads, *rows.shape[1:])
 
     def _make_room(self, positions: int) -> None:

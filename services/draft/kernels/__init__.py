@@ -28,6 +28,7 @@ class DraftKernels:
     """
 
     memory: Callable[[KVShape, int, torch.dtype, torch.device], ContextMemory]
+    inject: Callable[..., None]
     plan_block: Callable[..., Any]
     attend: Callable[..., Tensor]
     draft_tokens: Callable[..., Drafted]
@@ -37,18 +38,22 @@ class DraftKernels:
 def draft_kernels(shared: Kernels) -> DraftKernels:
     """Those that go with the shared kernels."""
     if shared.implementation == "torch":
-        return DraftKernels(OwnMemory, attention.plan_block, attention.attend, sequential.draft_tokens, shared.linear)
+        own = attention
+        return DraftKernels(OwnMemory, own.inject, own.plan_block, own.attend, sequential.draft_tokens, shared.linear)
     if shared.implementation == "llvm":
         from dspark.kernels.llvm_kernels import INT8, ROUNDED  # noqa: PLC0415 - llvmlite is an extra
-        from services.draft.kernels import attention_llvm as own  # noqa: PLC0415
-        from services.draft.kernels import sequential_llvm  # noqa: PLC0415
+        from services.draft.kernels import attention_llvm, sequential_llvm  # noqa: PLC0415
 
+        paged = attention_llvm
         spiky = ROUNDED.linear if shared is INT8 else shared.linear
-        return DraftKernels(own.memory, own.plan_block, own.attend, sequential_llvm.draft_tokens, spiky)
+        return DraftKernels(
+            paged.memory, paged.inject, paged.plan_block, paged.attend, sequential_llvm.draft_tokens, spiky
+        )
     from services.draft.kernels import attention_triton, sequential_triton  # noqa: PLC0415 - triton is an extra
 
     return DraftKernels(
         OwnMemory,
+        attention_triton.inject,
         attention_triton.plan_block,
         attention_triton.attend,
         sequential_triton.draft_tokens,

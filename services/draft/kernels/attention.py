@@ -16,7 +16,7 @@ from torch.nn import functional
 from dspark.kernels import reference
 from services.draft.context import ContextKV, ContextMemory, ContiguousKV
 
-__all__ = ["BlockPlan", "Span", "attend", "block_attention", "plan_block", "turned_attention"]
+__all__ = ["BlockPlan", "Span", "attend", "block_attention", "inject", "injected", "plan_block", "turned_attention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,43 @@ def turned_attention(
     heads = 2 * turned - qkv.shape[1]
     qk = norm_rotary(qkv[:, :turned], weight, eps, cos, sin)
     return attention(qk[:, :heads], qk[:, heads:], qkv[:, turned:], plan, layer)
+
+
+def inject(
+    projected: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    rotary: Sequence[tuple[Tensor, Tensor]],
+    memory: ContextMemory,
+    pieces: Sequence[tuple[ContextKV, int]],
+) -> None:
+    """Norm and rotate keys, and append K/V to contexts.
+
+    `projected` (n, layers, 2 · kv heads, D), keys first; `weights` (kv heads, D), `cos` and `sin` (n, 1, D / 2) for
+    each layer; `pieces`: whose the rows are, in order, and how many.
+    """
+    del memory
+    injected(reference.norm_rotary, projected, weights, eps, rotary, pieces)
+
+
+def injected(
+    norm_rotary: Callable[..., Tensor],
+    projected: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    rotary: Sequence[tuple[Tensor, Tensor]],
+    pieces: Sequence[tuple[ContextKV, int]],
+) -> None:
+    """`inject` by a function for the norm with its rotation."""
+    heads = len(weights[0])
+    layers = [
+        (norm_rotary(projected[:, layer, :heads], weight, eps, *table), projected[:, layer, heads:])
+        for layer, (weight, table) in enumerate(zip(weights, rotary, strict=True))
+    ]
+    first = 0
+    for context, count in pieces:
+        context.append(layers, first, count)
+        first += count
 
 
 def block_attention(query: Tensor, keys: Tensor, values: Tensor, plan: BlockPlan, layer: int) -> Tensor:

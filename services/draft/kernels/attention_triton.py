@@ -19,10 +19,10 @@ from dspark.errors import InternalError
 from dspark.kernels.attention_triton import KEY_BLOCK, SPLIT, join_splits, partial_buffers, stages_of, tile_rows
 from dspark.kernels.parts_triton import block_of, narrow, product, softmax_step
 from dspark.kernels.rowwise_triton import norm_rotary
-from services.draft.context import ContextMemory, ContiguousKV
-from services.draft.kernels.attention import Span, turned_attention
+from services.draft.context import ContextKV, ContextMemory, ContiguousKV
+from services.draft.kernels.attention import Span, injected, turned_attention
 
-__all__ = ["TritonBlockPlan", "attend", "block_attention", "plan_block"]
+__all__ = ["TritonBlockPlan", "attend", "block_attention", "inject", "plan_block"]
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -166,6 +166,15 @@ def block_attention(query: Tensor, keys: Tensor, values: Tensor, plan: TritonBlo
 def _heads_together(x: Tensor) -> Tensor:
     """Rows (n, heads, D) whose heads lie side by side; rows may be any distance apart."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def inject(
+    projected: Tensor, weights: Sequence[Tensor], eps: float, rotary: Sequence[tuple[Tensor, Tensor]],
+    memory: ContextMemory, pieces: Sequence[tuple[ContextKV, int]],
+) -> None:  # fmt: skip
+    """As `attention.inject`."""
+    del memory
+    injected(norm_rotary, projected, weights, eps, rotary, pieces)
 
 
 def attend(

@@ -1,7 +1,7 @@
 """Blocks drafted unasked: as soon as features come, while somebody wants them, and the same as when asked for."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -175,11 +175,11 @@ class FailingEngine(DraftEngine):
 
     failing = False
 
-    def propose(self, items: Sequence[ProposeItem]) -> ProposeResult:
+    def compute(self, items: Sequence[ProposeItem]) -> tuple[ProposeResult, Callable[[], None]]:
         if self.failing:
             self.failing = False
             raise RuntimeError("out of luck")
-        return super().propose(items)
+        return super().compute(items)
 
 
 async def test_a_lost_block_is_not_delivered_and_the_next_one_is() -> None:
