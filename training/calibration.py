@@ -69,7 +69,8 @@ def calibrate(rounds: Rounds, setting: str) -> Calibration:
         own = Calibration(setting, (1.0,), (0.0,), ((),))
         if bool(rows.any()):
             own = _Position.of(logits[rows], survival[rows], rounds.accepted[rows] > k).fit(setting)
-        survival = survival * Curves([own], torch.float64).of(logits[:, None], [0] * len(logits))[:, 0].sigmoid()
+        log_odds = Curves([own]).of(logits[:, None].numpy(), [0] * len(logits))[:, 0]
+        survival = survival * torch.from_numpy(log_odds).sigmoid()
         found.append(own)
     return Calibration(
         setting,

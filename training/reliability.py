@@ -107,7 +107,7 @@ def prefix_survival(rounds: Rounds, calibration: Calibration | None = None) -> T
         raise ConfigError("the rounds have no confidences: their drafter has no confidence head")
     logits = rounds.logits.double()
     if calibration is not None:
-        logits = Curves([calibration], torch.float64).of(logits, [0] * len(logits))
+        logits = torch.from_numpy(Curves([calibration]).of(logits.numpy(), [0] * len(logits)))
     return logits.sigmoid().cumprod(-1)
 
 

@@ -66,8 +66,9 @@ class Rows:
         begin, end, tables = np.array(tiles).T.copy()
         keys = int((last[end - 1] - first[begin]).max()) + 1
         room = (keys // _ROOM_MULTIPLE + 2) * _ROOM_MULTIPLE
-        numbers = [torch.from_numpy(own) for own in (first, last, begin, end, tables, pages)]
-        return cls(*numbers, rooms=torch.empty(threads, most, group, room, dtype=torch.float32))
+        rooms = torch.empty(threads, most, group, room, dtype=torch.float32)
+        tensor = torch.from_numpy
+        return cls(tensor(first), tensor(last), tensor(begin), tensor(end), tensor(tables), tensor(pages), rooms)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def least_ece_by_temperature(rounds: Rounds) -> Calibration:
 
 
 def log_odds(calibration: Calibration, logits: torch.Tensor) -> torch.Tensor:
-    return Curves([calibration], torch.float64).of(logits.double(), [0] * len(logits))
+    return torch.from_numpy(Curves([calibration]).of(logits.double().numpy(), [0] * len(logits)))
 
 
 def test_a_known_truth_is_found() -> None:

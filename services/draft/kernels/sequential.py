@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +42,17 @@ class ConfidenceRow:
 
 @dataclass(frozen=True, slots=True)
 class SequentialHead:
-    """A drafter's head as it is served: `bias` is x ↦ x · W_2ᵀ, `d2t` as `DraftChooser.choose` takes it."""
+    """A drafter's head as it is served: `bias` is x ↦ x · W_2ᵀ, `d2t` as `DraftChooser.choose` takes it.
+
+    `remembered`: what kernels have laid out for blocks of a shape; weights stay where they are.
+    """
 
     head: MarkovHead
     bias: Linear
     confidence: ConfidenceRow | None
     d2t: Tensor | None
     chooser: DraftChooser
+    remembered: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @torch.inference_mode()

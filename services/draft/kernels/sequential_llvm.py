@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels import team
@@ -26,7 +24,7 @@ from dspark.models.drafters.heads import MarkovHead
 from services.draft.drafting import Drafted
 from services.draft.kernels import sequential
 from services.draft.kernels.choice_llvm import COUPLED, GREEDY, REJECTION, ChoiceArguments, compiled
-from services.draft.kernels.sequence_llvm import Fields, chosen_along, grid
+from services.draft.kernels.sequence_llvm import Along, Found, Shape
 from services.draft.kernels.sequential import SequentialHead, unrolled
 
 __all__ = ["draft_tokens"]
@@ -50,10 +48,10 @@ def draft_tokens(
         or any(one.filtered and not one.greedy for one in samplings)
     ):
         return sequential.draft_tokens(own, base, hidden, anchors, committed_lens, samplings)
-    rows = torch.tensor([(signed_seed(s.seed), n, n, _kind(s)) for s, n in zip(samplings, committed_lens, strict=True)])
+    rows = [(signed_seed(s.seed), n, n, _kind(s)) for s, n in zip(samplings, committed_lens, strict=True)]
     if _stateless(own):
         return _at_once(own, base, hidden, anchors, rows, samplings)
-    choosing = _Choosing(own, rows, torch.tensor([s.temperature for s in samplings], dtype=torch.float64))
+    choosing = _Choosing(own, torch.tensor(rows), torch.tensor([s.temperature for s in samplings], dtype=torch.float64))
     tokens, confidence_logits = unrolled(own, hidden, anchors, lambda k, bias: choosing.next(base[:, k], bias.float()))
     return Drafted(
         tokens=tokens,
@@ -76,44 +74,45 @@ def _at_once(
     base: Tensor,
     hidden: Tensor,
     anchors: Sequence[int],
-    rows: Tensor,
+    rows: Sequence[tuple[int, int, int, int]],
     samplings: Sequence[Sampling],
 ) -> Drafted:
-    """All tokens of all blocks by `sequence_llvm`; `rows` (b, 4) as in `ChoiceArguments`, at the first position."""
+    """All tokens of all blocks by `sequence_llvm`; `rows` as in `ChoiceArguments`, at the first position."""
     base = base.contiguous()
-    (blocks, count, width), most = base.shape, own.chooser.top_k
-    tokens = torch.empty(blocks, count + 1, dtype=torch.int64)
-    chosen, counts = torch.empty(2, blocks, count, dtype=torch.int64)
-    tokens[:, 0] = torch.tensor(anchors)
-    along = rows[:, None].repeat(1, count, 1)
-    along[:, :, 1] += torch.arange(count)
-    temperatures = torch.tensor([s.temperature for s in samplings], dtype=torch.float64)
-    logits = torch.empty(blocks, count, width)
-    places = torch.empty(blocks, count, most, dtype=torch.int64)
-    weights = torch.empty(blocks, count, most, dtype=torch.float64)
-    choice: Fields = {
-        "base": _addresses(base), "width": width, "d2t": 0 if own.d2t is None else own.d2t.data_ptr(),
-        "rows": _addresses(along), "temperatures": temperatures.data_ptr() + 8 * grid(blocks, 1, 1),
-        "most": most, "logits": _addresses(logits), "chosen": _addresses(chosen), "counts": _addresses(counts),
-        "places": _addresses(places), "weights": _addresses(weights), "count": 1,
-    }  # fmt: skip
-    assert isinstance(own.bias, Streamed)
-    latents = chosen_along(own.bias, own.head.markov_w1.weight, own.head.rows, tokens, choice)
-    shipping = _Shipping(own.d2t, rows[:, 3])
+    blocks, count, width = base.shape
+    along = _along(own, Shape(blocks, count, width, own.chooser.top_k))
+    found = along(base, anchors, rows, [sampling.temperature for sampling in samplings])
+    tokens, logits, chosen, latents = map(torch.from_numpy, (found.tokens, found.logits, found.chosen, found.latents))
     return Drafted(
         tokens=tokens[:, 1:],
-        distributions=[shipping.of(places[:, k], weights[:, k], counts[:, k]) for k in range(count)],
+        distributions=_shipped(own, found, rows),
         confidence_logits=None if own.confidence is None else own.confidence.logits(hidden, latents),
         logits=logits.unbind(1),
         chosen=chosen.unbind(1),
     )
 
 
-def _addresses(numbers: Tensor) -> NDArray[np.int64]:
-    """(b, n): where each block's and token's part lies of a contiguous tensor (b, n, …)."""
-    assert numbers.is_contiguous()
-    blocks, count = numbers.shape[:2]
-    return numbers.data_ptr() + numbers[0, 0].numel() * numbers.element_size() * grid(blocks, count, count)
+def _along(own: SequentialHead, shape: Shape) -> Along:
+    """What was laid out for such blocks."""
+    along = own.remembered.get(shape)
+    if along is None:
+        assert isinstance(own.bias, Streamed)
+        along = Along(own.bias, own.head.markov_w1.weight, own.head.rows, own.d2t, shape)
+        own.remembered[shape] = along
+    return along
+
+
+def _shipped(
+    own: SequentialHead, found: Found, rows: Sequence[tuple[int, int, int, int]]
+) -> list[list[SparseDistribution | None]]:
+    """What tokens were drawn from, token by token."""
+    count = found.chosen.shape[1]
+    kinds = [kind for *_, kind in rows]
+    if REJECTION not in kinds:
+        return [[None] * len(rows)] * count
+    shipping = _Shipping(own.d2t, kinds)
+    parts = [torch.from_numpy(part).unbind(1) for part in (found.places, found.weights, found.counts)]
+    return [shipping.of(*token) for token in zip(*parts, strict=True)]
 
 
 def _kind(sampling: Sampling) -> int:
@@ -129,7 +128,7 @@ class _Choosing:
         self._d2t = own.d2t
         self._rows, self._temperatures = rows, temperatures
         self._most = own.chooser.top_k
-        self._shipping = _Shipping(own.d2t, rows[:, 3])
+        self._shipping = _Shipping(own.d2t, rows[:, 3].tolist())
         self.logits: list[Tensor] = []
         self.chosen: list[Tensor] = []
         self.distributions: list[list[SparseDistribution | None]] = []
@@ -160,9 +159,9 @@ class _Choosing:
 class _Shipping:
     """What tokens were drawn from, of blocks by rejection."""
 
-    def __init__(self, d2t: Tensor | None, kinds: Tensor) -> None:
-        """`kinds`: (b,)."""
-        self._d2t, self._by_rejection = d2t, (kinds == REJECTION).tolist()
+    def __init__(self, d2t: Tensor | None, kinds: Sequence[int]) -> None:
+        """`kinds`: of the blocks."""
+        self._d2t, self._by_rejection = d2t, [kind == REJECTION for kind in kinds]
 
     def of(self, places: Tensor, weights: Tensor, counts: Tensor) -> list[SparseDistribution | None]:
         """Of one token a block: (b, most), (b, most) and (b,)."""

@@ -215,9 +215,9 @@ def test_curves_bend_at_their_knots() -> None:
     confidences = Confidences([bent], 2)
     greedy, coupled = Sampling(temperature=0.0), Sampling()
     logits = torch.tensor([[-2.0, 3.0], [0.5, -1.0], [4.0, math.inf], [-math.inf, 0.0], [4.0, 1.0]])
-    found = confidences.of(logits, [greedy] * 4 + [coupled]).logit()
+    found = torch.from_numpy(confidences.of(logits, [greedy] * 4 + [coupled])).logit()
     expected = [[-0.5, 3.0], [1.0, -1.0], [2.25, math.inf], [-math.inf, 0.0], [4.0, 1.0]]
-    assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-5)
 
 
 def test_noise_is_of_the_position_and_the_seed() -> None:
