@@ -35,7 +35,7 @@ class AttendArguments(ctypes.Structure):
     `q` and `out` (rows, kv_heads · group, D) are float32, as is `storage` (2 · kv_heads, pages · page_size, D) unless
     it was compiled for bfloat16; a head of storage has `head_stride` numbers. Row r sees keys `first[r]` … `last[r]`;
     tile t has rows `begin[t]` … `end[t]` - 1, in order of their positions, and its sequence's page numbers begin at
-    `pages[tables[t]]`; all of these are 64-bit integers.
+    `pages[tables[t]]`; all of these are 64-bit integers, as is the number of tiles, which lies at `tiles`.
     `rooms` has a piece for each thread, for each row of a tile and head of a group `room` numbers: at least the keys
     that a tile sees and 32 more. `next_room` and `next` are 0 at the start.
     """
@@ -114,6 +114,7 @@ class Writing:
         given["storage"] = (write.halves if heads.rounded else write.floats)(given["storage"])
         for name in ("first", "last", "begin", "end", "tables", "pages"):
             given[name] = write.integers(given[name])
+        given["tiles"] = self._build.load(write.integers(given["tiles"]))
         given["scale"] = write.rounded(given["scale"])
         self._given: Mapping[str, ir.Value] = given
 

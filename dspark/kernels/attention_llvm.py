@@ -36,8 +36,8 @@ class Rows:
     """What rows see, and the tiles they are computed in.
 
     Row r sees the keys `first` … `last`, both (rows,); tile t has the rows `begin` … `end` - 1 of one sequence, whose
-    page numbers begin in `pages` at `tables`, all three (tiles,). `rooms` (threads, tile rows, group, room) float32 is
-    where scores are kept.
+    page numbers begin in `pages` at `tables`, all three (any,), of which `tiles` (1,) count. `rooms` (threads, tile
+    rows, group, room) float32 is where scores are kept.
     """
 
     first: torch.Tensor
@@ -45,6 +45,7 @@ class Rows:
     begin: torch.Tensor
     end: torch.Tensor
     tables: torch.Tensor
+    tiles: torch.Tensor
     pages: torch.Tensor
     rooms: torch.Tensor
 
@@ -67,8 +68,8 @@ class Rows:
         keys = int((last[end - 1] - first[begin]).max()) + 1
         room = (keys // _ROOM_MULTIPLE + 2) * _ROOM_MULTIPLE
         rooms = torch.empty(threads, most, group, room, dtype=torch.float32)
-        tensor = torch.from_numpy
-        return cls(tensor(first), tensor(last), tensor(begin), tensor(end), tensor(tables), tensor(pages), rooms)
+        tensor, count = torch.from_numpy, torch.tensor([len(tiles)])
+        return cls(tensor(first), tensor(last), tensor(begin), tensor(end), tensor(tables), count, tensor(pages), rooms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,6 @@ def attend(function: int, q: torch.Tensor, storage: torch.Tensor, rows: Rows, sc
     """
     assert q.dtype == out.dtype == torch.float32
     tensors = q, storage, out, rows.first, rows.last, rows.begin, rows.end, rows.tables, rows.pages
-    sizes = len(rows.begin), len(storage) // 2, storage.stride(0)
+    sizes = rows.tiles.data_ptr(), len(storage) // 2, storage.stride(0)
     rooms = rows.rooms.data_ptr(), rows.rooms.shape[3], rows.rooms.stride(0)
     team.run(function, AttendArguments(*(tensor.data_ptr() for tensor in tensors), *sizes, scale, *rooms, 0, 0))

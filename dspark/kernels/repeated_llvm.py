@@ -1,7 +1,7 @@
 """Layers of few rows as one program: their kernels run one after another in one parallel region, no Python between.
 
-Once, layers run on so many rows as written, on memory of their own, and every compiled kernel is noted with its
-arguments. From then on new inputs are copied to where the first lay, and a loop in machine code calls the same
+The first time, layers run on so many rows as written, on memory of their own, and every compiled kernel is noted with
+its arguments. From then on new inputs are copied to where the first lay, and a loop in machine code calls the same
 functions with the same arguments, each thread waiting for the others after each. Results keep their bits: it is the
 same code over the same tasks.
 
@@ -39,8 +39,11 @@ MOST_ROWS = 64  # more take so long that Python's share is small
 MOST_BYTES = 32 << 20  # of what layers write; taken as it is used
 MOST_PROGRAMS = 512  # of some 30 KB each
 _ALIGNED = 64
-_OF_A_KIND = 9
-_LOOSE = 64  # numbers; what grows with the context has room for a power of two of them at least
+_OF_A_KIND = 10
+_TILES = range(6, 9)  # of these, what has an entry a tile
+_LOOSE = 64  # pages; what grows with the context has room for a power of two of them at least
+_LOOSE_ROOM = 1024  # positions, for scores
+_APART = 32  # more of them, so that rows of scores do not meet in the same places of a cache
 
 _NEW: dict[Any, Callable[..., Sequence[int]]] = {
     torch.ops.aten.empty.memory_format: lambda size, **_: size,
@@ -54,7 +57,6 @@ class Programs:
 
     def __init__(self) -> None:
         self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._memory = _Memory()
 
     def __call__(self, layers: Layers, x: Tensor, steps: Mapping[str, Any], key: Hashable) -> Sequence[Tensor]:
@@ -64,8 +66,6 @@ class Programs:
         inputs = _inputs(x, steps)
         form = (key, torch.get_num_threads(), *_shapes(inputs), *map(_room, steps.values()))
         if form not in self._programs:
-            if not _again(self._seen, form):
-                return layers(x, steps)
             return self._record(layers, inputs, steps, form)
         self._programs.move_to_end(form)
         program = self._programs[form]
@@ -186,8 +186,8 @@ def _inputs(x: Tensor, steps: Mapping[str, Any]) -> list[Tensor]:
     found = [x]
     for step in steps.values():
         rows = step.plan.rows
-        found += [step.cos, step.sin, step.plan.slots, rows.first, rows.last, rows.begin, rows.end, rows.tables]
-        found.append(rows.pages)
+        found += [step.cos, step.sin, step.plan.slots, rows.first, rows.last]
+        found += [rows.begin, rows.end, rows.tables, rows.tiles, rows.pages]
     return found
 
 
@@ -198,42 +198,37 @@ def _placed(
     x, *others = inputs
     left, placed = iter(others), {}
     for kind, step in steps.items():
-        cos, sin, slots, first, last, begin, end, tables, pages = (next(left) for _ in range(_OF_A_KIND))
+        cos, sin, slots, first, last, begin, end, tables, tiles, pages = (next(left) for _ in range(_OF_A_KIND))
         rows = replace(
             step.plan.rows,
-            first=first, last=last, begin=begin, end=end, tables=tables, pages=pages, rooms=rooms[kind],
+            first=first, last=last, begin=begin, end=end, tables=tables, tiles=tiles, pages=pages, rooms=rooms[kind],
         )  # fmt: skip
         placed[kind] = replace(step, cos=cos, sin=sin, plan=replace(step.plan, slots=slots, rows=rows))
     return x, placed
 
 
 def _shapes(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """What a program was made for: inputs' shapes, those of pages with room to grow."""
-    return [
-        (_grown(len(tensor)),) if index and index % _OF_A_KIND == 0 else tuple(tensor.shape)
-        for index, tensor in enumerate(inputs)
-    ]
+    """What a program was made for: inputs' shapes, with room for a tile a row, and for pages to grow.
+
+    So rows are all that programs differ by, whoever they belong to, until a context outgrows them.
+    """
+    rows, shapes = len(inputs[0]), [tuple(tensor.shape) for tensor in inputs]
+    for first in range(0, len(inputs) - 1, _OF_A_KIND):
+        for index in _TILES:
+            shapes[first + index] = (rows,)
+        pages = first + _OF_A_KIND
+        shapes[pages] = (_grown(len(inputs[pages]), _LOOSE),)
+    return shapes
 
 
 def _room(step: Any) -> tuple[int, ...]:
     """The shape of the scores' rooms, with room to grow."""
     *others, room = step.plan.rows.rooms.shape
-    return (*others, _grown(room))
+    return (*others, _grown(room, _LOOSE_ROOM) + _APART)
 
 
-def _grown(count: int) -> int:
-    return max(_LOOSE, 1 << (count - 1).bit_length())
-
-
-def _again(seen: OrderedDict[Hashable, None], form: Hashable) -> bool:
-    """Whether it was seen lately; noted if not."""
-    if form in seen:
-        del seen[form]
-        return True
-    seen[form] = None
-    while len(seen) > MOST_PROGRAMS:
-        seen.popitem(last=False)
-    return False
+def _grown(count: int, least: int) -> int:
+    return max(least, 1 << (count - 1).bit_length())
 
 
 class _RunArguments(ctypes.Structure):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch.nn import functional
 
 from dspark.errors import ModelFileError
 from dspark.kernels import Kernels, Plan
@@ -124,7 +125,7 @@ class TargetModel:
 
     def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids (...,) ↦ what the first layer sees (..., d): scaled, where the architecture scales it."""
-        embedded = self.embed_weight[token_ids].to(self.dtype)
+        embedded = functional.embedding(token_ids, self.embed_weight).to(self.dtype)
         return embedded if self._embedding_scale is None else embedded * self._embedding_scale
 
     @torch.inference_mode()

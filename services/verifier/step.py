@@ -76,7 +76,9 @@ class Stepper:
         outcomes: dict[Work, Outcome] = {}
         for part in split(anchored, self._sampled_rows(hidden), lambda entry: 1 + len(entry[0].draft_tokens)):
             rows = [row for own, first in part for row in range(first, first + 1 + len(own.draft_tokens))]
-            chosen = self._judge(hidden[torch.tensor(rows, device=hidden.device)], _candidates(part))
+            whole = len(rows) == len(hidden)  # as mostly while decoding: then they are in order
+            states = hidden if whole else hidden[torch.tensor(rows, device=hidden.device)]
+            chosen = self._judge(states, _candidates(part))
             outcomes |= zip((own for own, _ in part), chosen, strict=True)
         return outcomes
 
