@@ -75,8 +75,10 @@ class Cell:
 class Plan:
     """What is measured.
 
-    `requests` is the least number of requests of a cell: a cell has twice its concurrency where that is more, so that
-    every user asks at least twice on average.
+    `requests` is the least number of requests of a cell: a cell has three times its concurrency where that is more.
+    The first answers of a cell's users are cut to growing shares of `max_tokens`, so that users ask for the next one at
+    different times from the beginning. If all began with whole answers, policies under which they get on alike would
+    have everybody's prompts computed together, and the last of these never measured.
     """
 
     policies: tuple[str, ...]
@@ -111,7 +113,7 @@ class Plan:
 
     def size(self, concurrency: int) -> int:
         """Requests of a cell."""
-        return max(self.requests, 2 * concurrency)
+        return max(self.requests, 3 * concurrency)
 
     def jobs(self, cell: Cell, prompts: Sequence[str]) -> list[Job]:
         """The cell's requests: the same for all policies, and others in every repeat and at every concurrency.
@@ -121,7 +123,10 @@ class Plan:
         begin = cell.repeat * sum(map(self.size, self.concurrencies))
         begin += sum(self.size(c) for c in self.concurrencies if c < cell.concurrency)
         numbers = range(begin, begin + self.size(cell.concurrency))
-        return [(prompts[number % len(prompts)], self.params(number, cell.policy)) for number in numbers]
+        jobs = [(prompts[number % len(prompts)], self.params(number, cell.policy)) for number in numbers]
+        for user, (_, params) in enumerate(jobs[: cell.concurrency], start=1):
+            params["max_tokens"] = -(-user * self.max_tokens // cell.concurrency)
+        return jobs
 
     def params(self, number: int, policy: str) -> GenerateParams:
         """The parameters of the run's request `number`."""

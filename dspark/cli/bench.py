@@ -44,7 +44,7 @@ def command(
     mode: Annotated[common.ModeName, typer.Option(help="Sampling mode.")] = common.ModeName.coupled,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 1.0,
     requests: Annotated[
-        int, typer.Option(min=1, help="Requests of a policy at a concurrency, at least twice it.")
+        int, typer.Option(min=1, help="Requests of a policy at a concurrency, at least three times it.")
     ] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="How often all is measured; medians are reported.")] = 3,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens a request.")] = 128,

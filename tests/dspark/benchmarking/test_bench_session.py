@@ -81,16 +81,27 @@ def test_policies_get_the_same_prompts_and_seeds_and_no_cell_else_does() -> None
     seen: dict[tuple[int, int], list[tuple[str, int | None]]] = {}
     for cell in PLAN.cells():
         jobs = PLAN.jobs(cell, prompts)
-        assert len(jobs) == PLAN.size(cell.concurrency) == (3 if cell.concurrency == 1 else 4)
+        assert len(jobs) == PLAN.size(cell.concurrency) == (3 if cell.concurrency == 1 else 6)
         what = [(prompt, params["seed"]) for prompt, params in jobs]
         assert seen.setdefault((cell.repeat, cell.concurrency), what) == what
         wanted = None if cell.policy == "default" else cell.policy
         assert {params.get("policy") for _, params in jobs} == {wanted}
     used = [one for jobs in seen.values() for one in jobs]
-    assert len(used) == len(set(used)) == 3 * (3 + 4)
-    assert [prompt for prompt, _ in used] == prompts[:21]
+    assert len(used) == len(set(used)) == 3 * (3 + 6)
+    assert [prompt for prompt, _ in used] == prompts[:27]
     few = [PLAN.jobs(cell, prompts[:2]) for cell in PLAN.cells() if cell.policy == "none"]
-    assert len({params["seed"] for jobs in few for _, params in jobs}) == 21
+    assert len({params["seed"] for jobs in few for _, params in jobs}) == 27
+
+
+def test_users_come_to_their_second_requests_one_after_the_other() -> None:
+    """Whatever the policy: a cell's first answers are cut to shares of a whole one, the other answers are not."""
+    plan = Plan(("none", "fixed:1"), (1, 4), requests=3, max_tokens=50)
+    for policy in plan.policies:
+        lengths = {
+            users: [params["max_tokens"] for _, params in plan.jobs(Cell(1, users, policy, 0), ["p"])]
+            for users in plan.concurrencies
+        }
+        assert lengths == {1: [50] * 3, 4: [13, 25, 38, 50] + [50] * 8}
 
 
 # ---------------------------------------------------------------- the loop
