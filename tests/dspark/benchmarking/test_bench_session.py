@@ -113,7 +113,7 @@ async def test_a_closed_loop_keeps_its_users_busy_and_notes_every_arrival() -> N
     async with running(router) as server, Client(f"127.0.0.1:{server.port}") as client:
         run = await closed_loop(client, jobs, 3)
     assert router.most_present == 3
-    assert [timing.index for timing in run.timings] == list(range(8))
+    assert [timing.index for timing in run.timings] == list(range(12))
     assert all([count for _, count in timing.arrivals] == [1, 2] for timing in run.timings)
     assert all(timing.submitted < timing.arrivals[0][0] <= timing.arrivals[1][0] for timing in run.timings)
     assert len({timing.outcome for timing in run.timings}) == 1
@@ -151,15 +151,11 @@ async def test_a_session_measures_every_cell_after_warming_up() -> None:
 
 async def test_touching_computes_each_cells_prompts_beforehand() -> None:
     router = Picky()
-    plan = Plan(("none",), (1,), repeats=1, requests=2)
+    plan = Plan(("none",), (1,), repeats=1, requests=3)
     async with running(router) as server, Client(f"127.0.0.1:{server.port}") as client:
-        await Session(plan, ["a", "b"], touch=True).run(client)
-    assert [(request.text, request.max_tokens) for request in router.requests[1:]] == [
-        ("a", 1),
-        ("b", 1),
-        ("a", 128),
-        ("b", 128),
-    ]
+        await Session(plan, ["a", "b", "c"], touch=True).run(client)
+    found = [(request.text, request.max_tokens) for request in router.requests[1:]]
+    assert found == [(text, tokens) for tokens in (1, 128) for text in "abc"]
 
 
 async def test_what_the_router_does_not_take_ends_the_session_before_it_measures() -> None:
