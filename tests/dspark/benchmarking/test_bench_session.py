@@ -143,7 +143,7 @@ async def test_a_session_measures_every_cell_after_warming_up() -> None:
     assert [one.cell for one in session.measured] == list(PLAN.cells())
     assert [number for number in heard if number >= 0] == list(range(18))
     assert heard.count(-2) == 3
-    assert heard.count(-1) == 3 * 3 * (3 + 4) == len(router.requests) - 6
+    assert heard.count(-1) == 3 * 3 * (3 + 6) == len(router.requests) - 6
     assert [one.began for one in session.measured] == sorted(one.began for one in session.measured)
     assert {request.max_tokens for request in router.requests[:6]} == {16}
     assert all(one.figures.tokens_per_second for one in session.measured)
