@@ -28,6 +28,7 @@ from dspark.costs.model import CostModel, Seconds
 __all__ = ["Refined"]
 
 WINDOW = 25  # steps
+_STRIDE = 4  # steps after which corrections of single sizes, which fade over dozens, are computed anew
 _MIDDLE = WINDOW // 2
 _SHORTEST_LINE = 8  # tokens that fixed and marginal seconds are fitted over, at least
 
@@ -59,7 +60,8 @@ class Refined:
         if self._steps > _MIDDLE:
             middle = self._residuals[_MIDDLE] - self._centre()
             self._corrections.add(self._buckets[_MIDDLE], middle, self._steps)
-        self._local = self._corrections.at(self._steps)
+        if self._steps % _STRIDE == 0:
+            self._local = self._corrections.at(self._steps)
         self._factor = self._centre()
         self._line = None
 

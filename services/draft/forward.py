@@ -97,13 +97,15 @@ class ParallelBlocks(ABC):
 
     def _inputs(self, anchors: Tensor, contexts: Sequence[ContextKV], rows: int) -> Tensor:
         """Embeddings of the anchor and of a mask at each further place, and what hints add, (b, rows, d)."""
-        masks = self._masks[: rows - 1].expand(len(anchors), -1, -1)
-        inputs = torch.cat([self.stack.embed(anchors)[:, None], masks], 1)
+        embedded, masks = self.stack.embed(anchors), self._masks[: rows - 1]
         if self._hints is None:
-            return inputs
+            return torch.cat([embedded[:, None], masks.expand(len(anchors), -1, -1)], 1)
         texts = [context.ids for context in contexts if context.ids is not None]
         assert len(texts) == len(contexts)
-        return inputs + self._hints.rows(texts, rows, self.stack.embed)
+        inputs = self._hints.rows(texts, rows, self.stack.embed)
+        inputs[:, 0] += embedded
+        inputs[:, 1:] += masks
+        return inputs
 
 
 def _taken(rows: Tensor, at: Tensor | None) -> Tensor:

@@ -68,7 +68,7 @@ class ServedHints:
 
     def rows(self, texts: Sequence[NgramContext], count: int, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """What to add to the inputs of one block of `count` rows behind each text, (b, count, d)."""
-        hints = hints_of(texts, self._lengths, count)
-        tokens, kinds = hints.to(self._kind.device)
-        guesses = self._proj(embed(tokens).flatten(0, 1)).view(len(texts), count, -1)
-        return guesses * self._strength[kinds][:, None, None] + self._kind[kinds][:, None]
+        tokens, kinds = hints_of(texts, self._lengths, count).to(self._kind.device)
+        guesses = self._proj(embed(tokens.flatten())).view(len(texts), count, -1)
+        strength = self._strength.index_select(0, kinds).view(-1, 1, 1)
+        return guesses.mul_(strength).add_(self._kind.index_select(0, kinds).unsqueeze(1))

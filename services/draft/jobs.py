@@ -175,7 +175,6 @@ class EngineJobs:
             self._lost(key)
         if done.result is None:
             return
-        self._metrics.drafted(done.result)
         asyncio.get_running_loop().call_later(TELLING, self._learn, done.learn)
         proposals = iter(done.result.proposals)
         for call in calls:
@@ -183,6 +182,7 @@ class EngineJobs:
             queued = max(0.0, done.started_at - call.ready_at)
             others = len(done.result.proposals) - len(own)
             _resolve(call.result, replace(done.result, proposals=own, queue_seconds=queued, other_requests=others))
+        self._metrics.drafted(done.result)
 
     def _learn(self, learn: Callable[[], None]) -> None:
         """Once blocks have been told: until then it would be in the way, as all of it is Python."""
