@@ -1,8 +1,9 @@
 """One cell's figures from its timings. Pure functions of them.
 
-*Steady window*: from the moment at which every user has had the first token of a first request, when all are decoding,
-to the moment at which the first user finds nothing left to ask. Before it prompts pile up that would never again come
-all at once, after it fewer users run than the cell is named for; neither says anything of this concurrency.
+*Steady window*: from the moment at which every user has had the first token of a first request to the moment at which
+the first user finds nothing left to ask. Before it prompts pile up that would never again come all at once, after it
+fewer users run than the cell is named for; neither says anything of this concurrency. First requests may be cut short
+(`plan.Plan`): they count as the tokens that they are, not as anybody's speed.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def figures_of(run: Run) -> Figures:
     counts = Speculation.total(timing.speculation for timing in run.timings)
     window = steady_window(run)
     inside = sum(count for timing in run.timings for moment, count in timing.arrivals if window and moment in window)
-    speeds = user_speeds(run.timings, window) if window else []
-    firsts = _first_tokens(run)
+    speeds = user_speeds(_uncut(run), window) if window else []
+    firsts = _first_tokens(run, window)
     return Figures(
         requests=len(run.timings),
         errors=len(failures),
@@ -136,11 +137,17 @@ def user_speeds(timings: Iterable[Timing], window: Window) -> list[float]:
     return speeds
 
 
-def _first_tokens(run: Run) -> list[float]:
+def _uncut(run: Run) -> list[Timing]:
+    """Without users' first requests but the last one's, which is whole, where there are others."""
+    return [timing for timing in run.timings if timing.index >= run.concurrency - 1]
+
+
+def _first_tokens(run: Run, window: Window | None) -> list[float]:
     """Seconds to the first token, without those of the opening rush where others are there."""
     answered = [timing for timing in run.timings if timing.arrivals]
     later = [timing for timing in answered if timing.index >= run.concurrency]
-    return [timing.arrivals[0][0] - timing.submitted for timing in later or answered]
+    settled = [timing for timing in later if window and timing.submitted >= window.begin]
+    return [timing.arrivals[0][0] - timing.submitted for timing in settled or later or answered]
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:

@@ -120,13 +120,17 @@ class Plan:
 
         The file is gone through in its order and begun again at its end; seeds are never used twice.
         """
-        begin = cell.repeat * sum(map(self.size, self.concurrencies))
-        begin += sum(self.size(c) for c in self.concurrencies if c < cell.concurrency)
-        numbers = range(begin, begin + self.size(cell.concurrency))
-        jobs = [(prompts[number % len(prompts)], self.params(number, cell.policy)) for number in numbers]
+        jobs = self.whole_jobs(cell, prompts)
         for user, (_, params) in enumerate(jobs[: cell.concurrency], start=1):
             params["max_tokens"] = -(-user * self.max_tokens // cell.concurrency)
         return jobs
+
+    def whole_jobs(self, cell: Cell, prompts: Sequence[str]) -> list[Job]:
+        """As `jobs`, with whole first answers."""
+        begin = cell.repeat * sum(map(self.size, self.concurrencies))
+        begin += sum(self.size(c) for c in self.concurrencies if c < cell.concurrency)
+        numbers = range(begin, begin + self.size(cell.concurrency))
+        return [(prompts[number % len(prompts)], self.params(number, cell.policy)) for number in numbers]
 
     def params(self, number: int, policy: str) -> GenerateParams:
         """The parameters of the run's request `number`."""

@@ -77,7 +77,7 @@ class Session:
         concurrency = self.plan.concurrencies[-1]
         for policy in self.plan.policies:
             cell = Cell(self.plan.repeats, concurrency, policy, -1)
-            jobs = _shortened(self.plan.jobs(cell, self.prompts)[:concurrency], _WARM_TOKENS)
+            jobs = _shortened(self.plan.whole_jobs(cell, self.prompts)[:concurrency], _WARM_TOKENS)
             run = await closed_loop(client, jobs, concurrency)
             for timing in run.timings:
                 if timing.error is not None:

@@ -37,6 +37,8 @@ class CostModel:
         self.tokens = np.array(sorted({point.tokens for point in profile.points}), dtype=np.float64)
         self.contexts = np.array(sorted({point.context for point in profile.points}), dtype=np.float64)
         self.envelope = _lower(_lower(_surface(profile.points, self.tokens, self.contexts), axis=1), axis=0)
+        slopes = [_last_slope(self.tokens, row) for row in self.envelope]
+        self._slopes = np.maximum.accumulate(slopes)  # beyond the points, too, nothing falls with context
 
     def predict(self, tokens: float, context: float) -> float:
         """Seconds of a step. Past the largest point the last slope goes on; below the smallest, nothing is saved."""
@@ -52,19 +54,24 @@ class CostModel:
         row = self._row(context)
         seconds = np.interp(tokens, self.tokens, row)
         if tokens[-1] > self.tokens[-1]:
-            seconds += _last_slope(self.tokens, row) * np.maximum(tokens - self.tokens[-1], 0.0)
+            seconds += self._between(self._slopes, context) * np.maximum(tokens - self.tokens[-1], 0.0)
         return seconds
 
     def _row(self, context: float) -> Seconds:
         """(n,) seconds at a context."""
+        row = self._between(self.envelope, context)
+        return row if context <= self.contexts[-1] else _lower(row, axis=0)
+
+    def _between(self, figures: Seconds, context: float) -> Seconds:
+        """What has an entry a context, at any context: on lines between them, and on the last one beyond."""
         contexts = self.contexts
         if len(contexts) == 1 or context <= contexts[0]:
-            first: Seconds = self.envelope[0]
+            first: Seconds = figures[0]
             return first
         upper = min(int(np.searchsorted(contexts, context)), len(contexts) - 1)
         share = (context - contexts[upper - 1]) / (contexts[upper] - contexts[upper - 1])
-        row: Seconds = self.envelope[upper - 1] + share * (self.envelope[upper] - self.envelope[upper - 1])
-        return row if share <= 1.0 else _lower(row, axis=0)
+        between: Seconds = figures[upper - 1] + share * (figures[upper] - figures[upper - 1])
+        return between
 
 
 def _lower(seconds: Seconds, axis: int) -> Seconds:

@@ -64,7 +64,8 @@ class Programs:
         if len(x) > MOST_ROWS or not all(isinstance(step.plan, RowPlan) for step in steps.values()):
             return layers(x, steps)
         inputs = _inputs(x, steps)
-        form = (key, torch.get_num_threads(), *_shapes(inputs), *map(_room, steps.values()))
+        kinds = (tensor.dtype for tensor in inputs)
+        form = (key, torch.get_num_threads(), *_shapes(inputs), *kinds, *map(_room, steps.values()))
         if form not in self._programs:
             return self._record(layers, inputs, steps, form)
         self._programs.move_to_end(form)

@@ -58,4 +58,5 @@ class Confidences:
         if settled is not None:
             rows = [0 if own else row for own, row in zip(settled, rows, strict=True)]
         log_odds = self._curves.of(logits.double().cpu().numpy(), rows)
-        return np.asarray(0.5 + 0.5 * np.tanh(0.5 * log_odds))  # the sigmoid, without overflow
+        odds = np.exp(-np.abs(log_odds))
+        return np.asarray(np.where(log_odds < 0, odds, 1.0) / (1.0 + odds))  # the sigmoid, which never overflows

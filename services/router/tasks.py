@@ -27,11 +27,11 @@ def guarded(function: Callable[[], object]) -> None:
 
 
 def later(function: Callable[..., object], *arguments: Any, turns: int = 4) -> None:
-    """Some turns of the loop from now: by then a request that is made next has gone through its session."""
+    """Some turns of the loop from now: by then a request that is made next has gone through its session. `guarded`."""
     if turns:
         asyncio.get_running_loop().call_soon(partial(later, function, *arguments, turns=turns - 1))
     else:
-        function(*arguments)
+        guarded(partial(function, *arguments))
 
 
 class Tasks:

@@ -143,7 +143,9 @@ class VerifyEngine:
         rows = sum(own.rows for own in work)
         if work:
             self._load = replace(self._load, tokens_in_flight=rows, step_seconds=result.total_seconds)
-        return self._priced(result), partial(self._learn, computed, result, rows)
+        told = [(own, verdict) for part in computed for own, verdict in zip(part.work, part.verdicts, strict=True)]
+        shape = step_shape(computed[0].work) if len(computed) == 1 else None
+        return self._priced(result), partial(self._learn, told, shape, result, rows)
 
     def saved(self, one: tuple[int, float], other: tuple[int, float]) -> float:
         """Seconds that a step of both takes less than one of each, rows and context; 0 where costs are not known.
@@ -324,16 +326,21 @@ class VerifyEngine:
         fresh = iter([verdict for part in computed for verdict in part.verdicts])
         return tuple(next(fresh) if isinstance(entry, Work) else entry for entry in planned)
 
-    def _learn(self, computed: Sequence[Computed], result: StepResult, rows: int) -> None:
-        """Count the step, and let the costs follow it."""
-        for part in computed:
-            for work, verdict in zip(part.work, part.verdicts, strict=True):
-                self.metrics.committed(work, verdict)
-        if computed:
+    def _learn(
+        self,
+        told: Sequence[tuple[Work, Verdict]],
+        shape: tuple[int, float] | None,
+        result: StepResult,
+        rows: int,
+    ) -> None:
+        """Count the step, and let the costs follow it where it was one forward of a shape that they know."""
+        for work, verdict in told:
+            self.metrics.committed(work, verdict)
+        if told:
             self.metrics.stepped(result, rows)
         if self.costs is None:
             return
-        if len(computed) == 1 and (shape := step_shape(computed[0].work)) is not None:
+        if shape is not None:
             self.costs.observe(*shape, result.total_seconds)
         self._load = replace(self._load, observed_ratio=self.costs.ratio)
         self._priced(result)  # what takes its time is done now, and the next step's reply finds it done

@@ -142,6 +142,7 @@ class EngineThread:
                 self.failed = not self._stopping
                 self._stopping = True
                 self._wake.notify_all()
+            self._learn()
             for call in self._calls:
                 _fail(call, Unavailable("this worker is stopping"))
             self._on_end()

@@ -75,7 +75,7 @@ class Endless(ScriptedRouter):
     """Answers for a while, then not at all."""
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
-        if len(self.requests) > 12:
+        if len(self.requests) > 18:
             self.requests.append(request)
             await asyncio.sleep(600)
         async for response in super().Generate(request, context):
@@ -89,7 +89,7 @@ async def test_a_run_that_is_stopped_says_what_it_has(prompts: str, tmp_path: Pa
             *("--prompts", prompts, "--router", f"127.0.0.1:{server.port}", "--json", str(path)),
             *("--policy", "none,fixed:9", "--concurrency", "1", "--requests", "2", "--repeats", "5"),
         )
-        while len(router.requests) < 14:
+        while len(router.requests) < 20:
             await asyncio.sleep(0.05)
         process.send_signal(signal.SIGINT)
         code, out, err = await finished(process)

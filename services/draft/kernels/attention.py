@@ -108,6 +108,8 @@ def injected(
     pieces: Sequence[tuple[ContextKV, int]],
 ) -> None:
     """`inject` by a function for the norm with its rotation."""
+    for context, count in pieces:  # all of them or none
+        context.require(context.length + count)
     heads = len(weights[0])
     layers = [
         (norm_rotary(projected[:, layer, :heads], weight, eps, *table), projected[:, layer, heads:])

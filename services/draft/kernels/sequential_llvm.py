@@ -29,6 +29,7 @@ from services.draft.kernels.sequential import SequentialHead, unrolled
 
 __all__ = ["draft_tokens"]
 
+_MOST_SHAPES = 64  # laid out, of some kilobytes a block and token each
 _MANY = 4  # rows, from which on a team is told
 
 
@@ -96,6 +97,8 @@ def _along(own: SequentialHead, shape: Shape) -> Along:
     """What was laid out for such blocks."""
     along = own.remembered.get(shape)
     if along is None:
+        if len(own.remembered) >= _MOST_SHAPES:
+            own.remembered.clear()
         assert isinstance(own.bias, Streamed)
         along = Along(own.bias, own.head.markov_w1.weight, own.head.rows, own.d2t, shape)
         own.remembered[shape] = along

@@ -18,7 +18,7 @@ def tap_inputs(states: Sequence[Tensor], eps: float | None) -> Tensor:
     if eps is None or states[0].dtype != torch.float32:
         return features.tap_inputs(states, eps)
     rows, width = states[0].shape
-    return rms_norm(torch.cat(list(states), 1).view(-1, width), torch.ones(width), eps).view(rows, -1)
+    return rms_norm(torch.cat(list(states), 1).view(-1, width), torch.ones(width), eps).view(rows, len(states) * width)
 
 
 def tap_outputs(projected: Tensor, bias: Tensor | None, norm: Tensor, eps: float) -> Tensor:

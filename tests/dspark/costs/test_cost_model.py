@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dspark.costs import CostModel, CostProfile, Point
@@ -138,6 +138,7 @@ def test_costs_never_fall_with_tokens(points: tuple[Point, ...], context: float)
     assert (np.diff(table) >= -1e-12 * table[:-1]).all()
 
 
+@example((Point(1, 0, 1.0), Point(1, 1, 2.0), Point(2, 1, 2.0)), 153)  # the smaller context ends steeper
 @given(POINTS, st.integers(1, 800))
 def test_costs_never_fall_with_context(points: tuple[Point, ...], tokens: int) -> None:
     made = CostModel(CostProfile("verify", "", points, 0.0))

@@ -191,3 +191,29 @@ async def test_a_lost_block_is_not_delivered_and_the_next_one_is() -> None:
         await own.nothing_comes()
         own.verifier.grow(A, 24)
         assert [(p.committed_len, p.tokens) for p in await own.next()] == [(25, alone(A, 24))]
+
+
+class Learning(DraftEngine):
+    """Notes when blocks were learned of."""
+
+    learned = 0
+
+    def compute(self, items: Sequence[ProposeItem]) -> tuple[ProposeResult, Callable[[], None]]:
+        result, learn = super().compute(items)
+
+        def noted() -> None:
+            learn()
+            self.learned += 1
+
+        return result, noted
+
+
+async def test_blocks_are_told_before_they_are_learned_of_and_all_of_them_are() -> None:
+    engine = Learning(make_drafter(), DraftChooser(), TORCH, context_positions=4096)
+    async with rig(engine) as own:
+        for asked in range(1, 6):
+            await own.ask(item(A, 21))
+            assert engine.learned < asked
+        async with asyncio.timeout(5):
+            while engine.learned < 5:
+                await asyncio.sleep(0.001)

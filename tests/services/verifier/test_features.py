@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from support import kernels as choices
 from support.drafting import make_drafter
 from support.reading import Reader, close, reference
 from support.verifying import Stream, drive, garbage, make_engine, make_tap, open_one, oracle, signed, step_one
@@ -358,10 +359,13 @@ def test_a_tap_that_does_not_fit_is_refused(
     assert engine.tap_ids == (info.tap_id,)
 
 
-def test_a_row_s_features_do_not_depend_on_its_company() -> None:
+@pytest.mark.parametrize("name", ["torch", "llvm"])
+def test_a_row_s_features_do_not_depend_on_its_company(name: str) -> None:
+    kernels, reference = choices.named(name), torch.float32 if name == "llvm" else torch.bfloat16
     info, tensors = make_tap(layers=(1, 3), hidden=160, size=96, normalize_inputs=True)
-    tap = Tap(info, tensors, TORCH)
-    captured = {layer: torch.randn(200, 160).bfloat16() for layer in (1, 3)}
+    tap = Tap(info, tensors, kernels)
+    captured = {layer: torch.randn(200, 160).bfloat16().to(reference) for layer in (1, 3)}
+    torch.testing.assert_close(tap.project(captured), Tap(info, tensors, TORCH).project(captured), atol=1e-2, rtol=1e-2)
     whole = tap.project(captured)
     for rows in (1, 2, 3, 5, 8, 9, 17, 100):
         for first in (0, 7, 100):
