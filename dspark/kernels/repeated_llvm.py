@@ -92,8 +92,7 @@ class _Program:
 
     def __init__(self, inputs: Sequence[Tensor], calls: Sequence[tuple[int, bytes]], outputs: Sequence[Tensor]) -> None:
         self._outputs = outputs
-        self._inputs = [tensor.data_ptr() for tensor in inputs]
-        self._kept = list(inputs)
+        self._inputs = [tensor.data_ptr() for tensor in inputs]  # in the memory that the outputs keep alive
         self._pristine = b"".join(arguments for _, arguments in calls)  # kernels count in them
         self._arguments = ctypes.create_string_buffer(self._pristine, len(self._pristine))
         entries, at = [], ctypes.addressof(self._arguments)

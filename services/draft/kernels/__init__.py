@@ -38,16 +38,25 @@ class DraftKernels:
 def draft_kernels(shared: Kernels) -> DraftKernels:
     """Those that go with the shared kernels."""
     if shared.implementation == "torch":
-        own = attention
-        return DraftKernels(OwnMemory, own.inject, own.plan_block, own.attend, sequential.draft_tokens, shared.linear)
+        return DraftKernels(
+            OwnMemory,
+            attention.inject,
+            attention.plan_block,
+            attention.attend,
+            sequential.draft_tokens,
+            shared.linear,
+        )
     if shared.implementation == "llvm":
         from dspark.kernels.llvm_kernels import INT8, ROUNDED  # noqa: PLC0415 - llvmlite is an extra
         from services.draft.kernels import attention_llvm, sequential_llvm  # noqa: PLC0415
 
-        paged = attention_llvm
-        spiky = ROUNDED.linear if shared is INT8 else shared.linear
         return DraftKernels(
-            paged.memory, paged.inject, paged.plan_block, paged.attend, sequential_llvm.draft_tokens, spiky
+            attention_llvm.memory,
+            attention_llvm.inject,
+            attention_llvm.plan_block,
+            attention_llvm.attend,
+            sequential_llvm.draft_tokens,
+            ROUNDED.linear if shared is INT8 else shared.linear,
         )
     from services.draft.kernels import attention_triton, sequential_triton  # noqa: PLC0415 - triton is an extra
 
