@@ -124,6 +124,11 @@ class Round:
         return int(self.outcome.verify.sum()) if self.outcome is not None else 0
 
     @property
+    def capped(self) -> bool:
+        """Whether more is verified than may be kept, which is for measuring and saves no time."""
+        return self.outcome is not None and bool((self.outcome.commit < self.outcome.verify).any())
+
+    @property
     def asks(self) -> list[Ask]:
         """What to ask the draft workers for."""
         rows = np.flatnonzero(self.asked | self.joining)
@@ -141,6 +146,7 @@ class Took:
         seconds: of the whole round, deciding included, without those behind other routers' steps.
         other_rows: that other routers had in the step.
         others: sequences of theirs on the worker.
+        step_seconds, expected_seconds: of the step in the worker's engine.
     """
 
     matched: Ints
@@ -148,6 +154,8 @@ class Took:
     seconds: float
     other_rows: int = 0
     others: int = 0
+    step_seconds: float = 0.0
+    expected_seconds: float = 0.0
 
     @property
     def company(self) -> int:

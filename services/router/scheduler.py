@@ -32,7 +32,7 @@ from services.router.rows import (
     unattached,
 )
 from services.router.scheduling.looks import Looks
-from services.router.scheduling.payoff import Decision, Payoff, Payoffs
+from services.router.scheduling.payoff import Payoff
 from services.router.scheduling.plan import FREE, Bools, Floats, Ints, survival_of
 from services.router.scheduling.policies import Facts, Outcome, mixed
 from services.router.scheduling.reach import Reach
@@ -40,11 +40,12 @@ from services.router.scheduling.survival import explore
 from services.router.scheduling.whom import whom_to_draft
 from services.router.sequences import Sequence as Running
 from services.router.shares import level
+from services.router.weighing import Weighing
 
 __all__ = ["Scheduler"]
 
 EXPLORED_ROWS = 0.02  # of a step's streams, that exploring may add rows for on average
-LOOKED = 4  # requests drafted for in a later look: whether drafting pays is seen of any number
+LOOKED = 4  # requests drafted for in a look: whether drafting pays is seen of any number
 SPARED = 2  # rounds in a row that would not draft for a sequence, before its drafter leaves it
 IDLE_EXPLORED_ROWS = 0.005  # the same while drafting pays for nobody: then a draft is asked for to be explored
 
@@ -79,17 +80,16 @@ class Scheduler:
         self._attach = attach
         self._random = np.random.default_rng(options.seed)
         self._longest = options.verify_length
-        self._payoffs = Payoffs(self._longest)
+        self.weighing = Weighing(costs, self._longest)
         self._looks = Looks()
         self._holding = Holding()
         self._reach = Reach()
         self._rest = Rest()
-        self._yield = 1.0  # tokens a row, lately
 
     @property
     def payoff(self) -> Payoff:
         """Whether speculation pays at the present load."""
-        return self._payoffs.now
+        return self.weighing.payoff
 
     def quiet(self, streams: int) -> bool:
         """Whether nobody is drafted for while there are about so many streams: a new one needs no drafter yet."""
@@ -114,7 +114,9 @@ class Scheduler:
         policies = [s.request.policy or self._options.policy for s in running]
         block = self._block()
         scheduled = np.array([policy.needs_costs for policy in policies], np.bool_)
-        decision = (self._holding.decision or self._decide(block, len(running) + price)) if scheduled.any() else None
+        decision = self._holding.decision if scheduled.any() else None
+        if scheduled.any() and decision is None:
+            decision = self.weighing.decide(block, len(running) + price, self._rest.rounds)
         context = sum(s.committed_len for s in running) / max(1, len(running))
         slots, settings = self._memory.rows(running)
         most = most_of(running, policies, scheduled, block, decision)
@@ -135,7 +137,7 @@ class Scheduler:
             explored=np.full(len(running), FREE),
             before=self._memory.histories.before(slots)[:, :block],
             seconds=self.costs.verify(max(len(running) + price, rows - sum(pieces) + price), context),
-            base_tokens=len(running) + len(prompts) + self.costs.other_rows * self._yield,
+            base_tokens=len(running) + len(prompts) + self.costs.other_rows * self.weighing.row_yield,
             unhidden=0.0,
             decision=decision,
             once=np.zeros(len(running), np.bool_),
@@ -156,11 +158,6 @@ class Scheduler:
         blocks = [link.drafter.block_size for link in self._drafters.values() if link.alive]
         self._longest = max(blocks, default=self._longest)
         return min(self._options.verify_length, self._longest)
-
-    def _decide(self, block: int, load: int) -> Decision:
-        if self._payoffs.block != block:
-            self._payoffs = Payoffs(block)
-        return self._payoffs.decide(load, self._rest.rounds)
 
     def _draft_seconds(self, requests: int, context: float, tokens: int) -> Floats:
         links = [link for link in self._drafters.values() if link.alive]
@@ -189,8 +186,9 @@ class Scheduler:
             chosen = self._holding.lasting(round_, chosen)
         share = self._rest.rounds * (EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS)
         load = len(round_.running) + round_.prompt_price
-        if able.any() and round_.decodes and self._looks.due(load, self._rest.rounds, pays=pays):
-            chosen = able if self._looks.first else most_promising(round_, predicted, able, LOOKED)
+        may = bool((able & (round_.most > 0)).any()) and round_.decodes
+        if may and self._looks.due(load, self._rest.rounds, pays=pays):
+            chosen = most_promising(round_, predicted, able, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.streams)
         round_.explored = self._holding.explored(round_, np.where(room > 0, explored, FREE))
@@ -285,7 +283,7 @@ class Scheduler:
             )
             self._memory.histories.observe(round_.slots[rows], round_.corrected[rows], verified, matched, asked=asked)
             self._see_reach(round_, rows)
-        self._weigh(round_, took, int(np.count_nonzero(judged)))
+        self.weighing.learn(round_, took, int(np.count_nonzero(judged)))
 
     def _see_reach(self, round_: Round, rows: Ints) -> None:
         """Of those whose blocks it may shorten."""
@@ -294,26 +292,6 @@ class Scheduler:
         if (planned >= 0).any():
             bound = round_.most[rows] == round_.reach[rows]
             self._reach.observe(int(planned.max()), capped=bool((bound & (planned >= round_.reach[rows])).any()))
-
-    def _weigh(self, round_: Round, took: Took, judged: int) -> None:
-        if not judged or not round_.decodes or round_.begins or round_.catches_up:
-            return
-        assert round_.outcome is not None
-        rows = judged + int(round_.outcome.verify.sum())
-        self._yield += (took.tokens / rows - self._yield) / 16
-        drafted = bool((round_.drafting & round_.scheduled).any())
-        if took.other_rows > took.others * (1 + round_.before.shape[1]):
-            return  # others' prompts, beside which neither drafts nor plain decoding show what they take
-        plain = round_.plain and took.other_rows in (0, took.others)  # nor do others draft
-        if round_.decision is not None and self.costs.known and (drafted or plain):
-            self._payoffs.of(round_.decision).observe(
-                round_.decision,
-                drafted=drafted,
-                tokens=took.tokens + max(took.company, took.other_rows * self._yield),
-                seconds=took.seconds,
-                plain_tokens=judged + took.company,
-                plain_seconds=self.costs.joined(round_.base_rows + took.company, round_.context),
-            )
 
 
 def _without_drafts(round_: Round, width: int) -> None:

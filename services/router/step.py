@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -152,7 +152,7 @@ class Rounds:
         if not round_.catches_up:
             scheduler.costs.drafted(done.drafts, round_.unhidden)
         scheduler.costs.verified(size, judged, context, done.seconds, done.result)
-        scheduler.learn(round_, done.took)
+        scheduler.learn(round_, replace(done.took, step_seconds=done.result.total_seconds, expected_seconds=expected))
         self._metrics.expected(expected, done.result.total_seconds)
         if self._trace.on:
             self._trace.write(

@@ -41,9 +41,8 @@ class _Waits:
 
 @dataclass(slots=True)
 class Looks:
-    """The state of one cohort. `first`: whether the last round was one of the first ones."""
+    """The state of one cohort."""
 
-    first: bool = True
     _left: int = FIRST
     _sizes: dict[int, _Waits] = field(default_factory=dict)
 
@@ -52,8 +51,7 @@ class Looks:
 
         `rounds`: since it was last asked. Sizes of load are 1, 2 to 3, 4 to 7 rows and so on.
         """
-        self.first = self._left > 0
-        if self.first:
+        if self._left > 0:
             self._left -= 1
             return not pays
         return self._sizes.setdefault(load.bit_length(), _Waits()).due(rounds, pays=pays)

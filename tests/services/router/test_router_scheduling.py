@@ -213,16 +213,16 @@ async def test_a_profile_that_condemns_drafting_is_put_right_by_steps() -> None:
 async def test_drafting_that_does_not_seem_to_pay_is_looked_at_for_a_few_streams(tmp_path: Path) -> None:
     dear = drafter()
     dear.costs = CostProfile("draft", "toy-dear-costs", tuple(Point(n, 64, 0.05) for n in (1, 64)), 0.0)
-    dear.delay = 0.05
+    dear.delay = 0.02
     trace = tmp_path / "rounds.jsonl"
     options = by_fives(policy=Adaptive(), explore=0.0, trace=trace)
     async with cluster(PricedVerifier(), dear, options=options) as toys:
-        await crowd(toys, 12, 160)
+        await crowd(toys, 12, 480)
     rounds = [json.loads(line) for line in trace.read_text().splitlines()]
     later = [one["drafted"] for one in rounds[2 * FIRST :] if one["running"] == 12]
-    assert max(one["drafted"] for one in rounds[:FIRST]) == 12
+    assert max(one["drafted"] for one in rounds[:FIRST]) == LOOKED
     assert set(later) == {0, LOOKED}
-    assert later.count(LOOKED) <= 3 * SERIES
+    assert later.count(LOOKED) <= 2 * SERIES
 
 
 class LinearVerifier(PricedVerifier):
@@ -277,16 +277,16 @@ async def test_nobody_is_drafted_for_at_the_cost_of_many_who_wait_for_their_prom
 async def test_features_wait_while_nobody_is_drafted_for_and_are_there_when_somebody_is() -> None:
     dear, verifier = drafter(), HoldingVerifier()
     dear.costs = CostProfile("draft", "toy-held-costs", tuple(Point(n, 64, 0.05) for n in (1, 64)), 0.0)
-    dear.delay = 0.05
+    dear.delay = 0.02
     async with cluster(verifier, dear, options=by_fives(policy=Adaptive())) as toys:
-        assert_right(await crowd(toys, 6, 160), 160)
+        assert_right(await crowd(toys, 6, 480), 480)
     steps = list(enumerate(verifier.told))
     looked = [(step, name) for step, told in steps[2 * FIRST :] for name, (_, drafts) in told.items() if drafts]
     assert looked
     assert not any(verifier.told[step - 1][name][0] for step, name in looked)  # the step before brought the features
     held = [sum(holds for holds, _ in told.values()) for told in verifier.told]
     assert sum(count == 6 for count in held) > len(held) / 2
-    assert not any(held[: FIRST + QUIET - 1])
+    assert not any(held[:QUIET])
     assert any(0 < held[step] < 6 for step, _ in looked)  # a look at some leaves the others' where they are
 
 
@@ -399,7 +399,7 @@ async def test_speculation_comes_back_where_the_drafter_stays_with_streams() -> 
     async with cluster(verifier, draft, options=by_fives(policy=Adaptive())) as toys:
         await toys.generate("hello", max_tokens=60)
         scheduler = next(iter(toys.engine._schedulers.values()))
-        payoff = scheduler._payoffs._at(1)
+        payoff = scheduler.weighing._payoffs._at(1)
         payoff._go(2)  # as after a bad stretch
         assert payoff.limit == 0
         assert_right([await toys.generate("hello", max_tokens=600, sampling={"seed": 0})], 600)

@@ -166,3 +166,45 @@ def test_drafts_are_weighed_with_the_other_routers_sequences_that_wait_for_them(
     for _ in range(3 * ENOUGH):  # 7 + 4 tokens for 8 in 28 ms, or 7 for 4 in 24
         made.learn(a_round(running, drafted=True), took(0.040, 7, **others))
     assert (made.payoff.limit == BLOCK) is pays
+
+
+# ---------------------------------------------------------------- what drafts may lose
+
+
+def learned(made: Scheduler, *, rounds: int, seconds: float, step: float = 0.028, **changed: Any) -> int:
+    """The limit after so many rounds with drafts that had 7 tokens for the 4 of a plain one, which takes 24 ms."""
+    running = sequences()
+    for _ in range(rounds):
+        came = replace(took(seconds, 7), step_seconds=step, expected_seconds=0.028)
+        made.learn(a_round(running, drafted=True, **changed), came)
+    return made.weighing.decide(BLOCK, 1, 1).limit
+
+
+def test_rounds_that_lose_end_drafting_before_any_evidence_does() -> None:
+    assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.040) == BLOCK
+    made = scheduler()
+    assert learned(made, rounds=ENOUGH - 2, seconds=0.050) == 0
+    assert made.payoff.limit == BLOCK
+
+
+def test_what_a_drafters_first_rounds_take_is_counted_and_is_no_evidence() -> None:
+    made = scheduler()
+    assert learned(made, rounds=4, seconds=0.100, begins=True) == BLOCK  # they may pay later
+    assert learned(made, rounds=8, seconds=0.044) == 0  # 1.75 for 1.83: a little less than plain decoding
+    assert made.payoff.advantage == pytest.approx(-0.045, abs=0.01)
+
+
+def test_what_a_step_takes_beyond_what_was_expected_tells_of_the_machine() -> None:
+    assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.080, step=0.028 + 0.044) == BLOCK
+    assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.080, step=0.028) == 0
+
+
+def test_plain_rounds_pay_off_what_was_lost() -> None:
+    made = scheduler()
+    assert learned(made, rounds=ENOUGH - 2, seconds=0.050) == 0
+    limits = []
+    for _ in range(400):
+        made.learn(a_round(sequences()), took(0.024))
+        limits.append(made.weighing.decide(BLOCK, 1, 1).limit)
+    assert limits == sorted(limits)
+    assert {0, BLOCK} == set(limits)

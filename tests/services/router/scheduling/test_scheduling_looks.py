@@ -8,7 +8,7 @@ from services.router.scheduling.looks import FIRST, FIRST_WAIT, LONGEST_WAIT, SE
 def begun() -> Looks:
     """Behind its first rounds."""
     looks = Looks()
-    assert all(looks.due(8, pays=False) and looks.first for _ in range(FIRST))
+    assert all(looks.due(8, pays=False) for _ in range(FIRST))
     return looks
 
 
@@ -20,7 +20,6 @@ def first_look(looks: Looks, load: int) -> int:
 def test_first_rounds_draft_whatever_the_costs_say_and_later_ones_ever_more_seldom() -> None:
     looks = begun()
     rounds = [looks.due(8, pays=False) for _ in range(20_000)]
-    assert not looks.first
     begins = [at for at, due in enumerate(rounds) if due and not rounds[at - 1]]
     assert sum(rounds) == SERIES * len(begins)
     gaps = [later - earlier for earlier, later in itertools.pairwise(begins)]

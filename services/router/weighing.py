@@ -1,0 +1,82 @@
+"""What rounds were worth beside plain decoding, and what that leaves for the next one to try.
+
+Brings a round's figures to `payoff`, which says how long blocks may be, and to `allowance`, which says whether there
+may be any. Tokens are those of all routers that waited for the round, and seconds the whole round's.
+"""
+
+from __future__ import annotations
+
+from services.router.costs import RoundCosts
+from services.router.round import Round, Took
+from services.router.scheduling.allowance import Allowance
+from services.router.scheduling.payoff import Decision, Payoff, Payoffs
+
+__all__ = ["Weighing"]
+
+SURPRISE = 1.25  # what a step took beyond so many times what was expected tells of the machine, not of drafts
+YIELD_PACE = 1 / 16
+
+
+class Weighing:
+    """The state of one cohort, whose blocks have up to `block` draft tokens.
+
+    Attributes:
+        row_yield: tokens a row, lately.
+    """
+
+    def __init__(self, costs: RoundCosts, block: int) -> None:
+        self.row_yield = 1.0
+        self._costs = costs
+        self._payoffs = Payoffs(block)
+        self._allowance = Allowance()
+
+    @property
+    def payoff(self) -> Payoff:
+        """Whether speculation pays at the load that was last decided for."""
+        return self._payoffs.now
+
+    def decide(self, block: int, load: int, rounds: int) -> Decision:
+        """What the next round may do, of `load` rows before any drafts. `rounds`: since it was last asked."""
+        if self._payoffs.block != block:
+            self._payoffs = Payoffs(block)
+        decision = self._payoffs.decide(load, rounds)
+        return decision if self._allowance.open(load) else Decision(0, load=load)
+
+    def learn(self, round_: Round, took: Took, judged: int) -> None:
+        """What a round came to that gave verdicts on so many sequences."""
+        if not judged or not round_.decodes:
+            return
+        self.row_yield += (took.tokens / (judged + round_.drafts) - self.row_yield) * YIELD_PACE
+        if round_.decision is None or not self._costs.known:
+            return
+        if took.other_rows > took.others * (1 + round_.before.shape[1]):
+            return  # others' prompts, beside which neither drafts nor plain decoding show what they take
+        plain_seconds = self._costs.joined(round_.base_rows + took.company, round_.context)
+        if plain_seconds > 0:
+            self._weigh(round_, took, round_.decision, judged + took.company, plain_seconds)
+
+    def _weigh(self, round_: Round, took: Took, decision: Decision, plain_tokens: int, plain_seconds: float) -> None:
+        payoff = self._payoffs.of(decision)
+        tokens = took.tokens + max(took.company, took.other_rows * self.row_yield)
+        drafted = bool((round_.drafting & round_.scheduled).any())
+        plain = round_.plain and took.other_rows in (0, took.others)  # nor do others draft
+        usual = not round_.begins and not round_.catches_up
+        if plain:
+            self._allowance.plain(decision.load)
+        elif (drafted or not round_.plain) and not round_.capped:
+            seconds = (took.seconds - _surprise(took)) / (plain_seconds * payoff.plain)
+            self._allowance.tried(decision.load, gained=tokens / plain_tokens, took=seconds, usual=usual and drafted)
+        if (drafted or plain) and usual:
+            payoff.observe(
+                decision,
+                drafted=drafted,
+                tokens=tokens,
+                seconds=took.seconds,
+                plain_tokens=plain_tokens,
+                plain_seconds=plain_seconds,
+            )
+
+
+def _surprise(took: Took) -> float:
+    """Seconds."""
+    return max(0.0, took.step_seconds - SURPRISE * took.expected_seconds) if took.expected_seconds > 0 else 0.0
