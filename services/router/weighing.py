@@ -36,11 +36,15 @@ class Weighing:
         return self._payoffs.now
 
     def decide(self, block: int, load: int, rounds: int) -> Decision:
-        """What the next round may do, of `load` rows before any drafts. `rounds`: since it was last asked."""
+        """What the next round may do, of `load` rows before any drafts. `rounds`: since it was last asked.
+
+        Beside other routers' rows only evidence bounds drafting: what one of them tries alone loses what all of them
+        together would win, so that accounts would keep all from it.
+        """
         if self._payoffs.block != block:
             self._payoffs = Payoffs(block)
         decision = self._payoffs.decide(load, rounds)
-        return decision if self._allowance.open(load) else Decision(0, load=load)
+        return decision if self._costs.other_rows or self._allowance.open(load) else Decision(0, load=load)
 
     def learn(self, round_: Round, took: Took, judged: int) -> None:
         """What a round came to that gave verdicts on so many sequences."""
@@ -61,9 +65,10 @@ class Weighing:
         drafted = bool((round_.drafting & round_.scheduled).any())
         plain = round_.plain and took.other_rows in (0, took.others)  # nor do others draft
         usual = not round_.begins and not round_.catches_up
-        if plain:
+        alone = not took.other_rows
+        if alone and plain:
             self._allowance.plain(decision.load)
-        elif (drafted or not round_.plain) and not round_.capped:
+        elif alone and (drafted or not round_.plain) and not round_.capped:
             seconds = (took.seconds - _surprise(took)) / (plain_seconds * payoff.plain)
             self._allowance.tried(decision.load, gained=tokens / plain_tokens, took=seconds, usual=usual and drafted)
         if (drafted or plain) and usual:

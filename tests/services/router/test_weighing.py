@@ -127,6 +127,7 @@ class Costs:
     """Steps of 20 ms and 1 ms a row, whosever rows they are."""
 
     known = True
+    other_rows = 0
 
     def joined(self, rows: int, _context: float) -> float:
         return 0.020 + 0.001 * rows
@@ -197,6 +198,17 @@ def test_what_a_drafters_first_rounds_take_is_counted_and_is_no_evidence() -> No
 def test_what_a_step_takes_beyond_what_was_expected_tells_of_the_machine() -> None:
     assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.080, step=0.028 + 0.044) == BLOCK
     assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.080, step=0.028) == 0
+
+
+def test_beside_another_router_drafts_go_by_evidence_alone() -> None:
+    made, beside = scheduler(), {"other_rows": 4, "others": 4}
+    for _ in range(ENOUGH - 2):
+        made.learn(a_round(sequences(), drafted=True), took(0.060, 7, **beside))
+    assert made.weighing.decide(BLOCK, 1, 1).limit == BLOCK
+    lost = scheduler()
+    assert learned(lost, rounds=ENOUGH - 2, seconds=0.050) == 0
+    lost.costs.other_rows = 4  # type: ignore[misc]
+    assert lost.weighing.decide(BLOCK, 1, 1).limit == BLOCK
 
 
 def test_plain_rounds_pay_off_what_was_lost() -> None:
