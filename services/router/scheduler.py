@@ -116,7 +116,9 @@ class Scheduler:
         scheduled = np.array([policy.needs_costs for policy in policies], np.bool_)
         decision = self._holding.decision if scheduled.any() else None
         if scheduled.any() and decision is None:
-            decision = self.weighing.decide(block, len(running) + price, self._rest.rounds)
+            decision = self.weighing.decide(
+                block, len(running) + price, self._rest.rounds, bounded=bool(scheduled.all())
+            )
         context = sum(s.committed_len for s in running) / max(1, len(running))
         slots, settings = self._memory.rows(running)
         most = most_of(running, policies, scheduled, block, decision)
@@ -179,16 +181,16 @@ class Scheduler:
             round_.base_rows,
             base_tokens=round_.base_tokens,
         )
+        may = able & scheduled & (round_.most > 0)
         if not chosen.any() and not round_.prompts and self.payoff.wins:  # rounds say otherwise than costs
-            chosen = able
+            chosen = may
         pays = bool(chosen.any())
         if round_.decision is None or not round_.decision.probe:
             chosen = self._holding.lasting(round_, chosen)
         share = self._rest.rounds * (EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS)
         load = len(round_.running) + round_.prompt_price
-        may = bool((able & (round_.most > 0)).any()) and round_.decodes
-        if may and self._looks.due(load, self._rest.rounds, pays=pays):
-            chosen = most_promising(round_, predicted, able, LOOKED)
+        if may.any() and round_.decodes and self._looks.due(load, self._rest.rounds, pays=pays):
+            chosen = most_promising(round_, predicted, may, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)
         explored = explore(room, self._random, share=self._options.explore, rows=share * round_.streams)
         round_.explored = self._holding.explored(round_, np.where(room > 0, explored, FREE))

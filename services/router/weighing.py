@@ -35,16 +35,22 @@ class Weighing:
         """Whether speculation pays at the load that was last decided for."""
         return self._payoffs.now
 
-    def decide(self, block: int, load: int, rounds: int) -> Decision:
-        """What the next round may do, of `load` rows before any drafts. `rounds`: since it was last asked.
+    def decide(self, block: int, load: int, rounds: int, *, bounded: bool = True) -> Decision:
+        """What the next round may do, of `load` rows before any drafts.
 
         Beside other routers' rows only evidence bounds drafting: what one of them tries alone loses what all of them
         together would win, so that accounts would keep all from it.
+
+        Args:
+            block: draft tokens of a whole block.
+            load: rows.
+            rounds: since it was last asked.
+            bounded: everybody's drafts are the scheduler's; beside others' it does not show what these lose.
         """
         if self._payoffs.block != block:
-            self._payoffs = Payoffs(block)
-        decision = self._payoffs.decide(load, rounds)
-        return decision if self._costs.other_rows or self._allowance.open(load) else Decision(0, load=load)
+            self._payoffs, self._allowance = Payoffs(block), Allowance()
+        free = not bounded or self._costs.other_rows > 0
+        return self._payoffs.decide(load, rounds, allowed=free or self._allowance.open(load))
 
     def learn(self, round_: Round, took: Took, judged: int) -> None:
         """What a round came to that gave verdicts on so many sequences."""
@@ -65,12 +71,9 @@ class Weighing:
         drafted = bool((round_.drafting & round_.scheduled).any())
         plain = round_.plain and took.other_rows in (0, took.others)  # nor do others draft
         usual = not round_.begins and not round_.catches_up
-        alone = not took.other_rows
-        if alone and plain:
-            self._allowance.plain(decision.load)
-        elif alone and (drafted or not round_.plain) and not round_.capped:
+        if not took.other_rows and round_.scheduled.all():
             seconds = (took.seconds - _surprise(took)) / (plain_seconds * payoff.plain)
-            self._allowance.tried(decision.load, gained=tokens / plain_tokens, took=seconds, usual=usual and drafted)
+            self._account(round_, tokens / plain_tokens, seconds, usual=usual and drafted)
         if (drafted or plain) and usual:
             payoff.observe(
                 decision,
@@ -80,6 +83,15 @@ class Weighing:
                 plain_tokens=plain_tokens,
                 plain_seconds=plain_seconds,
             )
+
+    def _account(self, round_: Round, gained: float, took: float, *, usual: bool) -> None:
+        """Of a round of ours alone, all of whose drafts were the scheduler's; over a plain one's tokens and seconds."""
+        assert round_.decision is not None
+        load = round_.decision.load
+        if round_.plain:
+            self._allowance.plain(load)
+        elif not round_.capped:
+            self._allowance.tried(load, gained=gained, took=took, usual=usual)
 
 
 def _surprise(took: Took) -> float:

@@ -3,9 +3,9 @@
 Where drafts neither clearly win nor clearly lose, costs that are a few per cent off draft for ever, and no short series
 of rounds shows it. So what was lost is added up as it comes: what plain decoding would have given in the seconds that
 went by, less what was given, the slow first rounds of drafters and the rounds after their last included. While too much
-was lost, and the last rounds did not win it back, nobody is drafted for, and plain rounds pay it off. Where drafting
-pays this changes nothing. It knows earlier rounds only, so it is lossless in every mode. Whether a level of drafting is
-worth its while within this is `payoff`'s question.
+was lost, and the last rounds do not win it back, nobody is drafted for, and plain rounds pay it off. It knows earlier
+rounds only, so it is lossless in every mode. Whether a level of drafting is worth its while within this is `payoff`'s
+question.
 
 Sizes of load are 1, 2 to 3, 4 to 7 rows and so on, and each has an account of its own, in plain rounds' time.
 """
@@ -23,6 +23,7 @@ LEAST = -2.0  # what was lost beyond is forgiven
 REOPEN = 1.0  # has to be there before anybody is drafted for again
 ODD = 6.0  # more than that is not counted of one round
 HOPE = 0.5  # of a round won by each, before any was seen since it was opened: some five that lose a little end it
+GRACE = 32  # rounds in debt, by which it has to be won back even so
 TREND_PACE = 1 / 4  # of what a round wins, one at most here: so a single slow one ends nothing
 
 
@@ -33,11 +34,13 @@ class _Account:
     left: float = FIRST
     open: bool = True
     trend: float = HOPE  # won by a round, lately
+    indebted: int = 0  # rounds
 
     def add(self, won: float, most: float) -> None:
         self.left = max(min(self.left + won, max(self.left, most)), LEAST)
+        self.indebted = self.indebted + 1 if self.left < 0 else 0
         if self.open:
-            self.open = self.left >= 0 or self.trend > 0
+            self.open = self.left >= 0 or (self.trend > 0 and self.indebted < GRACE)
         elif self.left >= REOPEN:
             self.open, self.trend = True, HOPE
 
@@ -63,12 +66,13 @@ class Allowance:
             load: that it was decided for.
             gained: its tokens over a plain round's.
             took: its seconds over a plain round's.
-            usual: it had drafts, and neither a drafter nor a context was new: more of the kind will be like it.
+            usual: it had drafts, and neither a drafter nor a context was new: more of the kind will be like it. Others
+                only lose.
         """
         account, won = self._at(load), max(gained - took, -ODD)
         if usual:
             account.trend += TREND_PACE * (min(max(won, -1.0), 1.0) - account.trend)
-        account.add(won, MOST)
+        account.add(won if usual else min(won, SHARE), MOST)
 
     def _at(self, load: int) -> _Account:
         return self._sizes.setdefault(load.bit_length(), _Account())

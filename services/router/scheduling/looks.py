@@ -1,9 +1,10 @@
 """When to draft although it does not seem to pay: what is never tried is never seen to have changed.
 
 A profile measured beside other work may call drafting dearer than it is, and without drafts no step would ever put that
-right. So a router's first rounds draft in any case, and where nobody is drafted for, short series of rounds look again,
-ever more seldom. What pays at one size of load says nothing of others, so each has its own waits. Whether rounds with
-drafts then win is seen elsewhere (`payoff`); this counts rounds and nothing else.
+right. So a router's first rounds draft whatever costs say, and where nobody is drafted for, short series of rounds look
+again, ever more seldom; both as far as `allowance` lets anybody draft. What pays at one size of load says nothing of
+others, so each has its own waits. Whether rounds with drafts then win is seen elsewhere (`payoff`); this counts rounds
+and nothing else.
 """
 
 from __future__ import annotations

@@ -212,10 +212,10 @@ class Payoffs:
         """At the load that was last decided for."""
         return self._at(self._load)
 
-    def decide(self, load: int, rounds: int = 1) -> Decision:
-        """As `Payoff.decide`."""
+    def decide(self, load: int, rounds: int = 1, *, allowed: bool = True) -> Decision:
+        """As `Payoff.decide`; where nothing is allowed, plain decoding, and no probe is used up."""
         self._load = load
-        return self.now.decide(load, rounds)
+        return self.now.decide(load, rounds) if allowed else Decision(0, load=load)
 
     def of(self, decision: Decision) -> Payoff:
         """Of the load that a round was decided for, whose lesson may come when there is another."""

@@ -211,6 +211,22 @@ def test_beside_another_router_drafts_go_by_evidence_alone() -> None:
     assert lost.weighing.decide(BLOCK, 1, 1).limit == BLOCK
 
 
+def test_drafts_of_a_policy_of_their_own_are_on_nobodys_account() -> None:
+    made, mixed = scheduler(), np.array([True, True, True, False])
+    for _ in range(3 * ENOUGH):
+        made.learn(a_round(sequences(), drafted=True, drafting=~mixed, scheduled=mixed), took(0.100, 7))
+    assert made.weighing.decide(BLOCK, 1, 1).limit == BLOCK
+    lost = scheduler()
+    assert learned(lost, rounds=ENOUGH - 2, seconds=0.050) == 0
+    assert lost.weighing.decide(BLOCK, 1, 1, bounded=False).limit == BLOCK
+
+
+def test_whole_blocks_verified_for_measuring_are_not_charged() -> None:
+    made = scheduler()
+    cut = Outcome(np.full(STREAMS, BLOCK), np.full(STREAMS, 1), np.full(STREAMS, BLOCK))
+    assert learned(made, rounds=ENOUGH - 2, seconds=0.060, outcome=cut) == BLOCK
+
+
 def test_plain_rounds_pay_off_what_was_lost() -> None:
     made = scheduler()
     assert learned(made, rounds=ENOUGH - 2, seconds=0.050) == 0
