@@ -114,10 +114,11 @@ class Scheduler:
         policies = [s.request.policy or self._options.policy for s in running]
         block = self._block()
         scheduled = np.array([policy.needs_costs for policy in policies], np.bool_)
-        decision = self._holding.decision if scheduled.any() else None
-        if scheduled.any() and decision is None:
-            decision = self.weighing.decide(
-                block, len(running) + price, self._rest.rounds, bounded=bool(scheduled.all())
+        decision = None
+        if scheduled.any():
+            bounded = bool(scheduled.all())
+            decision = self._holding.decision or self.weighing.decide(
+                block, len(running) + price, self._rest.rounds, bounded=bounded
             )
         context = sum(s.committed_len for s in running) / max(1, len(running))
         slots, settings = self._memory.rows(running)

@@ -95,5 +95,5 @@ class Weighing:
 
 
 def _surprise(took: Took) -> float:
-    """Seconds."""
-    return max(0.0, took.step_seconds - SURPRISE * took.expected_seconds) if took.expected_seconds > 0 else 0.0
+    """Seconds of a step that its costs do not account for."""
+    return max(0.0, took.step_seconds - SURPRISE * took.expected_seconds)

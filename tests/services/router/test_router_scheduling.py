@@ -287,6 +287,10 @@ async def test_features_wait_while_nobody_is_drafted_for_and_are_there_when_some
     held = [sum(holds for holds, _ in told.values()) for told in verifier.told]
     assert sum(count == 6 for count in held) > len(held) / 2
     assert not any(held[:QUIET])
+    drafted = [(step, name) for step, told in steps for name, (_, drafts) in told.items() if drafts]
+    after = [told[name] for step, name in drafted for told in verifier.told[step : step + QUIET] if name in told]
+    assert drafted
+    assert not any(holds for holds, _ in after)  # features of who was drafted for are sent for some rounds more
     assert any(0 < held[step] < 6 for step, _ in looked)  # a look at some leaves the others' where they are
 
 
