@@ -158,6 +158,7 @@ class Client:
 
     async def complete(self, prompt: Prompt, **params: Unpack[GenerateParams]) -> Completion:
         """The whole completion at once."""
+        params.setdefault("whole", True)
         async with self.generate(prompt, **params) as stream:
             return await stream.completion()
 

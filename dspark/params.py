@@ -17,7 +17,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 _MODES = {Mode.COUPLED: types_pb2.SAMPLING_MODE_COUPLED, Mode.REJECTION: types_pb2.SAMPLING_MODE_REJECTION}
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed", "logprobs")
-_REQUEST_FIELDS = ("request_id", "model", "max_tokens", "ignore_eos", "max_verify_length", "policy")
+_REQUEST_FIELDS = ("request_id", "model", "max_tokens", "ignore_eos", "max_verify_length", "policy", "whole")
 
 
 class GenerateParams(TypedDict, total=False):
@@ -34,6 +34,7 @@ class GenerateParams(TypedDict, total=False):
     speculation: False decodes without the drafter.
     max_verify_length: verify at most so many draft tokens a round.
     policy: how many of them are verified: "none", "fixed:N", …; the router's own choice by default.
+    whole: tokens may come together at the end, which costs less than a message a round; `complete` asks for it.
     model: refused if another is served. request_id: for logs and `abort`. timeout: seconds until it is given up.
     """
 
@@ -51,6 +52,7 @@ class GenerateParams(TypedDict, total=False):
     speculation: bool
     max_verify_length: int | None
     policy: str | None
+    whole: bool | None
     model: str | None
     request_id: str | None
     timeout: float | None

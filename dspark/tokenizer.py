@@ -157,6 +157,10 @@ class IncrementalDetokenizer:
         self._settled_text = ""  # of the window's part before it
         self._returned = 0  # characters
 
+    def hold(self, token_id: int) -> None:
+        """Its text may come later."""
+        self._ids.append(token_id)
+
     def push(self, token_id: int) -> str:
         """The text that is certain now, often with earlier tokens' share, often empty."""
         self._ids.append(token_id)

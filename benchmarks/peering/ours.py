@@ -85,6 +85,7 @@ class Ours:
             "seed": work.seed + index,
             "mode": self.mode,
             "ignore_eos": True,
+            "whole": True,  # as the others' interfaces give it
         }
         return params if self.policy == DEFAULT else params | {"policy": self.policy}
 

@@ -184,6 +184,7 @@ class GenerateRequest(google.protobuf.message.Message):
     SPECULATION_FIELD_NUMBER: builtins.int
     MAX_VERIFY_LENGTH_FIELD_NUMBER: builtins.int
     POLICY_FIELD_NUMBER: builtins.int
+    WHOLE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """chosen by the router when empty"""
     model: builtins.str
@@ -199,6 +200,8 @@ class GenerateRequest(google.protobuf.message.Message):
     """How verify lengths are chosen: none, fixed:N, threshold:X, adaptive, cap-accept. Empty: as the router is set up.
     `speculation` off and `max_verify_length` hold beside any policy.
     """
+    whole: builtins.bool
+    """Deltas may wait for the answer's end. A stream of many messages costs router and client more than its tokens do."""
     @property
     def token_ids(self) -> global___TokenIds:
         """used as they are: no BOS is added"""
@@ -229,9 +232,10 @@ class GenerateRequest(google.protobuf.message.Message):
         speculation: global___Speculation.ValueType = ...,
         max_verify_length: builtins.int | None = ...,
         policy: builtins.str | None = ...,
+        whole: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_max_tokens", b"_max_tokens", "_max_verify_length", b"_max_verify_length", "_policy", b"_policy", "chat", b"chat", "max_tokens", b"max_tokens", "max_verify_length", b"max_verify_length", "policy", b"policy", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_tokens", b"_max_tokens", "_max_verify_length", b"_max_verify_length", "_policy", b"_policy", "chat", b"chat", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "max_verify_length", b"max_verify_length", "model", b"model", "policy", b"policy", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_max_tokens", b"_max_tokens", "_max_verify_length", b"_max_verify_length", "_policy", b"_policy", "chat", b"chat", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "max_verify_length", b"max_verify_length", "model", b"model", "policy", b"policy", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "token_ids", b"token_ids", "whole", b"whole"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_tokens", b"_max_tokens"]) -> typing.Literal["max_tokens"] | None: ...
     @typing.overload

@@ -35,9 +35,13 @@ def cut(tokens: Sequence[int], left: int, request: Request) -> tuple[int, Finish
 
 
 class StopText:
-    """Turns a request's tokens into text that is whole UTF-8 and never reaches into a stop string."""
+    """Turns a request's tokens into text that is whole UTF-8 and never reaches into a stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    Where nobody waits for it (`whole`) and nothing is looked for in it, all of it comes with `flush`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, whole: bool = False) -> None:
+        self._late = whole and not stop
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stop = tuple(stop)
         self._held = ""  # could yet turn out to begin a stop string
@@ -45,6 +49,9 @@ class StopText:
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain. Once `matched` is set, the text ends."""
+        if self._late:
+            self._detokenizer.hold(token_id)
+            return ""
         return self._release(self._detokenizer.push(token_id))
 
     def flush(self) -> str:

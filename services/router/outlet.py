@@ -14,6 +14,9 @@ from services.router.finish import FinishReason
 
 __all__ = ["Delta", "Finished", "Outlet"]
 
+PORTION = 512
+"""Tokens of a whole answer that go out together: with log-probabilities of many alternatives some 200 KB."""
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:
@@ -55,10 +58,12 @@ class Outlet:
     """Holds what the client has not read yet, as one growing delta.
 
     `full` asks the engine to leave the sequence out of its rounds; `on_room` is called when the client has read again.
+    With `whole` the client hears nothing before the end, but for portions of a long answer.
     """
 
-    def __init__(self, limit: int = 4096) -> None:
+    def __init__(self, limit: int = 4096, *, whole: bool = False) -> None:
         self._limit = limit
+        self._portion = min(PORTION, limit) if whole else 0
         self._pending = Delta()
         self._end: Finished | DSparkError | None = None
         self._news = asyncio.Event()
@@ -75,7 +80,8 @@ class Outlet:
         if self._end is None:
             was_full = self.full
             self._pending = self._pending.then(delta)
-            self._news.set()
+            if len(self._pending.token_ids) >= self._portion:
+                self._news.set()
             if self.full and not was_full:
                 self._full_since = time.monotonic()
 

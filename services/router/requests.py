@@ -24,7 +24,8 @@ class Request:
     """What one client wants.
 
     `stop_token_ids` holds the end-of-sequence ids too, unless the client ignores those. `max_verify_length` caps the
-    draft tokens verified a round; None: as many as the router allows. `policy`: None: the router's own.
+    draft tokens verified a round; None: as many as the router allows. `policy`: None: the router's own. `whole`: the
+    client is content to hear of its tokens at the end.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class Request:
     speculation: bool = True
     max_verify_length: int | None = None
     policy: Policy | None = None
+    whole: bool = False
 
     @property
     def max_len(self) -> int:

@@ -145,15 +145,20 @@ class Scheduler:
             decision=decision,
             once=np.zeros(len(running), np.bool_),
         )
-        if scheduled.any() and block:
-            self._choose(round_, block)
-        self._shorten(round_, block)
-        self._join(round_)
+        if most.any():
+            if scheduled.any():
+                self._choose(round_, block)
+            self._shorten(round_, block)
+            self._join(round_)
+        else:  # as where nothing pays: choosing would take a hundredth of a round of many
+            _wish_nothing(round_)
         round_.drafting = round_.asked & self._draftable(round_)
         if self._holding.settle(round_, coming(round_)):
             self._attach()
-        longest = int(round_.most[round_.drafting].max(initial=0))
-        round_.unhidden = float(self._draft_seconds(len(running), context, longest)[np.count_nonzero(round_.drafting)])
+        if round_.drafting.any():
+            longest = int(round_.most[round_.drafting].max())
+            drafting = self._draft_seconds(len(running), context, longest)
+            round_.unhidden = float(drafting[np.count_nonzero(round_.drafting)])
         return round_
 
     def _block(self) -> int:
@@ -295,6 +300,14 @@ class Scheduler:
         if (planned >= 0).any():
             bound = round_.most[rows] == round_.reach[rows]
             self._reach.observe(int(planned.max()), capped=bool((bound & (planned >= round_.reach[rows])).any()))
+
+
+def _wish_nothing(round_: Round) -> None:
+    """Nobody may have anything verified, so nobody is drafted for or goes on waiting to be."""
+    round_.joining = np.zeros(len(round_.running), np.bool_)
+    for sequence in round_.running:
+        sequence.chosen = 0
+        sequence.spared += 1
 
 
 def _without_drafts(round_: Round, width: int) -> None:

@@ -87,7 +87,7 @@ class Sequence:
         self.drafter_name = ""
         self.cached_tokens = 0
         self._running_epoch = 0
-        self._text = StopText(model.tokenizer, request.stop)
+        self._text = StopText(model.tokenizer, request.stop, whole=request.whole)
         self.completion_tokens = 0
         self._arrived = time.monotonic()
         self._placed: float | None = None

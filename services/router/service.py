@@ -90,7 +90,7 @@ class RouterService(generation_pb2_grpc.RouterServicer):
         request = check(proto, prompt, request_id, model, self._room(model))
         if request.policy is not None and request.policy.needs_costs and not self._engine.knows_costs(model):
             raise InvalidRequest(f"policy {proto.policy!r}: the model's workers have no cost profile: {PROFILE_HINT}")
-        outlet = Outlet(self._stream_buffer)
+        outlet = Outlet(self._stream_buffer, whole=request.whole)
         return Sequence(request, model, outlet=outlet, on_opened=ticket.leave)
 
     def _room(self, model: ServedModel) -> int:

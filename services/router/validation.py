@@ -64,6 +64,7 @@ def check(
         speculation=_speculation(proto.speculation) and policy != NoDrafts(),
         max_verify_length=proto.max_verify_length if proto.HasField("max_verify_length") else None,
         policy=policy,
+        whole=proto.whole,
     )
 
 

@@ -53,6 +53,7 @@ async def test_every_parameter_arrives() -> None:
             speculation=False,
             max_verify_length=2,
             policy="fixed:3",
+            whole=False,
             model="m",
             request_id="r7",
             timeout=30,
@@ -65,8 +66,16 @@ async def test_every_parameter_arrives() -> None:
     assert sampling.HasField("logprobs")
     assert (sent.max_tokens, list(sent.stop), list(sent.stop_token_ids)) == (5, ["a", "b"], [4])
     assert (sent.ignore_eos, sent.speculation, sent.max_verify_length) == (True, pb.SPECULATION_OFF, 2)
-    assert (sent.policy, sent.model, sent.request_id) == ("fixed:3", "m", "r7")
+    assert (sent.policy, sent.model, sent.request_id, sent.whole) == ("fixed:3", "m", "r7", False)
     assert {("x-api-key", "k"), ("x-request-id", "r7")} <= set(router.metadata)
+
+
+async def test_only_a_completion_is_asked_for_as_a_whole() -> None:
+    router = ScriptedRouter()
+    async with running(router) as server, Client(f"127.0.0.1:{server.port}") as client:
+        await client.complete("hello")
+        await client.generate("hello").completion()
+    assert [sent.whole for sent in router.requests] == [True, False]
 
 
 def test_what_is_left_out_stays_unset() -> None:

@@ -201,6 +201,32 @@ async def test_no_delta_has_half_a_character() -> None:
     assert len(result.texts) > 3
 
 
+@pytest.mark.parametrize("stop", [[], ["zebra"]])
+async def test_a_whole_answer_is_the_same_in_one_piece(stop: list[str]) -> None:
+    async with cluster() as toys:
+        asked: dict[str, Any] = {"max_tokens": 50, "stop": stop, "sampling": {"logprobs": 1}}
+        streamed, whole = [await toys.generate("hello", whole=whole, **asked) for whole in (False, True)]
+    assert len(streamed.texts) > 10
+    assert len(whole.texts) == 1
+    assert (whole.ids, whole.text, whole.logprobs) == (streamed.ids, streamed.text, streamed.logprobs)
+    assert whole.finished.timings.first_token_seconds < whole.finished.timings.total_seconds
+
+
+async def test_a_whole_answer_comes_in_portions_where_it_is_longer_than_a_client_may_be_behind() -> None:
+    async with cluster(stream_buffer=64) as toys:
+        result = await toys.generate("hello", max_tokens=300, whole=True)
+    assert result.ids == expected(letters, PROMPT, 5, 300)
+    assert 3 <= len(result.texts) <= 5
+
+
+async def test_a_whole_answer_ends_at_its_stop_string() -> None:
+    rule = scripted(len(PROMPT), ids_of("one, two, three and four"))
+    async with cluster(ToyVerifier(rule=rule), ToyDraft(rule=rule)) as toys:
+        result = await toys.generate("hello", max_tokens=40, stop=["three"], whole=True)
+    assert (result.text, result.finished.stop_match, result.finished.reason) == ("one, two, ", "three", 1)
+    assert result.ids == ids_of("one, two, three")
+
+
 async def test_chat_uses_the_models_template() -> None:
     async with cluster() as toys:
         chat = generation_pb2.ChatMessages(messages=[generation_pb2.ChatMessage(role="user", content="hello")])

@@ -94,6 +94,21 @@ def test_what_was_shown_is_never_part_of_a_stop_string(words: list[str], stop: l
     assert bool(stream.matched) == any(string in whole for string in stop)
 
 
+@given(text=st.text("aé👍", max_size=14), stop=st.lists(st.text("aé", min_size=1, max_size=3), max_size=2))
+def test_a_whole_answer_has_the_text_of_a_streamed_one(text: str, stop: list[str]) -> None:
+    streamed, whole = StopText(TOKENIZER, stop), StopText(TOKENIZER, stop, whole=True)
+    shown = ["", ""]
+    for token in TOKENIZER.encode(text, special_tokens=False):
+        for place, one in enumerate((streamed, whole)):
+            shown[place] += one.push(token)
+        assert stop or not shown[1]
+        assert streamed.matched == whole.matched
+        if streamed.matched is not None:
+            break
+    assert shown[0] + streamed.flush() == shown[1] + whole.flush()
+    assert streamed.matched == whole.matched
+
+
 def request(**fields: object) -> Request:
     return Request("r", (0,), Sampling(), max_tokens=10, **fields)  # type: ignore[arg-type]
 
@@ -129,6 +144,24 @@ async def test_an_outlet_joins_what_was_not_read_and_ends_in_order() -> None:
     for _ in range(2):
         with pytest.raises(InternalError, match="first"):
             await outlet.next()
+
+
+async def test_an_outlet_of_a_whole_answer_says_nothing_before_the_end_but_in_portions() -> None:
+    outlet = Outlet(limit=4, whole=True)
+    outlet.push(Delta("a", (1, 2, 3)))
+    reading = asyncio.ensure_future(outlet.next())
+    await asyncio.sleep(0.01)
+    assert not reading.done()
+    outlet.push(Delta("b", (4,)))
+    assert await reading == Delta("ab", (1, 2, 3, 4))
+    outlet.push(Delta("c", (5,)))
+    reading = asyncio.ensure_future(outlet.next())
+    await asyncio.sleep(0.01)
+    assert not reading.done()
+    outlet.end(InternalError("over"))
+    assert await reading == Delta("c", (5,))
+    with pytest.raises(InternalError, match="over"):
+        await outlet.next()
 
 
 # ---------------------------------------------------------------- admission
