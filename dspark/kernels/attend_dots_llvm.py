@@ -86,22 +86,10 @@ class _Dotting(Writing):
 
         zeros = [write.zero] * (unit * len(part))
         sums = write.summing(number(0), number(dim), zeros, add, step=_PAIRED)
-        scores = build.fmul(self._together(sums), write.broadcast(self._given["scale"]))
+        scores = build.fmul(write.folded_together(sums, build.fadd), write.broadcast(self._given["scale"]))
         for place, head in enumerate(part):
             own = [place * unit + n for n in range(unit)]
             write.store(self._picked(scores, scores, own), write.at(row.scores[head], index))
-
-    def _together(self, vectors: Sequence[ir.Value]) -> ir.Value:
-        """The sums over vectors, the n-th in lane n: neighbouring lanes are added until one is left of each."""
-        left = [*vectors, *[vectors[-1]] * (-len(vectors) % (1 << (len(vectors) - 1).bit_length()))]
-        for _ in range(_LANES.bit_length() - 1):
-            pairs = list(zip(left[::2], left[1::2], strict=True)) if len(left) > 1 else [(left[0], left[0])]
-            left = [self._neighbours(*pair) for pair in pairs]
-        return left[0]
-
-    def _neighbours(self, one: ir.Value, other: ir.Value) -> ir.Value:
-        """Sums of neighbouring lanes, of one vector and then of the other."""
-        return self._build.fadd(*(self._picked(one, other, list(range(odd, 2 * _LANES, 2))) for odd in (0, 1)))
 
     # ---- means
 

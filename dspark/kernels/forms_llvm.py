@@ -19,9 +19,11 @@ class Form(Protocol):
     """A step takes `inputs` inputs: `vectors` vectors `stored` of a panel, and one `element` of each row.
 
     `behind`: vectors at the end of a panel that are no step's. `figures`: float32s of a row beside its elements.
+    `peaked`: the greatest of a panel's outputs is kept beside them.
     """
 
     name: str
+    peaked: bool
     inputs: int
     vectors: int
     behind: int
@@ -50,6 +52,7 @@ class _Summed:
 
     behind = 0
     figures = 1
+    peaked = False
 
     def start(self, write: Writer, behind: ir.Value) -> tuple[ir.Value, ir.Value]:  # noqa: ARG002 - other forms need it
         """Nothing yet."""
@@ -151,6 +154,7 @@ class Codes(_Beside):
     inputs = 4
     behind = 4
     figures = 1
+    peaked = False
     element = INT32
 
     def __init__(self, lanes: int) -> None:
@@ -188,6 +192,7 @@ class BoundedCodes(Codes):
     name = "bounded_codes"
     behind = 8
     figures = 3
+    peaked = True
 
     def end(self, write: Writer, totals: Sequence[ir.Value], behind: ir.Value, scale: ir.Value) -> list[ir.Value]:
         """With what codes may hide on top."""

@@ -107,12 +107,15 @@ class Streamed:
         assert x.dtype == torch.float32
         return self.multiplied(x, None, out)
 
-    def multiplied(self, x: torch.Tensor, scales: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-        """`out`, filled, from rows as the product reads them."""
+    def multiplied(
+        self, x: torch.Tensor, scales: torch.Tensor | None, out: torch.Tensor, peaks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`out`, filled, from rows as the product reads them; `peaks`, where it has them, too."""
         assert out.dtype == torch.float32
         assert x.shape[1:] == (self._inputs,)
         assert out.shape[1] == self._padded
-        at = x.data_ptr(), 0 if scales is None else scales.data_ptr(), self._weight.data_ptr(), out.data_ptr()
+        beside, peak = (0 if given is None else given.data_ptr() for given in (scales, peaks))
+        at = x.data_ptr(), beside, self._weight.data_ptr(), out.data_ptr(), peak
         if not self._rounds:
             self._run(*at, x.shape[0], 0, 0)
             return out
@@ -121,16 +124,16 @@ class Streamed:
         for first in range(0, x.shape[0], most):
             part, count = slice(first, first + most), min(most, x.shape[0] - first)
             rooms = x.new_empty(threads, count * self._inputs // 2)
-            self._run(x[part].data_ptr(), 0, at[2], out[part].data_ptr(), count, rooms.data_ptr(), count * row)
+            self._run(x[part].data_ptr(), 0, at[2], out[part].data_ptr(), 0, count, rooms.data_ptr(), count * row)
         return out
 
-    def _run(self, x: int, scales: int, weight: int, out: int, rows: int, rooms: int, room: int) -> None:
+    def _run(self, x: int, scales: int, weight: int, out: int, peaks: int, rows: int, rooms: int, room: int) -> None:
         shares = _SHARES * torch.get_num_threads()
         halved = self._groups < shares
         pieces = 2 * self._groups if halved else self._groups
         work = pieces, int(halved), max(1, pieces // shares), rooms, room, 0, 0
         run = team.alone if rows * self.weight_bytes <= _ALONE else team.run
-        run(self._function, ProductArguments(x, scales, weight, out, rows, self._inputs, self._padded, *work))
+        run(self._function, ProductArguments(x, scales, weight, out, peaks, rows, self._inputs, self._padded, *work))
 
 
 class StreamedLinear(Streamed):

@@ -169,6 +169,22 @@ class Writer:
         how = (ir.Constant(INT32, value) for value in (0, 2, 1))  # to read, into all caches but the first, data
         self.build.call(function, [self.at(self.build.bitcast(pointer, byte), number(ahead)), *how])
 
+    def numbered(self, first: ir.Value) -> ir.Value:
+        """A vector of int32: an int64 and those that follow it."""
+        lanes = ir.Constant(ir.VectorType(INT32, self.lanes), list(range(self.lanes)))
+        return self.build.add(self.broadcast(self.build.trunc(first, INT32)), lanes)
+
+    def compress(self, values: ir.Value, wanted: ir.Value, to: ir.Value) -> None:
+        """The wanted of a vector of int32, one behind the other."""
+        module, name = self.function.module, f"llvm.masked.compressstore.v{self.lanes}i32"
+        kind = ir.FunctionType(ir.VoidType(), [values.type, INT32.as_pointer(), wanted.type])
+        self.build.call(module.globals.get(name) or ir.Function(module, kind, name), [values, to, wanted])
+
+    def counted(self, wanted: ir.Value) -> ir.Value:
+        """How many of a vector's lanes are set, int64."""
+        bits = ir.IntType(self.lanes)
+        return self.build.zext(self.call(f"ctpop.i{self.lanes}", bits, self.build.bitcast(wanted, bits)), INT)
+
     def take(self, counter: ir.Value, amount: ir.Value) -> ir.Value:
         """The counter's value before `amount` was added, for one thread only."""
         return self.build.atomic_rmw("add", counter, amount, "monotonic")
@@ -224,6 +240,24 @@ class Writer:
             low, high = (self._lanes(value, picked) for picked in halves)
             value = combine(low, high)
         return self.build.extract_element(value, ir.Constant(INT32, 0))
+
+    def folded_together(
+        self, vectors: Sequence[ir.Value], combine: Callable[[ir.Value, ir.Value], ir.Value]
+    ) -> ir.Value:
+        """One vector of what each of them comes to, the n-th in lane n: neighbours are combined until one lane is left.
+
+        Far fewer steps than one by one; at most as many vectors as there are lanes.
+        """
+        left = [*vectors, *[vectors[-1]] * (-len(vectors) % (1 << (len(vectors) - 1).bit_length()))]
+        for _ in range(self.lanes.bit_length() - 1):
+            pairs = list(zip(left[::2], left[1::2], strict=True)) if len(left) > 1 else [(left[0], left[0])]
+            left = [combine(*(self._apart(*pair, odd) for odd in (0, 1))) for pair in pairs]
+        return left[0]
+
+    def _apart(self, one: ir.Value, other: ir.Value, odd: int) -> ir.Value:
+        """Lanes at even or odd places of two vectors."""
+        places = ir.Constant(ir.VectorType(INT32, self.lanes), list(range(odd, 2 * self.lanes, 2)))
+        return self.build.shuffle_vector(one, other, places)
 
     def exp(self, x: ir.Value) -> ir.Value:
         """Power of e, within two units in the last place (Cephes' polynomial), for x cut to -87.3 … 88."""

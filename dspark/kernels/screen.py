@@ -22,10 +22,12 @@ import torch
 
 from dspark.kernels.linear import LinearInto
 
-__all__ = ["LEAST_OUTPUTS", "Screen", "above", "block_of", "coded", "hadamard", "slack", "strided"]
+__all__ = ["LEAST_OUTPUTS", "PEAKED", "Screen", "above", "block_of", "coded", "hadamard", "slack", "strided"]
 
 LEAST_OUTPUTS = 1 << 15
 """A head of fewer is computed whole."""
+PEAKED = 32
+"""Tokens whose greatest bound is known without looking at them again."""
 _MOST_BLOCK, _LEAST_BLOCK = 128, 32
 
 
@@ -39,9 +41,10 @@ class Screen(Protocol):
     def width(self) -> int:
         """Bounds of a row that are written, at least as many as the vocabulary has tokens."""
 
-    def above(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def above(self, x: torch.Tensor, out: torch.Tensor, peaks: torch.Tensor) -> torch.Tensor:
         """Rows (n, d) float32, rounded to bfloat16 first ↦ bounds (n, vocabulary), in `out` float32 (n, width).
 
+        `peaks` float32 (n, width / `PEAKED`) gets the greatest bound of every so many tokens, -inf where none are.
         A row of which some number is not finite has bounds that are not. A row's bits depend on nothing else.
         """
 

@@ -11,7 +11,7 @@ import torch
 from dspark.kernels.linear_int8 import ZERO_POINT, code_panels
 from dspark.kernels.linear_llvm import Streamed, StreamedLinear
 from dspark.kernels.rowwise_llvm import bounded_codes
-from dspark.kernels.screen import LEAST_OUTPUTS, block_of, hadamard, slack, strided
+from dspark.kernels.screen import LEAST_OUTPUTS, PEAKED, block_of, hadamard, slack, strided
 from dspark.kernels.tiles_llvm import compiled
 
 __all__ = ["ScreenedHead", "screen"]
@@ -46,15 +46,28 @@ class ScreenedHead(Streamed):
         panels = code_panels(*self._codes(), lanes=product.tiling.lanes)
         super().__init__(product.bounded_codes, panels, table.shape, product.tiling)
 
-    def above(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def above(self, x: torch.Tensor, out: torch.Tensor, peaks: torch.Tensor) -> torch.Tensor:
         """As `Screen.above`."""
-        return self.product(x, out)[:, : self._outputs]
+        assert peaks.shape == (len(x), self.width // PEAKED)
+        assert peaks.is_contiguous()
+        rows, figures = bounded_codes(self._turned(x.bfloat16().float()))
+        figures[:, 2] += figures[:, 1] * self._slack
+        bounds = self.multiplied(rows, figures, out, peaks)[:, : self._outputs]
+        if self._outputs < self.width:
+            self._leave_out(bounds, peaks)
+        return bounds
+
+    def _leave_out(self, bounds: torch.Tensor, peaks: torch.Tensor) -> None:
+        """Of the peaks what is no token's."""
+        whole, left = divmod(self._outputs, PEAKED)
+        peaks[:, whole:] = -torch.inf
+        if left:
+            peaks[:, whole] = bounds[:, -left:].amax(1)
 
     def product(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """As `Streamed.product`."""
-        rows, figures = bounded_codes(self._turned(x.bfloat16().float()))
-        figures[:, 2] += figures[:, 1] * self._slack
-        return self.multiplied(rows, figures, out)
+        self.above(x, out, x.new_empty(len(x), self.width // PEAKED))
+        return out
 
     def whole(self) -> StreamedLinear:
         """As `Screen.whole`."""

@@ -17,7 +17,7 @@ from functools import lru_cache
 from llvmlite import ir
 
 from dspark.kernels.forms_llvm import Bfloat16, BoundedCodes, Codes, Dots, Float32, Form
-from dspark.kernels.parts_llvm import FLOAT, INT, Writer, compile_module, host_has, host_lanes, kernel, number
+from dspark.kernels.parts_llvm import FLOAT, INT, INT32, Writer, compile_module, host_has, host_lanes, kernel, number
 
 __all__ = ["GROUP", "NARROW", "WIDE", "Product", "ProductArguments", "Tiling", "compiled"]
 
@@ -34,9 +34,9 @@ class ProductArguments(ctypes.Structure):
     """What the compiled product reads.
 
     `x` (rows, inputs) float32, or codes with the rows' `scales` (rows, figures) float32, `weight` in panels, `out`
-    (rows, outputs) float32. Threads take `share` at a time of `pieces`, whole groups or, if `halved` is 1, halves of
-    them; `next` is the first that nobody has taken: 0 at the start. So is `next_room`: a thread has `piece` bytes at
-    `rooms`.
+    (rows, outputs) float32, `peaks` (rows, panels) the greatest of each panel's outputs, where the form has them.
+    Threads take `share` at a time of `pieces`, whole groups or, if `halved` is 1, halves of them; `next` is the first
+    that nobody has taken: 0 at the start. So is `next_room`: a thread has `piece` bytes at `rooms`.
     """
 
     _fields_ = [
@@ -46,6 +46,7 @@ class ProductArguments(ctypes.Structure):
             "scales",
             "weight",
             "out",
+            "peaks",
             "rows",
             "inputs",
             "outputs",
@@ -175,26 +176,28 @@ class _Piece:
         panel = build.add(write.times(given["steps"], form.vectors), number(form.behind))
         weight = build.inttoptr(given["weight"], form.stored.as_pointer())
         weight = write.at(weight, build.mul(piece, write.times(panel, self._size)))
-        scales, out = (write.floats(given[name]) for name in ("scales", "out"))
+        scales, out, peaks = (write.floats(given[name]) for name in ("scales", "out", "peaks"))
         to = write.at(out, write.times(piece, self._size * self._outputs), build.mul(row, given["outputs"]))
+        panels = build.sdiv(given["outputs"], number(self._outputs))
+        top = write.at(peaks, write.times(piece, self._size), build.mul(row, panels))
         from_ = write.at(given["elements"], build.mul(row, given["steps"]))
         function = build.select(build.icmp_signed("==", row, number(0)), *self._tiles[rows - 1])
         for first in range(0, self._size, self._panels[rows - 1]):
             at = write.at(weight, write.times(panel, first)), write.at(to, number(first * self._outputs))
-            figures = write.at(scales, write.times(row, form.figures))
-            build.call(function, [from_, *at, figures, given["steps"], given["outputs"]])
+            beside = write.at(top, number(first)), write.at(scales, write.times(row, form.figures))
+            build.call(function, [from_, *at, *beside, given["steps"], given["outputs"]])
 
 
 def _write_tile(module: ir.Module, tiling: Tiling, form: Form, rows: int, panels: int, ahead: int) -> ir.Function:
-    """tile(x, weight, out, scales, steps, outputs): `rows` rows times some panels, all sums in registers.
+    """tile(x, weight, out, peaks, scales, steps, outputs): `rows` rows times some panels, all sums in registers.
 
     Weights `ahead` bytes further on are asked for, unless that is 0.
     """
-    places = (kind.as_pointer() for kind in (form.element, form.stored, FLOAT, FLOAT))
+    places = (kind.as_pointer() for kind in (form.element, form.stored, FLOAT, FLOAT, FLOAT))
     kind = ir.FunctionType(ir.VoidType(), [*places, INT, INT])
     function = ir.Function(module, kind, f"tile_{form.name}_{rows}_{panels}_{ahead}")
     function.linkage = "internal"
-    x, weight, out, scales, steps, outputs = function.args
+    x, weight, out, peaks, scales, steps, outputs = function.args
     write = Writer(function, tiling.lanes)
     build = write.build
     x_rows = [write.at(x, write.times(steps, row)) for row in range(rows)]
@@ -212,11 +215,20 @@ def _write_tile(module: ir.Module, tiling: Tiling, form: Form, rows: int, panels
         pairs = ((one, half) for one in elements for half in halves)
         return [form.add(write, *pair, total) for pair, total in zip(pairs, sums, strict=True)]
 
+    every = build.sdiv(outputs, number(2 * tiling.lanes))
     sums = iter(write.summing(number(0), steps, [half for end in ends for half in form.start(write, end)] * rows, add))
+    tops: list[tuple[ir.Value, ir.Value]] = []
     for row in range(rows):
         for panel, end in enumerate(ends):
             halves = form.end(write, [next(sums), next(sums)], end, write.at(scales, number(row * form.figures)))
             for half, value in enumerate(halves, 2 * panel):
                 write.store(value, write.at(out, write.times(outputs, row), number(half * tiling.lanes)))
+            if form.peaked:
+                tops.append((write.larger(*halves), write.at(peaks, write.times(every, row), number(panel))))
+    for first in range(0, len(tops), tiling.lanes):
+        own = tops[first : first + tiling.lanes]
+        folds = write.folded_together([top for top, _ in own], write.larger)
+        for lane, (_, at) in enumerate(own):
+            build.store(build.extract_element(folds, ir.Constant(INT32, lane)), at)
     build.ret_void()
     return function

@@ -11,6 +11,9 @@ an arrival is taken with a chance of w over its bound, and the next one awaited 
 Shedler 1979). An arrival at time t has the score -log t, as a token of weight w and Gumbel noise G has log w + G. So
 the choice has exactly the target's distribution, and depends on the row and the key alone.
 
+Rates need be no nearer than what they save: of the many blocks of tokens with low bounds, each token has the greatest
+bound of its block for its own, so that a row's bounds are mostly not looked at one by one (`loosened`).
+
 Rows on which arrivals would not end, flat ones at low temperatures, are left undecided: all of their logits are wanted,
 and the choice is `dspark.sampling.choice.choose`'s. Which rows are is a matter of the row and its temperature only, not
 of noise, so that nothing is chosen twice.
@@ -22,16 +25,27 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
 
+from dspark.kernels.logits import BLOCK
 from dspark.kernels.noise import KeyedBits, Stream, gumbel, keyed_bits, uniform
 from dspark.sampling.choice import pick
 from dspark.sampling.order import LogitRows
 from dspark.sampling.processed import Law, process
 from dspark.sampling.rows import SamplingRows
 
-__all__ = ["MOST_ARRIVALS", "MOST_BELOW", "MOST_LOOKED_UP", "OUT_OF_REACH", "choose", "greatest"]
+__all__ = [
+    "MOST_ARRIVALS",
+    "MOST_BELOW",
+    "MOST_LOOKED_UP",
+    "OUT_OF_REACH",
+    "choose",
+    "greatest",
+    "high_blocks",
+    "loosened",
+]
 
-MOST_ARRIVALS = 64.0
+MOST_ARRIVALS = 1024.0
 """Tokens outside the head may weigh so many times the head by bounds, the head taken to lie as far below its own as the
 token of the greatest bound does. About so many arrivals are awaited on such a row at most."""
 MOST_BELOW = 28.0
@@ -40,6 +54,7 @@ OUT_OF_REACH = 45.0
 """Temperatures below this token, from which on bounds are of no account: all such tokens together weigh e^-32 of it."""
 MOST_LOOKED_UP = 4096
 """Logits of a row looked up for its greatest; all of them at once are cheaper then."""
+_HIGH = 8  # one block in so many keeps the bounds of its tokens
 
 Exact = Callable[[int], float]
 """A token's logit."""
@@ -53,6 +68,26 @@ def greatest(bounds: torch.Tensor, exact: Exact) -> int:
         if other != first and bounds[other] >= best and (exact(other), -other) > (best, -token):
             best, token = exact(other), other
     return token
+
+
+def high_blocks(blocks: int, size: int) -> int:
+    """How many of a row's blocks keep the bounds of their tokens, those among them that a head of `size` lies in."""
+    return max(size, blocks // _HIGH)
+
+
+def loosened(bounds: torch.Tensor, size: int) -> torch.Tensor:
+    """Bounds (1, vocabulary) with the greatest of a block for all of its tokens, where blocks are low.
+
+    Blocks below the `high_blocks` greatest are, but for the last, which may have fewer tokens. The head stays the same.
+    """
+    width = bounds.shape[1]
+    blocks = functional.pad(bounds, (0, -width % BLOCK), value=-torch.inf).view(-1, BLOCK)
+    peaks = blocks.amax(1)
+    if (high := high_blocks(len(blocks), size)) >= len(blocks):
+        return bounds
+    low = peaks < peaks.topk(high).values[-1]
+    low[-1] = False
+    return torch.where(low[:, None], peaks[:, None], blocks).view(1, -1)[:, :width]
 
 
 def choose(
@@ -71,6 +106,7 @@ def choose(
     Returns:
         The token; None where all logits are wanted.
     """
+    bounds = loosened(bounds, min(size, bounds.shape[1]))
     law = process(LogitRows.of(bounds, [0]), rows, min(size, bounds.shape[1]))
     race = _Race(law, bounds[0], exact, float(rows.temperature), lambda n, of: bits(rows.seed, n, _at(position), of))
     return race.winner()

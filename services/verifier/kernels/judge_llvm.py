@@ -118,7 +118,8 @@ class _Judging:
         """The first token of the greatest logit."""
         write, build, walk = self._write, self._build, self._walk
         x = walk.row(request, at)
-        greatest = build.call(walk.law.peaks, [x, walk.given["blocks"], *walk.room.pointers()])
+        known = x, walk.tops(request, at), walk.given["blocks"]
+        greatest = build.call(walk.law.peaks, [*known, *walk.room.pointers()])
         build.store(build.zext(finite(build, greatest), INT), walk.sound)
         build.store(number(-1), walk.token)
         with write.counting(number(0), walk.given["blocks"]) as block, build.if_then(walk.is_unset(walk.token)):

@@ -3,7 +3,8 @@
 The same law as `dspark.sampling.processed`: the greatest tokens exactly, in float64, all others in float32 with a sum
 for each block. What is compared are integers in the order of the logits, so that the head is found by counting and
 nothing is sorted: first blocks whose greatest number is among the best, then tokens inside them. Measuring a row
-reads it twice.
+reads it twice; where rates will do for weights (`services.verifier.race`), all tokens of a low block have that of its
+greatest number, and it is read once.
 
 Knows one row. Whom it judges is `judge_llvm`'s affair.
 """
@@ -16,6 +17,7 @@ from llvmlite import ir
 
 from dspark.kernels.logits import BLOCK
 from dspark.kernels.parts_llvm import DOUBLE, FLOAT, INT, INT32, Writer, number
+from dspark.kernels.screen import PEAKED
 from services.verifier.kernels.numbers_llvm import (
     Element,
     Weighing,
@@ -28,21 +30,26 @@ from services.verifier.kernels.numbers_llvm import (
     unordered,
 )
 
-__all__ = ["FIGURES", "Law", "Room", "Row", "declare"]
+__all__ = ["FIGURES", "MARKED", "Law", "Room", "Row", "declare"]
 
-_GREATEST, _HEAD, _REST, _EDGE, _LAST = range(5)  # places of a room's figures
-FIGURES = 5
+_GREATEST, _HEAD, _REST, _EDGE, _LAST, _LOW = range(6)  # places of a room's figures
+FIGURES = 6
+MARKED = 128
+"""Blocks between two running sums that are kept, so that a draw looks at few of a row's sums."""
+_LINE = 64  # bytes
+_NEVER = (1 << 31) - 1  # in place of a peak: the block is never low
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
     """Where a thread keeps a row's law.
 
-    `figures` (FIGURES,), `sums` (blocks,), `weights` (head,) and `inner` (BLOCK,) float64; `peaks` (blocks,), `ids` and
-    `keys` (width,) int32, each with room for a vector more.
+    `figures` (FIGURES,), `weights` (head,), `inner` (BLOCK,) and `marks` (blocks / MARKED + 2,) float64, `sums`
+    (blocks,) float64, `peaks` (blocks,), `ids` and `keys` (width,) int32, each of these with room for a vector more.
     """
 
     figures: ir.Value
+    marks: ir.Value
     sums: ir.Value
     weights: ir.Value
     inner: ir.Value
@@ -50,11 +57,11 @@ class Room:
     ids: ir.Value
     keys: ir.Value
 
-    kinds = (*[DOUBLE.as_pointer()] * 4, *[INT32.as_pointer()] * 3)
+    kinds = (*[DOUBLE.as_pointer()] * 5, *[INT32.as_pointer()] * 3)
 
     def pointers(self) -> tuple[ir.Value, ...]:
         """In the order of the fields."""
-        return self.figures, self.sums, self.weights, self.inner, self.peaks, self.ids, self.keys
+        return self.figures, self.marks, self.sums, self.weights, self.inner, self.peaks, self.ids, self.keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +76,17 @@ class Law:
 def declare(module: ir.Module, lanes: int, element: Element) -> Law:
     """Write them.
 
-    `peaks(x, blocks, room…)` gives a row's greatest number, and NaN where one is; `measure(x, blocks, most,
-    temperature, room…)` its law, and how many tokens the head has, 0 for a row that is not sound; `fill(x, block,
-    temperature, room…)` the weights of a block's tokens outside the head, in `inner`.
+    `peaks(x, tops, blocks, room…)` gives a row's greatest number, and NaN where one is; those of every `PEAKED` numbers
+    are at `tops`, unless that is null. `measure(x, tops, blocks, most, high, temperature, room…)` gives its law, and
+    how many tokens the head has, 0 for a row that is not sound; `fill(x, block, temperature, room…)` the weights of a
+    block's tokens outside the head, in `inner`. All but the `high` blocks of the greatest peaks, no fewer than the head
+    has tokens, and the last one, which may have fewer tokens than others, are low.
     """
     count = nth(module, lanes)
     row = element.stored.as_pointer()
-    peaks = function(module, f"peaks_{element.name}", FLOAT, [row, INT, *Room.kinds])
-    measure = function(module, f"measure_{element.name}", INT, [row, INT, INT, DOUBLE, *Room.kinds])
+    peaks = function(module, f"peaks_{element.name}", FLOAT, [row, FLOAT.as_pointer(), INT, *Room.kinds])
+    sizes = [FLOAT.as_pointer(), INT, INT, INT, DOUBLE]
+    measure = function(module, f"measure_{element.name}", INT, [row, *sizes, *Room.kinds])
     fill = function(module, f"fill_{element.name}", ir.VoidType(), [row, INT, DOUBLE, *Room.kinds])
     _write_peaks(Writer(peaks, lanes), element)
     _Measuring(Writer(measure, lanes), element, peaks, count).write()
@@ -123,6 +133,13 @@ class Row:
         equal = build.and_(build.fcmp_ordered("==", value, edge), build.icmp_signed("<=", token, last))
         return build.select(build.or_(above, equal), exact, rough)
 
+    def low(self, block: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Whether all tokens of a block weigh what its peak would, and that, float32."""
+        build = self._build
+        peak = build.load(self._write.at(self._room.peaks, block))
+        bound = build.fptosi(self._figure(_LOW), INT32)
+        return build.icmp_signed("<", peak, bound), unordered(self._write, peak)
+
     def weighing(self) -> Weighing:
         """Float32 weights at its temperature."""
         return Weighing(self._write, self.greatest, self._temperature)
@@ -144,13 +161,12 @@ class _Outside:
         self._weighing = row.weighing()
         edge, last = row.edge()
         self._edge, self._last = write.broadcast(edge), write.broadcast(build.trunc(last, INT32))
-        self._lanes = ir.Constant(ir.VectorType(INT32, write.lanes), list(range(write.lanes)))
 
     def of(self, x: ir.Value, place: ir.Value) -> ir.Value:
         """Of a vector of tokens from `place` on."""
         write, build = self._write, self._write.build
         values = self._element.load(write, write.at(x, place))
-        ids = build.add(write.broadcast(build.trunc(place, INT32)), self._lanes)
+        ids = write.numbered(place)
         equal = build.fcmp_ordered("==", values, self._edge)
         equal = build.and_(equal, build.icmp_signed("<=", ids, self._last))
         inside = build.or_(build.fcmp_ordered(">", values, self._edge), equal)
@@ -158,8 +174,11 @@ class _Outside:
 
 
 def _write_peaks(write: Writer, element: Element) -> None:
-    x, blocks, *pointers = write.function.args
+    x, tops, blocks, *pointers = write.function.args
     build, room = write.build, Room(*pointers)
+    given = build.icmp_unsigned("!=", build.ptrtoint(tops, INT), number(0))
+    with build.if_then(given):
+        build.ret(_taken(write, tops, blocks, room))
 
     def peak(block: ir.Value, most: list[ir.Value]) -> list[ir.Value]:
         start, top = write.times(block, BLOCK), None
@@ -175,13 +194,42 @@ def _write_peaks(write: Writer, element: Element) -> None:
     build.ret(write.folded(most[0], write.maximum))
 
 
+def _taken(write: Writer, tops: ir.Value, blocks: ir.Value, room: Room) -> ir.Value:
+    """The greatest of `tops`, whose keys become the room's peaks."""
+    build, lanes, parts = write.build, write.lanes, BLOCK // PEAKED
+    assert parts == 2  # of which one has the even places, the other the odd ones
+
+    def peaks(block: ir.Value, most: list[ir.Value]) -> list[ir.Value]:
+        at = write.at(tops, write.times(block, parts))
+        low, high = write.load(at), write.load(write.at(at, number(lanes)))
+        picked = [ir.Constant(ir.VectorType(INT32, lanes), list(range(odd, 2 * lanes, 2))) for odd in range(parts)]
+        values = write.maximum(*(build.shuffle_vector(low, high, own) for own in picked))
+        write.store(ordered(write, values), write.at(room.peaks, block))
+        return [write.maximum(most[0], values)]
+
+    def peak(block: ir.Value, most: list[ir.Value]) -> list[ir.Value]:
+        at = write.at(tops, write.times(block, parts))
+        values = write.maximum(*(write.broadcast(build.load(write.at(at, number(part)))) for part in range(parts)))
+        write.store(ordered(write, values), write.at(room.peaks, block))
+        return [write.maximum(most[0], values)]
+
+    whole = build.sub(blocks, build.urem(blocks, number(lanes)))
+    most = write.summing(number(0), whole, [write.constant(float("-inf"))], peaks, step=lanes)
+    most = write.summing(whole, blocks, most, peak)
+    end_keys(write, room.peaks, blocks)
+    return write.folded(most[0], write.maximum)
+
+
 def _write_fill(write: Writer, element: Element) -> None:
     x, block, temperature, *pointers = write.function.args
     room = Room(*pointers)
     row = Row(write, element, x, temperature, room)
     outside, start = _Outside(write, element, row), write.times(block, BLOCK)
+    low, peak = row.low(block)
+    alike = row.weighing().of(write.broadcast(peak))
     for lane in range(0, BLOCK, write.lanes):
         weights = outside.of(x, write.build.add(start, number(lane)))
+        weights = write.build.select(low, alike, weights)
         for index in range(write.lanes):
             one = write.build.extract_element(weights, ir.Constant(INT32, index))
             write.build.store(write.build.fpext(one, DOUBLE), write.at(room.inner, number(lane + index)))
@@ -194,7 +242,7 @@ class _Measuring:
     def __init__(self, write: Writer, element: Element, peaks: ir.Function, nth: ir.Function) -> None:
         self._write, self._build, self._element = write, write.build, element
         self._peaks, self._nth = peaks, nth
-        self._x, self._blocks, self._most, self._temperature, *pointers = write.function.args
+        self._x, self._tops, self._blocks, self._most, self._high, self._temperature, *pointers = write.function.args
         self._room = Room(*pointers)
         self._found, self._equal = self._build.alloca(INT), self._build.alloca(INT)
         self._head = self._build.alloca(DOUBLE)
@@ -203,11 +251,14 @@ class _Measuring:
     def write(self) -> None:
         """The whole function."""
         write, build, room = self._write, self._build, self._room
-        greatest = build.call(self._peaks, [self._x, self._blocks, *room.pointers()])
+        greatest = build.call(self._peaks, [self._x, self._tops, self._blocks, *room.pointers()])
         with build.if_then(build.not_(finite(build, greatest))):
             build.ret(number(0))
         self._note(_GREATEST, build.fpext(greatest, DOUBLE))
         least = build.call(self._nth, [room.peaks, self._blocks, self._most])
+        self._note(_LOW, ir.Constant(DOUBLE, -float(1 << 31)))
+        with build.if_then(build.icmp_signed("<", self._high, self._blocks)):
+            self._set_low()
         self._collect(least)
         found = build.load(self._found)
         end_keys(write, room.keys, found)
@@ -217,27 +268,45 @@ class _Measuring:
         self._note(_EDGE, build.fpext(unordered(write, edge), DOUBLE))
         self._note(_LAST, build.sitofp(build.load(self._last), DOUBLE))
         self._note(_HEAD, build.load(self._head))
+        with build.if_then(build.icmp_signed("<", self._high, self._blocks)):
+            self._presume()
         self._add_up()
         build.ret(count)
 
     def _note(self, index: int, value: ir.Value) -> None:
         self._build.store(value, self._write.at(self._room.figures, number(index)))
 
+    def _set_low(self) -> None:
+        """Which blocks are low; the numbers of the others, which lie apart, are asked for."""
+        write, build, room = self._write, self._build, self._room
+        bound = build.call(self._nth, [room.peaks, self._blocks, self._high])
+        self._note(_LOW, build.sitofp(bound, DOUBLE))
+        build.store(ir.Constant(INT32, _NEVER), write.at(room.peaks, self._blocks, number(-1)))
+        with write.counting(number(0), self._blocks) as block:
+            peak = build.load(write.at(room.peaks, block))
+            with build.if_then(build.icmp_signed(">=", peak, bound)):
+                for line in range(0, 4 * BLOCK, _LINE):
+                    write.prefetch(write.at(self._x, write.times(block, BLOCK)), line)
+
     def _collect(self, least: ir.Value) -> None:
         """Ids and keys of the tokens not below `least`, in order."""
         write, build, room = self._write, self._build, self._room
         build.store(number(0), self._found)
+        lowest = write.broadcast(least)
         with write.counting(number(0), self._blocks) as block:
             peak = build.load(write.at(room.peaks, block))
             with build.if_then(build.icmp_signed(">=", peak, least)):
-                start = write.times(block, BLOCK)
-                with write.counting(start, build.add(start, number(BLOCK))) as token:
-                    key = ordered(write, self._element.one(write, write.at(self._x, token)))
-                    count = build.load(self._found)
-                    build.store(build.trunc(token, INT32), write.at(room.ids, count))  # overwritten unless it counts
-                    build.store(key, write.at(room.keys, count))
-                    more = build.zext(build.icmp_signed(">=", key, least), INT)
-                    build.store(build.add(count, more), self._found)
+                for lane in range(0, BLOCK, write.lanes):
+                    token = build.add(write.times(block, BLOCK), number(lane))
+                    keys = ordered(write, self._element.load(write, write.at(self._x, token)))
+                    self._append(build.icmp_signed(">=", keys, lowest), write.numbered(token), keys)
+
+    def _append(self, wanted: ir.Value, ids: ir.Value, keys: ir.Value) -> None:
+        """To those found, the wanted of a vector."""
+        write, build, room, count = self._write, self._build, self._room, self._build.load(self._found)
+        for values, to in ((ids, room.ids), (keys, room.keys)):
+            write.compress(values, wanted, write.at(to, count))
+        build.store(build.add(count, write.counted(wanted)), self._found)
 
     def _keep(self, edge: ir.Value, found: ir.Value, count: ir.Value) -> None:
         """The head: tokens above the edge, and the first of those on it, with their log weights."""
@@ -272,18 +341,37 @@ class _Measuring:
         build.store(build.fadd(build.load(self._head), write.double("exp", weight)), self._head)
         build.store(build.add(place, number(1)), self._found)
 
+    def _presume(self) -> None:
+        """Sums of all blocks as if they were low."""
+        write, build, room, lanes = self._write, self._build, self._room, self._write.lanes
+        weighing = self._row.weighing()
+        with write.counting(number(0), self._blocks, lanes) as block:
+            peaks = write.load(write.at(room.peaks, block), ir.VectorType(INT32, lanes))
+            sums = build.fmul(weighing.of(unordered(write, peaks)), write.constant(float(BLOCK)))
+            wide = build.fpext(sums, ir.VectorType(DOUBLE, lanes))
+            write.store(wide, write.at(room.sums, block))
+
+    @property
+    def _row(self) -> Row:
+        return Row(self._write, self._element, self._x, self._temperature, self._room)
+
     def _add_up(self) -> None:
         """Weights of all others, by blocks and in all."""
         write, build, room = self._write, self._build, self._room
-        outside = _Outside(write, self._element, Row(write, self._element, self._x, self._temperature, room))
+        row = self._row
+        outside = _Outside(write, self._element, row)
 
         def add(block: ir.Value, running: list[ir.Value]) -> list[ir.Value]:
-            start, total = write.times(block, BLOCK), write.zero
-            for lane in range(0, BLOCK, write.lanes):
-                total = build.fadd(total, outside.of(self._x, build.add(start, number(lane))))
-            own = build.fpext(write.folded(total, build.fadd), DOUBLE)
-            build.store(own, write.at(room.sums, block))
-            return [build.fadd(running[0], own)]
+            with build.if_then(build.icmp_signed("==", build.urem(block, number(MARKED)), number(0))):
+                build.store(running[0], write.at(room.marks, build.udiv(block, number(MARKED))))
+            with build.if_then(build.not_(row.low(block)[0])):
+                start, total = write.times(block, BLOCK), write.zero
+                for lane in range(0, BLOCK, write.lanes):
+                    total = build.fadd(total, outside.of(self._x, build.add(start, number(lane))))
+                build.store(build.fpext(write.folded(total, build.fadd), DOUBLE), write.at(room.sums, block))
+            return [build.fadd(running[0], build.load(write.at(room.sums, block)))]
 
         rest = write.summing(number(0), self._blocks, [ir.Constant(DOUBLE, 0.0)], add)
+        marks = build.udiv(build.add(self._blocks, number(MARKED - 1)), number(MARKED))
+        build.store(rest[0], write.at(room.marks, marks))
         self._note(_REST, rest[0])

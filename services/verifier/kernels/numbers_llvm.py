@@ -85,10 +85,14 @@ def ordered(write: Writer, value: ir.Value) -> ir.Value:
 
 
 def unordered(write: Writer, key: ir.Value) -> ir.Value:
-    """The float32 of a key."""
-    build = write.build
-    sign = build.and_(build.ashr(key, ir.Constant(INT32, 31)), ir.Constant(INT32, _MAGNITUDE))
-    return build.bitcast(build.xor(sign, key), FLOAT)
+    """The float32 of a key, or a vector of them."""
+    build, vector = write.build, isinstance(key.type, ir.VectorType)
+
+    def constant(number_: int) -> ir.Constant:
+        return ir.Constant(key.type, [number_] * write.lanes if vector else number_)
+
+    sign = build.and_(build.ashr(key, constant(31)), constant(_MAGNITUDE))
+    return build.bitcast(build.xor(sign, key), write.vector if vector else FLOAT)
 
 
 def nth(module: ir.Module, lanes: int) -> ir.Function:

@@ -159,7 +159,9 @@ class RaceWalk:
         build.store(number(1), self._running)
         token = build.load(walk.token)
         with build.if_then(build.icmp_signed(">=", token, number(0))):
-            worth = write.double("exp", self._difference(request, at, token))
+            low, peak = row.low(build.load(walk.block))
+            rate = build.select(low, peak, self._bound(request, at, token))
+            worth = write.double("exp", self._below(request, at, token, rate))
             kept = uniform(build, request.seed, arrival, position, Stream.REST_KEEP)
             with build.if_then(build.fcmp_ordered("<", kept, worth)):
                 build.store(number(0), self._running)
@@ -183,9 +185,13 @@ class RaceWalk:
         return self._build.load(self._write.at(self._walk.row(request, at), token))
 
     def _difference(self, request: Request, at: ir.Value, token: ir.Value) -> ir.Value:
-        """A logit less its bound, float64, in units of the temperature."""
+        """A logit less its bound."""
+        return self._below(request, at, token, self._bound(request, at, token))
+
+    def _below(self, request: Request, at: ir.Value, token: ir.Value, bound: ir.Value) -> ir.Value:
+        """A logit less a bound on it, float64, in units of the temperature."""
         build = self._build
-        wide = [build.fpext(x, DOUBLE) for x in (self.exact(request, at, token), self._bound(request, at, token))]
+        wide = [build.fpext(x, DOUBLE) for x in (self.exact(request, at, token), bound)]
         return build.fdiv(build.fsub(*wide), request.temperature)
 
     def _listed(self, place: ir.Value) -> ir.Value:

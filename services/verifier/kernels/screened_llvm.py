@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from dspark.kernels.logits import LogitKernels
-from dspark.kernels.screen import Screen
+from dspark.kernels.screen import PEAKED, Screen
 from dspark.messages import Mode, PositionLogprobs, Sampling
 from dspark.sampling.logprobs import logprobs
 from dspark.sampling.order import LogitRows
@@ -92,7 +92,9 @@ class _Court:
         rows, moved = _apart(requests)
         states = hidden if rows == list(range(len(hidden))) else hidden[torch.tensor(rows)]
         bounds = scratch.take("bounds", len(rows), self._screen.width, hidden.device)
-        bounds, table = self._screen.above(states, bounds), Table(states.bfloat16(), self._screen.table)
+        peaks = scratch.take("peaks", len(rows), self._screen.width // PEAKED, hidden.device)
+        bounds = self._screen.above(states, bounds, peaks)
+        table = Table(states.bfloat16(), self._screen.table, peaks)
         walks = [_Walk(request) for request in moved]
         while going := [walk for walk in walks if walk.result is None]:
             found = race(bounds, [walk.left() for walk in going], self._size, table)

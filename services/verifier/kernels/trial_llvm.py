@@ -123,7 +123,7 @@ class TrialWalk:
         total = write.summing(number(0), self._walk.given["blocks"], [ZERO], add)[0]
         with build.if_then(build.fcmp_ordered(">", total, ZERO)):
             build.store(build.fmul(self._number(request, at, Stream.RESIDUAL), total), self._walk.aim)
-            self._walk.find_block()
+            self._walk.find_block(changed=True)
             self._walk.fill(request, row)
             self._fill_left(request, row, at, worth)
             self._walk.pick()

@@ -32,6 +32,7 @@ from services.verifier.kernels.judge_llvm import (
     compiled,
 )
 from services.verifier.kernels.walk_llvm import JudgeArguments, room_sizes
+from services.verifier.race import high_blocks
 from services.verifier.verification import EXACT, AcceptanceRules
 
 __all__ = ["Table", "unsound", "verify", "walk"]
@@ -43,18 +44,25 @@ _BOUNDED = {GREEDY: BOUNDED_GREEDY, COUPLED: BOUNDED_COUPLED}
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Table:
-    """What logits are made of whose bounds are known: rows (any, d) and weights (vocabulary, d), both bfloat16."""
+    """What logits are made of whose bounds are known: rows (any, d) and weights (vocabulary, d), both bfloat16.
+
+    `peaks` (any, width / PEAKED) float32: the greatest of every so many bounds.
+    """
 
     states: torch.Tensor
     weights: torch.Tensor
+    peaks: torch.Tensor
 
     @property
-    def places(self) -> tuple[int, int, int]:
-        """Addresses of both, and pairs of numbers in a row."""
+    def places(self) -> tuple[int, ...]:
+        """Addresses of both, pairs of numbers in a row, then where peaks lie and how far rows of them are apart."""
         assert self.states.dtype == self.weights.dtype == torch.bfloat16
         assert self.states.is_contiguous()
         assert self.weights.is_contiguous()
-        return self.states.data_ptr(), self.weights.data_ptr(), self.weights.shape[1] // 2
+        assert self.peaks.dtype == torch.float32
+        assert self.peaks.stride(1) == 1
+        pairs = self.weights.shape[1] // 2
+        return self.states.data_ptr(), self.weights.data_ptr(), pairs, self.peaks.data_ptr(), self.peaks.stride(0)
 
 
 @torch.inference_mode()
@@ -111,9 +119,10 @@ def walk(logits: torch.Tensor, requests: Sequence[Candidate], most: int, table: 
     rooms, piece = _rooms(blocks, most, threads)
     own = _tables(requests, bounded=table is not None)
     out = torch.empty(len(requests), 3, dtype=torch.int64)
+    high = blocks if table is None else high_blocks(blocks, most)
     arguments = JudgeArguments(
-        logits.data_ptr(), logits.stride(0), blocks, most, *(table.data_ptr() for table in own), out.data_ptr(),
-        *(table.places if table else (0, 0, 0)), *rooms, piece, 0, len(requests), 0,
+        logits.data_ptr(), logits.stride(0), blocks, most, high, *(table.data_ptr() for table in own), out.data_ptr(),
+        *(table.places if table else (0,) * 5), *rooms, piece, 0, len(requests), 0,
     )  # fmt: skip
     run = team.alone if threads == 1 else team.run
     run(compiled(narrow=logits.dtype == torch.bfloat16), arguments)

@@ -16,7 +16,7 @@ from dspark.kernels.logits import BLOCK
 from dspark.kernels.noise import Stream
 from dspark.kernels.noise_llvm import gumbel, uniform
 from dspark.kernels.parts_llvm import DOUBLE, INT, Writer, host_lanes, number
-from services.verifier.kernels.law_llvm import FIGURES, Law, Room, Row
+from services.verifier.kernels.law_llvm import FIGURES, MARKED, Law, Room, Row
 from services.verifier.kernels.numbers_llvm import Element
 
 __all__ = ["FIELDS", "ZERO", "JudgeArguments", "Request", "Walk", "room_sizes"]
@@ -28,20 +28,21 @@ ZERO = ir.Constant(DOUBLE, 0.0)
 class JudgeArguments(ctypes.Structure):
     """What the compiled walks read.
 
-    `logits` (any, blocks · BLOCK), rows `stride` numbers apart; `requests` (tasks, FIELDS) int64, `temperatures`
-    (tasks,) float64. Request r's drafts are `tokens[drafts]` … ; draft d was drawn from `ids` and `shares` (float64)
-    `begins[d]` … `begins[d + 1]` - 1, itself with `owns[d]` (float64). `out` (tasks, 3). A law's head has `most`
-    tokens. Where `logits` are bounds, `states` (any, pairs) int32 are their rows and `table` (vocabulary, pairs) the
-    head's weights, two bfloat16s each. `rooms`: of each part of `room_sizes` the place of the first thread's, then how
-    many bytes a thread has.
+    `logits` (any, blocks · BLOCK), rows `stride` numbers apart, `high` of whose blocks are weighed token by token;
+    `requests` (tasks, FIELDS) int64, `temperatures` (tasks,) float64. Request r's drafts are `tokens[drafts]` … ; draft
+    d was drawn from `ids` and `shares` (float64) `begins[d]` … `begins[d + 1]` - 1, itself with `owns[d]` (float64).
+    `out` (tasks, 3). A law's head has `most` tokens. Where `logits` are bounds, `states` (any, pairs) int32 are their
+    rows, `table` (vocabulary, pairs) the head's weights, two bfloat16s each, and `tops` float32 the greatest of every
+    `PEAKED` bounds, rows `tops_stride` apart; 0 where there are none. `rooms`: of each part of `room_sizes` the place
+    of the first thread's, then how many bytes a thread has.
     """
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            "logits", "stride", "blocks", "most", "requests", "temperatures", "tokens", "begins", "ids", "shares",
-            "owns", "out", "states", "table", "pairs", "figures", "sums", "weights", "inner", "peaks", "room_ids",
-            "keys", "piece", "next_room", "tasks", "next",
+            "logits", "stride", "blocks", "most", "high", "requests", "temperatures", "tokens", "begins", "ids",
+            "shares", "owns", "out", "states", "table", "pairs", "tops", "tops_stride", "figures", "marks", "sums",
+            "weights", "inner", "peaks", "room_ids", "keys", "piece", "next_room", "tasks", "next",
         )
     ]  # fmt: skip
 
@@ -49,7 +50,8 @@ class JudgeArguments(ctypes.Structure):
 def room_sizes(blocks: int, most: int) -> Mapping[str, int]:
     """Bytes of a thread's room, part by part in the order of `Room`."""
     width, lanes = blocks * BLOCK, host_lanes()
-    long = {"figures": FIGURES, "sums": blocks, "weights": most, "inner": BLOCK}
+    marks = blocks // MARKED + 2
+    long = {"figures": FIGURES, "marks": marks, "sums": blocks + lanes, "weights": most, "inner": BLOCK}
     short = {"peaks": blocks + lanes, "room_ids": width + lanes, "keys": width + lanes}
     return {name: 8 * count for name, count in long.items()} | {name: 4 * count for name, count in short.items()}
 
@@ -94,6 +96,13 @@ class Walk:
         logits = build.inttoptr(self.given["logits"], self.element.stored.as_pointer())
         return write.at(logits, build.mul(build.add(request.first_row, at), self.given["stride"]))
 
+    def tops(self, request: Request, at: ir.Value) -> ir.Value:
+        """Where its blocks' greatest lie; null where they are not known."""
+        write, build, tops = self.write, self.build, self.given["tops"]
+        own = build.mul(build.add(request.first_row, at), build.mul(self.given["tops_stride"], number(4)))
+        known = build.icmp_signed("!=", tops, number(0))
+        return write.floats(build.select(known, build.add(tops, own), number(0)))
+
     def draft(self, request: Request, at: ir.Value) -> ir.Value:
         """The draft token at a place."""
         tokens = self.write.integers(self.given["tokens"])
@@ -109,7 +118,8 @@ class Walk:
         """What is done where the row behind `at` drafts is sound; `sound` becomes 0 where it is not."""
         build, x = self.build, self.row(request, at)
         with build.if_then(build.icmp_signed("!=", build.load(self._held), at)):
-            arguments = [x, self.given["blocks"], self.given["most"], request.temperature, *self.room.pointers()]
+            sizes = (self.given[name] for name in ("blocks", "most", "high"))
+            arguments = [x, self.tops(request, at), *sizes, request.temperature, *self.room.pointers()]
             found = build.icmp_signed(">", build.call(self.law.measure, arguments), number(0))
             build.store(build.zext(found, INT), self.sound)
             build.store(at, self._held)
@@ -148,10 +158,19 @@ class Walk:
         block = self.build.load(self.block)
         self.build.call(self.law.fill, [row.x, block, request.temperature, *self.room.pointers()])
 
-    def find_block(self) -> None:
-        """The block in which the running sum passes the aim, the last of any weight at the most; the aim inside it."""
-        write, build = self.write, self.build
-        self._cumulate(self.room.sums, number(0), self.given["blocks"], self.block)
+    def find_block(self, *, changed: bool = False) -> None:
+        """The block in which the running sum passes the aim, the last of any weight at the most; the aim inside it.
+
+        `changed`: the sums are no longer those that were added up.
+        """
+        write, build, all_ = self.write, self.build, self.given["blocks"]
+        if changed:
+            self._cumulate(self.room.sums, number(0), all_, self.block, ZERO)
+        else:
+            start = self._find_mark()
+            before = build.load(write.at(self.room.marks, build.load(self._place)))
+            end = write.least(build.add(start, number(MARKED)), all_)
+            self._cumulate(self.room.sums, start, end, self.block, before)
         own = build.load(write.at(self.room.sums, build.load(self.block)))
         build.store(build.fdiv(build.fsub(build.load(self.aim), build.load(self._running)), own), self.aim)
 
@@ -168,15 +187,27 @@ class Walk:
         total = write.summing(number(0), number(BLOCK), [ZERO], add)[0]
         with build.if_then(build.fcmp_ordered(">", total, ZERO)):
             build.store(build.fmul(build.load(self.aim), total), self.aim)
-            self._cumulate(inner, number(0), number(BLOCK), self._place)
+            self._cumulate(inner, number(0), number(BLOCK), self._place, ZERO)
             build.store(build.add(write.times(build.load(self.block), BLOCK), build.load(self._place)), self.token)
 
-    def _cumulate(self, numbers: ir.Value, start: ir.Value, end: ir.Value, place: ir.Value) -> None:
+    def _find_mark(self) -> ir.Value:
+        """The first of the marked blocks, whose mark's number is left in `_place`, that hold the one looked for."""
+        write, build, marks = self.write, self.build, self.room.marks
+        build.store(number(0), self._place)
+        count = build.udiv(build.add(self.given["blocks"], number(MARKED - 1)), number(MARKED))
+        with write.counting(number(0), count) as mark:
+            before, behind = (build.load(write.at(marks, mark, number(next_))) for next_ in (0, 1))
+            near = build.fcmp_ordered("<=", before, build.load(self.aim))
+            with build.if_then(build.and_(near, build.fcmp_ordered("<", before, behind))):
+                build.store(mark, self._place)
+        return build.mul(build.load(self._place), number(MARKED))
+
+    def _cumulate(self, numbers: ir.Value, start: ir.Value, end: ir.Value, place: ir.Value, before: ir.Value) -> None:
         """`place`: the last of the positive numbers before which the sum, left in `_running`, is not above the aim."""
         write, build = self.write, self.build
         build.store(start, place)
-        build.store(ZERO, self._running)
-        build.store(ZERO, self._sum)
+        build.store(before, self._running)
+        build.store(before, self._sum)
         with write.counting(start, end) as index:
             own, before = build.load(write.at(numbers, index)), build.load(self._sum)
             with build.if_then(build.fcmp_ordered(">", own, ZERO)):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn import functional
 
 from dspark.kernels import screen, team
 
@@ -28,7 +29,11 @@ def outlying(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 def bounds(head: screen.Screen, x: torch.Tensor) -> torch.Tensor:
-    return head.above(x, torch.full((len(x), head.width), torch.nan))
+    peaks = torch.full((len(x), head.width // screen.PEAKED), torch.nan)
+    found = head.above(x, torch.full((len(x), head.width), torch.nan), peaks)
+    blocks = functional.pad(found, (0, head.width - found.shape[1]), value=-torch.inf)
+    torch.testing.assert_close(peaks, blocks.view(*peaks.shape, screen.PEAKED).amax(2), rtol=0, atol=0, equal_nan=True)
+    return found
 
 
 @pytest.mark.parametrize("make", [normal, outlying])

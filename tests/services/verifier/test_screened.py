@@ -6,12 +6,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from support.markov import World, fit, generate, sequence_distribution
 
 from dspark.kernels import team
-from dspark.kernels.logits import TORCH_LOGITS
+from dspark.kernels.logits import BLOCK, TORCH_LOGITS
+from dspark.kernels.screen import PEAKED
 from dspark.messages import Mode, Sampling
 from dspark.sampling import DraftChooser
 from dspark.sampling.rows import SamplingRows
@@ -36,7 +39,8 @@ class Court:
     def __init__(self, table: torch.Tensor, hidden: torch.Tensor) -> None:
         self.head, self.hidden = screen_llvm.ScreenedHead(table), hidden
         self.logits = self.head.whole()(hidden)
-        self.bounds = self.head.above(hidden, torch.empty(len(hidden), self.head.width))
+        rows = len(hidden), self.head.width
+        self.bounds = self.head.above(hidden, torch.empty(rows), torch.empty(rows[0], rows[1] // PEAKED))
         self.asked: list[int] = []
         self.calls = 0
 
@@ -210,6 +214,45 @@ def test_broken_rows_and_requests_hurt_no_other() -> None:
 
 
 # ---- the distribution
+
+
+def flat_row(seed: int = 3) -> Court:
+    """One row of ten blocks, of which seven are low for a head of two: together they have most of the weight."""
+    return Court.random(1, 10 * BLOCK, spread=1.6, far=2.0, seed=seed)
+
+
+def test_low_blocks_have_their_greatest_bound_for_all_tokens_and_the_head_stays() -> None:
+    court = flat_row()
+    loose, bounds = race.loosened(court.bounds, 2), court.bounds
+    assert bool((loose >= bounds).all())
+    raised = (loose > bounds).view(-1, BLOCK).any(1)
+    assert raised.sum() == 10 - race.high_blocks(10, 2) - 1  # the last one keeps its own in any case
+    assert not raised[-1]
+    assert torch.equal(loose.topk(2).indices, bounds.topk(2).indices)
+    assert torch.equal(loose.view(-1, BLOCK)[raised].amax(1), bounds.view(-1, BLOCK)[raised].amax(1))
+    assert torch.equal(race.loosened(bounds, 10), bounds)
+
+
+def test_tokens_of_low_blocks_follow_the_target() -> None:
+    """A control takes rates for weights: every token of a low block is then as likely as its likeliest."""
+    court, size, draws = flat_row(), 2, 60_000
+    requests = [Candidate(Sampling(temperature=1.2, seed=10**11 + index), 0, 7) for index in range(draws)]
+    expected = (court.logits[0].double() / 1.2).softmax(0).numpy() * draws
+    low = (race.loosened(court.bounds, size) > court.bounds).view(-1, BLOCK).any(1).repeat_interleave(BLOCK).numpy()
+    assert low.sum() == 7 * BLOCK
+
+    def unlikely(tokens: list[int]) -> float:
+        counts = np.bincount(tokens, minlength=len(expected))
+        rare = expected < 10
+        found, mean = (np.append(of[~rare], of[rare].sum()) for of in (counts, expected))
+        return float(scipy.stats.chisquare(found, mean * found.sum() / mean.sum()).pvalue)
+
+    tokens = [outcome.token for outcome in court.judge(requests, size)]
+    assert 0.2 * draws < low[tokens].sum() < 0.8 * draws
+    assert unlikely(tokens) > 0.001
+    assert not court.asked
+    wrong = verify(race.loosened(court.bounds, size), requests, noise_candidates=size)
+    assert unlikely([outcome.token for outcome in wrong]) < 0.001
 
 
 def screened_world(seed: int, vocab: int) -> tuple[World, Court]:
