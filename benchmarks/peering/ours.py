@@ -1,7 +1,7 @@
 """DSpark Serving as the others meet it: a router, a draft and a verify worker over gRPC, token ids in and out.
 
-Timed at the client, as a user sees it. The cluster is not stopped between its turns, which would make its workers miss
-heartbeats: idle it takes 2 % of a core.
+Timed at the client, as a user sees it who asks for whole answers, as the others' interfaces give them. The cluster is
+not stopped between its turns, which would make its workers miss heartbeats: idle it takes 2 % of a core.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ async def show(
         plain = None
         if compare_plain:
             with common.notes.status("The same without speculation …"):
-                again: GenerateParams = {**params, "seed": first.seed, "speculation": False}
+                again: GenerateParams = {**params, "seed": first.seed, "speculation": False, "whole": False}
                 plain = await client.complete(prompt, **again)
     if as_json:
         typer.echo(json.dumps(_facts(first, plain)))

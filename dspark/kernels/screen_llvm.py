@@ -40,6 +40,7 @@ class ScreenedHead(Streamed):
         product, block = compiled(), block_of(table.shape[1])
         assert block is not None
         assert product.bounded_codes is not None
+        assert 2 * product.tiling.lanes == PEAKED  # outputs of a panel
         self.table, self._block = table, block
         self._turn = StreamedLinear(hadamard(block))
         self._slack = slack(table.shape[1])

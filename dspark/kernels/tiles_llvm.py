@@ -224,10 +224,10 @@ def _write_tile(module: ir.Module, tiling: Tiling, form: Form, rows: int, panels
             for half, value in enumerate(halves, 2 * panel):
                 write.store(value, write.at(out, write.times(outputs, row), number(half * tiling.lanes)))
             if form.peaked:
-                tops.append((write.larger(*halves), write.at(peaks, write.times(every, row), number(panel))))
+                tops.append((write.maximum(*halves), write.at(peaks, write.times(every, row), number(panel))))
     for first in range(0, len(tops), tiling.lanes):
         own = tops[first : first + tiling.lanes]
-        folds = write.folded_together([top for top, _ in own], write.larger)
+        folds = write.folded_together([top for top, _ in own], write.maximum)
         for lane, (_, at) in enumerate(own):
             build.store(build.extract_element(folds, ir.Constant(INT32, lane)), at)
     build.ret_void()

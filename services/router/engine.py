@@ -143,7 +143,7 @@ class Engine:
             self.retire(sequence)
         if self.active.forget(sequence):
             self._chronicle.ended_early(sequence, error)
-        sequence.outlet.end(error)
+        sequence.give_up(error)
 
     def capacity(self, model: ServedModel) -> int | None:
         """Tokens of the longest sequence that a connected worker can hold; None while none is connected."""

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dspark.tokenizer import IncrementalDetokenizer, Tokenizer
 from services.router.requests import Request
 
-__all__ = ["FinishReason", "StopText", "cut"]
+__all__ = ["PORTION", "FinishReason", "StopText", "cut"]
+
+PORTION = 512
+"""Tokens of a whole answer that go out together, with their text: no message of one grows with its length."""
 
 
 class FinishReason(enum.Enum):
@@ -37,11 +40,13 @@ def cut(tokens: Sequence[int], left: int, request: Request) -> tuple[int, Finish
 class StopText:
     """Turns a request's tokens into text that is whole UTF-8 and never reaches into a stop string.
 
-    Where nobody waits for it (`whole`) and nothing is looked for in it, all of it comes with `flush`.
+    Where nobody waits for it (`whole`) and nothing is looked for in it, it comes by portions, the last with `flush`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, whole: bool = False) -> None:
-        self._late = whole and not stop
+        self.late = whole and not stop
+        """Whether text is behind the tokens by more than a few."""
+        self._tokens = 0
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stop = tuple(stop)
         self._held = ""  # could yet turn out to begin a stop string
@@ -49,7 +54,8 @@ class StopText:
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain. Once `matched` is set, the text ends."""
-        if self._late:
+        self._tokens += 1
+        if self.late and self._tokens % PORTION:
             self._detokenizer.hold(token_id)
             return ""
         return self._release(self._detokenizer.push(token_id))

@@ -10,12 +10,9 @@ from dataclasses import dataclass, replace
 from dspark.errors import DSparkError
 from dspark.messages import PositionLogprobs
 from services.router.counts import Counts
-from services.router.finish import FinishReason
+from services.router.finish import PORTION, FinishReason
 
 __all__ = ["Delta", "Finished", "Outlet"]
-
-PORTION = 512
-"""Tokens of a whole answer that go out together: with log-probabilities of many alternatives some 200 KB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +81,11 @@ class Outlet:
                 self._news.set()
             if self.full and not was_full:
                 self._full_since = time.monotonic()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last word is said."""
+        return self._end is not None
 
     @property
     def full_seconds(self) -> float:

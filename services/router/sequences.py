@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dspark.errors import DSparkError
 from dspark.messages import AttachSequence, OpenSequence, PositionLogprobs, SequenceKey
 from services.router.counts import Counts
 from services.router.finish import FinishReason, StopText
@@ -192,6 +193,12 @@ class Sequence:
         self.completion_tokens += len(tokens)
         self.outlet.push(Delta("".join(text), tuple(tokens), logprobs))
         return reason
+
+    def give_up(self, error: DSparkError) -> None:
+        """Tells the client why no more comes, behind what it has not heard yet. No effect once it has ended."""
+        if self._text.late and not self.outlet.ended:
+            self.outlet.push(Delta(self._text.flush()))
+        self.outlet.end(error)
 
     @property
     def seconds(self) -> float:

@@ -45,9 +45,9 @@ __all__ = [
     "loosened",
 ]
 
-MOST_ARRIVALS = 1024.0
+MOST_ARRIVALS = 512.0
 """Tokens outside the head may weigh so many times the head by bounds, the head taken to lie as far below its own as the
-token of the greatest bound does. About so many arrivals are awaited on such a row at most."""
+token of the greatest bound does. About so many arrivals are awaited on such a row, on average, at most."""
 MOST_BELOW = 28.0
 """Temperatures that this token may lie below its bound: weights outside the head are 0 from 73 below the bound on."""
 OUT_OF_REACH = 45.0

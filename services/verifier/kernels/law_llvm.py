@@ -3,8 +3,8 @@
 The same law as `dspark.sampling.processed`: the greatest tokens exactly, in float64, all others in float32 with a sum
 for each block. What is compared are integers in the order of the logits, so that the head is found by counting and
 nothing is sorted: first blocks whose greatest number is among the best, then tokens inside them. Measuring a row
-reads it twice; where rates will do for weights (`services.verifier.race`), all tokens of a low block have that of its
-greatest number, and it is read once.
+reads it twice. Where rates will do for weights (`services.verifier.race`) and blocks' greatest numbers are known, all
+tokens of a low block have the rate of the greatest, and only high blocks are read.
 
 Knows one row. Whom it judges is `judge_llvm`'s affair.
 """
@@ -122,7 +122,7 @@ class Row:
         return self._build.fadd(self.head, self.rest)
 
     def weight(self, token: ir.Value) -> ir.Value:
-        """A token's weight, float64: exactly what it counts for in head or rest."""
+        """A token's weight, float64: exactly what it counts for in head or rest, where no block is low."""
         write, build = self._write, self._build
         value = self._element.one(write, write.at(self.x, token))
         exact = write.double("exp", log_weight(build, value, self.greatest, self._temperature))
@@ -304,9 +304,11 @@ class _Measuring:
     def _append(self, wanted: ir.Value, ids: ir.Value, keys: ir.Value) -> None:
         """To those found, the wanted of a vector."""
         write, build, room, count = self._write, self._build, self._room, self._build.load(self._found)
-        for values, to in ((ids, room.ids), (keys, room.keys)):
-            write.compress(values, wanted, write.at(to, count))
-        build.store(build.add(count, write.counted(wanted)), self._found)
+        more = write.counted(wanted)
+        with build.if_then(build.icmp_signed(">", more, number(0))):  # mostly not, and some processors are slow at it
+            for values, to in ((ids, room.ids), (keys, room.keys)):
+                write.compress(values, wanted, write.at(to, count))
+            build.store(build.add(count, more), self._found)
 
     def _keep(self, edge: ir.Value, found: ir.Value, count: ir.Value) -> None:
         """The head: tokens above the edge, and the first of those on it, with their log weights."""

@@ -52,6 +52,17 @@ def test_no_logit_is_above_its_bound(shape: tuple[int, int], make: Callable[[int
     assert float(((found - exact) / lengths).max()) < 0.06
 
 
+@pytest.mark.parametrize("rows", [1, 13])
+def test_a_token_without_a_bound_shows_in_its_peak_wherever_it_lies(rows: int) -> None:
+    for place in range(0, screen.PEAKED, 5):
+        weight = normal(3 * screen.PEAKED, 64, 1).bfloat16()
+        weight[screen.PEAKED + place] = torch.nan
+        head, x = screen_llvm.ScreenedHead(weight), normal(rows, 64, 2)
+        peaks = torch.zeros(rows, head.width // screen.PEAKED)
+        head.above(x, torch.empty(rows, head.width), peaks)
+        assert peaks.isnan().any(0).tolist()[:3] == [False, True, False]
+
+
 def test_turning_brings_bounds_nearer() -> None:
     weight, x = outlying(500, 640, 1).bfloat16(), outlying(20, 640, 2)
     (codes, unit), (x_codes, x_unit) = screen.coded(weight.float()), screen.coded(x.bfloat16().float())

@@ -56,6 +56,21 @@ def slow_verifier(**options: Any) -> ToyVerifier:
 # ---------------------------------------------------------------- cancellation
 
 
+async def test_a_whole_answer_that_is_aborted_has_what_there_was() -> None:
+    async with cluster(slow_verifier(), ToyDraft()) as toys:
+        call = toys.stub().Generate(request_of("hello", max_tokens=400, request_id="mine", whole=True))
+        await call.read()
+        sequence = toys.engine.active.get("mine")
+        assert sequence is not None
+        await until(lambda: sequence.completion_tokens > 20)
+        assert (await toys.stub().Abort(pb.AbortRequest(request_id="mine"))).found
+        delta = (await call.read()).delta
+        assert list(delta.token_ids) == expected(letters, PROMPT, 5, len(delta.token_ids))
+        assert len(delta.text) == len(delta.token_ids) > 20
+        with pytest.raises(grpc.aio.AioRpcError, match="aborted on request"):
+            await call.read()
+
+
 @pytest.mark.parametrize("how", ["cancel", "abort", "deadline"])
 async def test_both_workers_are_free_within_a_round(how: str) -> None:
     verifier, drafter = slow_verifier(), ToyDraft()

@@ -12,7 +12,7 @@ from dspark.messages import Sampling
 from dspark.tokenizer import Tokenizer
 from services.router.admission import Admission
 from services.router.counts import Counts
-from services.router.finish import FinishReason, StopText, cut
+from services.router.finish import PORTION, FinishReason, StopText, cut
 from services.router.outlet import Delta, Outlet
 from services.router.requests import Request
 
@@ -92,6 +92,14 @@ def test_what_was_shown_is_never_part_of_a_stop_string(words: list[str], stop: l
     assert whole.startswith(shown)
     assert not any(string in shown for string in stop)
     assert bool(stream.matched) == any(string in whole for string in stop)
+
+
+def test_a_whole_answers_text_comes_with_its_portions() -> None:
+    stream = StopText(TOKENIZER, [], whole=True)
+    token = TOKENIZER.encode("a", special_tokens=False)[0]
+    shown = [stream.push(token) for _ in range(2 * PORTION + 3)]
+    assert [len(text) for text in shown if text] == [PORTION, PORTION]
+    assert stream.flush() == "aaa"
 
 
 @given(text=st.text("aé👍", max_size=14), stop=st.lists(st.text("aé", min_size=1, max_size=3), max_size=2))
