@@ -47,6 +47,7 @@ class Round:
         proposed: (R,) whether a block came. confidences: (R, n) as they came; corrected: as they are believed.
         outcome: the lengths.
         tokens: expected of the round.
+        kind: how most of the running sequences choose their tokens: "greedy", "coupled" or "rejection".
         begins: drafters were asked that stay from now on: rounds like it will take less.
     """
 
@@ -83,6 +84,7 @@ class Round:
     corrected: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     outcome: Outcome | None = None
     tokens: float = 0.0
+    kind: str = ""
     begins: bool = False
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,12 +19,19 @@ __all__ = [
     "coming",
     "confidences",
     "fresh",
+    "kind_of",
     "most_of",
     "most_promising",
     "shortening",
     "standing",
     "unattached",
 ]
+
+
+def kind_of(running: Sequence[Running]) -> str:
+    """How most of them choose their tokens: "greedy", or by a mode's name; "" for nobody."""
+    kinds = Counter("greedy" if s.request.sampling.greedy else s.request.sampling.mode.value for s in running)
+    return max(kinds, key=lambda kind: (kinds[kind], kind), default="")
 
 
 def most_of(

@@ -25,6 +25,7 @@ from services.router.rows import (
     coming,
     confidences,
     fresh,
+    kind_of,
     most_of,
     most_promising,
     shortening,
@@ -114,11 +115,11 @@ class Scheduler:
         policies = [s.request.policy or self._options.policy for s in running]
         block = self._block()
         scheduled = np.array([policy.needs_costs for policy in policies], np.bool_)
-        decision = None
+        decision, kind = None, kind_of(running)
         if scheduled.any():
             bounded = bool(scheduled.all())
             decision = self._holding.decision or self.weighing.decide(
-                block, len(running) + price, self._rest.rounds, bounded=bounded
+                block, len(running) + price, self._rest.rounds, kind=kind, bounded=bounded
             )
         context = sum(s.committed_len for s in running) / max(1, len(running))
         slots, settings = self._memory.rows(running)
@@ -144,6 +145,7 @@ class Scheduler:
             unhidden=0.0,
             decision=decision,
             once=np.zeros(len(running), np.bool_),
+            kind=kind,
         )
         if most.any():
             if scheduled.any():

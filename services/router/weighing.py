@@ -1,10 +1,13 @@
 """What rounds were worth beside plain decoding, and what that leaves for the next one to try.
 
 Brings a round's figures to `payoff`, which says how long blocks may be, and to `allowance`, which says whether there
-may be any. Tokens are those of all routers that waited for the round, and seconds the whole round's.
+may be any; of each kind of batch on its own, as greedy drafts mostly stand and sampled ones do not. Tokens are those of
+all routers that waited for the round, and seconds the whole round's.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 from services.router.costs import RoundCosts
 from services.router.round import Round, Took
@@ -17,6 +20,14 @@ SURPRISE = 1.25  # what a step took beyond so many times what was expected tells
 YIELD_PACE = 1 / 16
 
 
+@dataclass(slots=True)
+class _Scales:
+    """Of one kind of batch."""
+
+    payoffs: Payoffs
+    allowance: Allowance = field(default_factory=Allowance)
+
+
 class Weighing:
     """The state of one cohort, whose blocks have up to `block` draft tokens.
 
@@ -27,15 +38,16 @@ class Weighing:
     def __init__(self, costs: RoundCosts, block: int) -> None:
         self.row_yield = 1.0
         self._costs = costs
-        self._payoffs = Payoffs(block)
-        self._allowance = Allowance()
+        self._block = block
+        self._kinds: dict[str, _Scales] = {}
+        self._kind = ""
 
     @property
     def payoff(self) -> Payoff:
-        """Whether speculation pays at the load that was last decided for."""
-        return self._payoffs.now
+        """Whether speculation pays for the kind and size of load that was last decided for."""
+        return self._of(self._kind).payoffs.now
 
-    def decide(self, block: int, load: int, rounds: int, *, bounded: bool = True) -> Decision:
+    def decide(self, block: int, load: int, rounds: int, *, kind: str = "", bounded: bool = True) -> Decision:
         """What the next round may do, of `load` rows before any drafts.
 
         Beside other routers' rows only evidence bounds drafting: what one of them tries alone loses what all of them
@@ -45,12 +57,17 @@ class Weighing:
             block: draft tokens of a whole block.
             load: rows.
             rounds: since it was last asked.
+            kind: of the batch, as `Round.kind`.
             bounded: everybody's drafts are the scheduler's; beside others' it does not show what these lose.
         """
-        if self._payoffs.block != block:
-            self._payoffs, self._allowance = Payoffs(block), Allowance()
+        if self._block != block:
+            self._block, self._kinds = block, {}
+        self._kind, scales = kind, self._of(kind)
         free = not bounded or self._costs.other_rows > 0
-        return self._payoffs.decide(load, rounds, allowed=free or self._allowance.open(load))
+        return scales.payoffs.decide(load, rounds, allowed=free or scales.allowance.open(load))
+
+    def _of(self, kind: str) -> _Scales:
+        return self._kinds.setdefault(kind, _Scales(Payoffs(self._block)))
 
     def learn(self, round_: Round, took: Took, judged: int) -> None:
         """What a round came to that gave verdicts on so many sequences."""
@@ -66,7 +83,7 @@ class Weighing:
             self._weigh(round_, took, round_.decision, judged + took.company, plain_seconds)
 
     def _weigh(self, round_: Round, took: Took, decision: Decision, plain_tokens: int, plain_seconds: float) -> None:
-        payoff = self._payoffs.of(decision)
+        payoff = self._of(round_.kind).payoffs.of(decision)
         tokens = took.tokens + max(took.company, took.other_rows * self.row_yield)
         drafted = bool((round_.drafting & round_.scheduled).any())
         plain = round_.plain and took.other_rows in (0, took.others)  # nor do others draft
@@ -87,11 +104,11 @@ class Weighing:
     def _account(self, round_: Round, gained: float, took: float, *, usual: bool) -> None:
         """Of a round of ours alone, all of whose drafts were the scheduler's; over a plain one's tokens and seconds."""
         assert round_.decision is not None
-        load = round_.decision.load
+        load, allowance = round_.decision.load, self._of(round_.kind).allowance
         if round_.plain:
-            self._allowance.plain(load)
+            allowance.plain(load)
         elif not round_.capped:
-            self._allowance.tried(load, gained=gained, took=took, usual=usual)
+            allowance.tried(load, gained=gained, took=took, usual=usual)
 
 
 def _surprise(took: Took) -> float:

@@ -403,7 +403,7 @@ async def test_speculation_comes_back_where_the_drafter_stays_with_streams() -> 
     async with cluster(verifier, draft, options=by_fives(policy=Adaptive())) as toys:
         await toys.generate("hello", max_tokens=60)
         scheduler = next(iter(toys.engine._schedulers.values()))
-        payoff = scheduler.weighing._payoffs._at(1)
+        payoff = scheduler.weighing._of("coupled").payoffs._at(1)
         payoff._go(2)  # as after a bad stretch
         assert payoff.limit == 0
         assert_right([await toys.generate("hello", max_tokens=600, sampling={"seed": 0})], 600)

@@ -195,6 +195,13 @@ def test_what_a_drafters_first_rounds_take_is_counted_and_is_no_evidence() -> No
     assert made.payoff.advantage == pytest.approx(-0.045, abs=0.01)
 
 
+def test_what_one_kind_of_batch_loses_ends_no_other_kinds_drafts() -> None:
+    made = scheduler()
+    assert learned(made, rounds=ENOUGH - 2, seconds=0.050, kind="coupled") == BLOCK  # asked for another kind
+    assert made.weighing.decide(BLOCK, 1, 1, kind="coupled").limit == 0
+    assert made.weighing.decide(BLOCK, 1, 1, kind="greedy").limit == BLOCK
+
+
 def test_what_a_step_takes_beyond_what_was_expected_tells_of_the_machine() -> None:
     assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.080, step=0.028 + 0.044) == BLOCK
     assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.080, step=0.028) == 0
