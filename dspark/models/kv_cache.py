@@ -194,6 +194,13 @@ class KVCache:
                     sliding.pool.release(pages[index])
                     pages[index] = NULL_PAGE
 
+    def blank(self, sequence: CachedSequence, position: int) -> None:
+        """Zero a sequence's pages from that of `position` on: for whoever wrote what means nothing, lest it is read."""
+        for kind, group in self._groups.items():
+            pages = [page for page in sequence.pages[kind][position // self.page_size :] if page != NULL_PAGE]
+            for storage in group.storage.values():
+                storage[:, pages] = 0
+
     def close(self, sequence: CachedSequence) -> None:
         """Give a sequence's pages and reservation back; its committed pages stay reusable. Closing twice is fine."""
         if sequence.closed:

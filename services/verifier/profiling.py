@@ -70,6 +70,8 @@ class Rehearsal:
                     _check(opened.error)
                     self._presume(self._engine.find(opened.key))
                 result = self._engine.step([_item(request) for request in requests])
+                for request in requests:  # contexts stay as pages are when new: rows of no sense take longer to judge
+                    self._cache.blank(self._engine.find(request.key).cached, len(request.token_ids) - 1)
             finally:
                 self._engine.close(keys)
         for verdict in result.verdicts:

@@ -115,6 +115,15 @@ def test_nothing_stays(path: Path) -> None:
     rig.engine.close([running])
 
 
+def test_a_rehearsal_leaves_new_pages_as_they_were(path: Path) -> None:
+    """Contexts of what other rehearsals wrote have rows of no sense, which take longer to judge."""
+    rig = Rig(path, pages=190)
+    for tokens, context in ((8, 64), (3, 512), (33, 64)):
+        rig.rehearsal.time(tokens, context)
+    layers = [rig.cache.layer(layer)[:, :-1] for layer in range(rig.cache.config.num_layers)]
+    assert not any(bool(storage.any()) for storage in layers)
+
+
 def test_a_full_cache_times_nothing_rather_than_take_what_prefixes_need(path: Path) -> None:
     rig = Rig(path, pages=40)
     for number in range(8):
