@@ -259,6 +259,7 @@ class _Measuring:
         self._note(_LOW, ir.Constant(DOUBLE, -float(1 << 31)))
         with build.if_then(build.icmp_signed("<", self._high, self._blocks)):
             self._set_low()
+            self._presume()
         self._collect(least)
         found = build.load(self._found)
         end_keys(write, room.keys, found)
@@ -268,8 +269,6 @@ class _Measuring:
         self._note(_EDGE, build.fpext(unordered(write, edge), DOUBLE))
         self._note(_LAST, build.sitofp(build.load(self._last), DOUBLE))
         self._note(_HEAD, build.load(self._head))
-        with build.if_then(build.icmp_signed("<", self._high, self._blocks)):
-            self._presume()
         self._add_up()
         build.ret(count)
 
