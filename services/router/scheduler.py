@@ -148,19 +148,13 @@ class Scheduler:
             kind=kind,
         )
         if most.any():
-            if scheduled.any():
-                self._choose(round_, block)
-            self._shorten(round_, block)
-            self._join(round_)
-        else:  # as where nothing pays: choosing would take a hundredth of a round of many
+            self._wish(round_, block)
+        else:  # choosing would take a hundredth of a round of many
             _wish_nothing(round_)
         round_.drafting = round_.asked & self._draftable(round_)
         if self._holding.settle(round_, coming(round_)):
             self._attach()
-        if round_.drafting.any():
-            longest = int(round_.most[round_.drafting].max())
-            drafting = self._draft_seconds(len(running), context, longest)
-            round_.unhidden = float(drafting[np.count_nonzero(round_.drafting)])
+        round_.unhidden = self._unhidden(round_)
         return round_
 
     def _block(self) -> int:
@@ -172,6 +166,21 @@ class Scheduler:
     def _draft_seconds(self, requests: int, context: float, tokens: int) -> Floats:
         links = [link for link in self._drafters.values() if link.alive]
         return self.costs.draft(requests, context, links, tokens)
+
+    def _unhidden(self, round_: Round) -> float:
+        """Seconds that the drafting of a round will take."""
+        if not round_.drafting.any():
+            return 0.0
+        longest = int(round_.most[round_.drafting].max())
+        seconds = self._draft_seconds(len(round_.running), round_.context, longest)
+        return float(seconds[np.count_nonzero(round_.drafting)])
+
+    def _wish(self, round_: Round, block: int) -> None:
+        """For whom to draft, how much, and whose blocks are to come unasked."""
+        if round_.scheduled.any():
+            self._choose(round_, block)
+        self._shorten(round_, block)
+        self._join(round_)
 
     def _choose(self, round_: Round, block: int) -> None:
         """Among those whose policy looks at costs; the others are drafted for as they wish."""
