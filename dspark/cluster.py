@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -67,6 +68,9 @@ class Cluster:
         drafter: a checkpoint directory; "default": the one that comes with the model, if any; "ngram": prompt lookup;
             "none": plain decoding.
         draft: draft workers to start with; verify: verify workers.
+        together: the first draft and the first verify worker are one process, which saves what lies between them where
+            both share the cores; whatever ends one ends both. None: where one of each starts, on a machine without a
+            GPU.
         store: URL of a running store; None starts one of our own.
         listen: where the router listens; port 0 picks a free one, see `address`.
         policy: how verify lengths are chosen, as the router's --policy; None: its default.
@@ -86,6 +90,7 @@ class Cluster:
         *,
         draft: int = 1,
         verify: int = 1,
+        together: bool | None = None,
         store: str | None = None,
         listen: str = "127.0.0.1:0",
         policy: str | None = None,
@@ -99,6 +104,7 @@ class Cluster:
         self._model = model
         self._drafter = drafter
         self._counts: dict[Role, int] = {"verify": verify, "draft": draft}
+        self._together = together
         self._listen = listen
         self._store = store
         self._policy = policy
@@ -169,7 +175,7 @@ class Cluster:
 
     async def watch(self, lost: Callable[[str], None] = lambda _: None) -> None:
         """Tells `lost` of every worker that ends; raises `Unavailable` when the router has ended."""
-        waiting = {asyncio.create_task(child.process.wait()): child for child in self._children.values()}
+        waiting = {asyncio.create_task(child.process.wait()): child for child in set(self._children.values())}
         try:
             while True:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -212,7 +218,10 @@ class Cluster:
     async def _start(self) -> None:
         router = ["services.router", "--listen", self._listen, *self._rule_args(), *self._router_args]
         self._children["router"] = await self._spawn("router", router)
-        names = [await self._spawn_worker(role) for role, count in self._counts.items() for _ in range(count)]
+        names = await self._spawn_pair() if self._paired() else []
+        started = Counter(name.partition("-")[0] for name in names)
+        for role, count in self._counts.items():
+            names += [await self._spawn_worker(role) for _ in range(count - started[role])]
         async with asyncio.timeout(self._start_seconds) as limit:
             try:
                 self.address = await self._wait_for_router()
@@ -221,6 +230,22 @@ class Cluster:
                 if limit.expired():
                     raise StartupError(self._late()) from None
                 raise
+
+    def _paired(self) -> bool:
+        """Whether the first workers share a process."""
+        if self._together is None:
+            alone = set(self._counts.values()) == {1} and not Path("/dev/nvidiactl").exists()
+            return alone and not self._disagreement()
+        if self._together and not all(self._counts.values()):
+            raise ConfigError("together: there is no draft worker or no verify worker that could share a process")
+        if self._together and (options := self._disagreement()):
+            raise ConfigError(f"together: {', '.join(options)} has two values and one process")
+        return self._together
+
+    def _disagreement(self) -> list[str]:
+        """Options that both kinds of workers are given, and not the same."""
+        draft, verify = (_options(args) for args in self._worker_args.values())
+        return sorted(name for name in draft.keys() & verify.keys() if draft[name] != verify[name])
 
     def _rule_args(self) -> list[str]:
         """A cluster that will never have a drafter decodes plainly, which needs no costs."""
@@ -238,6 +263,16 @@ class Cluster:
         async with asyncio.timeout(self._start_seconds):
             await self._wait_for_workers([name])
         return name
+
+    async def _spawn_pair(self) -> list[str]:
+        """A verify and a draft worker in one process; their names."""
+        names = [f"{role}-{next(self._numbers[role])}" for role in self._counts]
+        models = ["--model", str(self._model_path), "--drafter", str(self._drafter_path)]
+        ids = ["--worker-id", names[0], "--draft-worker-id", names[1]]
+        args = [*self._worker_args["verify"], *self._worker_args["draft"]]
+        child = await self._spawn("pair-1", ["services.pair", *models, *ids, *args])
+        self._children |= dict.fromkeys(names, child)
+        return names
 
     async def _spawn_worker(self, role: Role, args: Sequence[str] = ()) -> str:
         name = f"{role}-{next(self._numbers[role])}"
@@ -294,8 +329,19 @@ class Cluster:
         """Router first, so that it does not take its workers' leaving for their loss."""
         if (router := self._children.get("router")) is not None:
             await router.stop(signal.SIGTERM, patience=3.0)
-        workers = [child for name, child in self._children.items() if name != "router"]
+        workers = {child for name, child in self._children.items() if name != "router"}
         await asyncio.gather(*(child.stop(signal.SIGTERM, patience=3.0) for child in workers))
+
+
+def _options(args: Sequence[str]) -> dict[str, str]:
+    """Command-line arguments by name; of a flag without a value, the empty string."""
+    options, name = {}, ""
+    for arg in args:
+        if arg.startswith("--"):
+            name, _, options[name] = arg.partition("=")
+        else:
+            options[name] = arg
+    return options
 
 
 def _ending(child: Child) -> str:

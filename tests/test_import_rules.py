@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 FORBIDDEN = {  # package -> what nothing below it may import
     "dspark": {"services", "training", "benchmarks"},
     "dspark.costs": {"torch", "triton", "dspark.models"},
-    "services.router": {"torch", "triton", "services.draft", "services.verifier", "training"},
-    "services.draft": {"services.router", "services.verifier", "training"},
-    "services.verifier": {"services.router", "services.draft", "training"},
+    "services.router": {"torch", "triton", "services.draft", "services.verifier", "services.pair", "training"},
+    "services.draft": {"services.router", "services.verifier", "services.pair", "training"},
+    "services.verifier": {"services.router", "services.draft", "services.pair", "training"},
+    "services.pair": {"services.router", "training"},
 }
 EXEMPT = "dspark.cli"  # its commands start services and training, inside functions
 

@@ -56,6 +56,7 @@ def command(
     drafter: common.Drafter = "default",
     draft: common.Draft = 1,
     verify: common.Verify = 1,
+    together: common.Together = None,
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
     log_dir: common.LogDir = None,
@@ -97,6 +98,7 @@ def command(
         log_dir=log_dir,
         verify_args=("--no-prefix-cache",),
         trace=trace,
+        together=together,
     )
     bench = _Bench(session, cluster, json_file)
     try:

@@ -27,6 +27,7 @@ def chat(
     drafter: common.Drafter = "default",
     draft: common.Draft = 1,
     verify: common.Verify = 1,
+    together: common.Together = None,
     policy: common.PolicyName = None,
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
@@ -39,7 +40,9 @@ def chat(
     no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode without the drafter.")] = False,
 ) -> None:
     """Talk with a chat model. An empty line or Ctrl-D ends, `/new` starts over."""
-    settings = common.ClusterSettings(router, model, drafter, draft, verify, policy, verify_length, dtype, log_dir)
+    settings = common.ClusterSettings(
+        router, model, drafter, draft, verify, policy, verify_length, dtype, log_dir, together=together
+    )
     params: GenerateParams = {
         "max_tokens": max_tokens,
         "temperature": temperature,

@@ -47,6 +47,14 @@ Drafter = Annotated[
 ]
 Draft = Annotated[int, typer.Option(min=0, help="Draft workers of a cluster of one's own.")]
 Verify = Annotated[int, typer.Option(min=1, help="Verify workers of a cluster of one's own.")]
+Together = Annotated[
+    bool | None,
+    typer.Option(
+        "--together/--apart",
+        help="Whether the first draft and verify worker of a cluster of one's own are one process "
+        "[together where there is one of each and no GPU].",
+    ),
+]
 PolicyName = Annotated[
     str | None,
     typer.Option(
@@ -84,6 +92,7 @@ class ClusterSettings:
     verify_args: tuple[str, ...] = field(default=())
     draft_args: tuple[str, ...] = field(default=())
     trace: Path | None = None
+    together: bool | None = None
 
     def cluster(self, **changes: Any) -> Cluster:
         """The cluster, not yet started; `changes` are further arguments of `Cluster`."""
@@ -91,6 +100,7 @@ class ClusterSettings:
         settings: dict[str, Any] = {
             "draft": self.draft,
             "verify": self.verify,
+            "together": self.together,
             "policy": self.policy,
             "verify_length": self.verify_length,
             "log_dir": self.log_dir,

@@ -67,6 +67,7 @@ def command(
     drafter: common.Drafter = "default",
     draft: common.Draft = 1,
     verify: common.Verify = 1,
+    together: common.Together = None,
     policy: common.PolicyName = None,
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
@@ -82,7 +83,9 @@ def command(
     """
     if compare is CompareWith.offline:
         policy = _whole_blocks(policy)
-    cluster = common.ClusterSettings(router, model, drafter, draft, verify, policy, verify_length, dtype, log_dir)
+    cluster = common.ClusterSettings(
+        router, model, drafter, draft, verify, policy, verify_length, dtype, log_dir, together=together
+    )
     if compare is CompareWith.offline:  # whose rounds are the drafter's own
         cluster = replace(cluster, draft_args=("--no-lookup",))
     settings = Settings(max_tokens, temperature, seed, Mode(mode.value), not no_speculation, concurrency, policy)

@@ -26,6 +26,7 @@ def generate(
     drafter: common.Drafter = "default",
     draft: common.Draft = 1,
     verify: common.Verify = 1,
+    together: common.Together = None,
     policy: common.PolicyName = None,
     verify_length: common.VerifyLength = None,
     dtype: common.Dtype = None,
@@ -48,7 +49,9 @@ def generate(
     as_json: common.AsJson = False,
 ) -> None:
     """Continue a prompt with the model of a running router, or of a cluster that is started for this."""
-    settings = common.ClusterSettings(router, model, drafter, draft, verify, policy, verify_length, dtype, log_dir)
+    settings = common.ClusterSettings(
+        router, model, drafter, draft, verify, policy, verify_length, dtype, log_dir, together=together
+    )
     params: GenerateParams = {
         "max_tokens": max_tokens,
         "temperature": temperature,

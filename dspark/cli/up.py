@@ -35,6 +35,7 @@ def up(
     drafter: common.Drafter = "default",
     draft: common.Draft = 1,
     verify: common.Verify = 1,
+    together: common.Together = None,
     listen: Annotated[str, typer.Option(help="Where the router listens, HOST:PORT.")] = "127.0.0.1:50051",
     store: Annotated[
         str | None, typer.Option(help="URL of a running Redis or Valkey; none: one of our own.", envvar="DSPARK_STORE")
@@ -65,6 +66,7 @@ def up(
         dtype=dtype,
         log_dir=log_dir,
         trace=trace,
+        together=together,
         verify_args=("--weights", weights.value) if weights else (),
         draft_args=("--draft-weights", draft_weights.value) if draft_weights else (),
     )

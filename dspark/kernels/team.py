@@ -45,6 +45,8 @@ def settle() -> bool:
     program's. Nor is it where there are more or fewer cores, and it is not for teams that a library runs in part: who
     is left out ends, and comes back with this thread's core.
     """
+    if getattr(_OWN, "settled", False):
+        return True
     parallel = _parallel()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux has it
     here = threading.current_thread() is threading.main_thread()
@@ -59,7 +61,8 @@ def settle() -> bool:
 
     callback = _FUNCTION(move)  # what it raises is told on stderr
     parallel(ctypes.cast(callback, ctypes.c_void_p).value or 0, 0, len(cores), 0)
-    return len(moved) == len(cores)
+    settled = _OWN.settled = len(moved) == len(cores)
+    return settled
 
 
 @contextmanager

@@ -7,6 +7,7 @@ drafts (`drafting.BlockDrafter`), how features get here, who waits for them and 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,7 +77,7 @@ class _Arrived:
 
 
 class DraftEngine:
-    """Attach sequences, append their features, propose blocks: all from one thread. `load`, `length` from any."""
+    """Attach sequences, append their features, propose blocks: all from one thread, or where said from any."""
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class DraftEngine:
         self._confidences = Confidences(self._blocks.calibration, self._blocks.block_size)
         self._room = ContextRoom(context_positions, self._blocks.block_rows)
         self._sequences: dict[str, _Sequence] = {}
+        self._changing = threading.RLock()  # which sequences there are; contexts are of one thread
         self.costs: Refined | None = None
         """What drafting costs by requests: follows what is drafted once it is there."""
         self._last_tokens = 0
@@ -104,37 +106,39 @@ class DraftEngine:
     # ------------------------------------------------------------ sequences
 
     def attach(self, request: AttachSequence) -> None:
-        """Draft for a sequence from now on; a repeat changes nothing, a newer epoch starts over.
+        """Draft for a sequence from now on; a repeat changes nothing, a newer epoch starts over. Any thread may.
 
         Raises `StaleMessage` for an older epoch, `OutOfPages` for a max_len without room, `InvalidRequest` for fields
         outside their limits.
         """
         _check_request(request)
-        present = self._sequences.get(request.key.sequence_id)
-        if present is not None:
-            if present.request == request:
-                return
-            if present.request.key.epoch > request.key.epoch:
-                raise StaleMessage(f"{_describe(request.key)}: epoch {present.request.key.epoch} is attached here")
-            self.detach([present.request.key])
-        context = self._blocks.open(self._room.reserve(request.max_len))
-        self._sequences[request.key.sequence_id] = _Sequence(request, context)
+        with self._changing:
+            present = self._sequences.get(request.key.sequence_id)
+            if present is not None:
+                if present.request == request:
+                    return
+                if present.request.key.epoch > request.key.epoch:
+                    raise StaleMessage(f"{_describe(request.key)}: epoch {present.request.key.epoch} is attached here")
+                self.detach([present.request.key])
+            context = self._blocks.open(self._room.reserve(request.max_len))
+            self._sequences[request.key.sequence_id] = _Sequence(request, context)
 
     def detach(self, keys: Iterable[SequenceKey]) -> None:
-        """Forget sequences; unknown ones and other epochs are passed over."""
-        for key in keys:
-            sequence = self._sequences.get(key.sequence_id)
-            if sequence is not None and sequence.request.key == key:
-                del self._sequences[key.sequence_id]
-                self._room.release(sequence.request.max_len)
+        """Forget sequences; unknown ones and other epochs are passed over. Any thread may."""
+        with self._changing:
+            for key in keys:
+                sequence = self._sequences.get(key.sequence_id)
+                if sequence is not None and sequence.request.key == key:
+                    del self._sequences[key.sequence_id]
+                    self._room.release(sequence.request.max_len)
 
     def length(self, key: SequenceKey) -> int | None:
-        """Context positions 0 … length - 1 are here; None for a sequence that is not attached."""
+        """Context positions 0 … length - 1 are here; None for a sequence that is not attached. Any thread may ask."""
         sequence = self._sequences.get(key.sequence_id)
         return sequence.context.length if sequence is not None and sequence.request.key == key else None
 
     def load(self) -> WorkerLoad:
-        """What the engine is doing."""
+        """What the engine is doing. Any thread may ask."""
         return WorkerLoad(
             running=len(self._sequences),
             tokens_in_flight=self._last_tokens,

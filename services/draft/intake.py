@@ -16,8 +16,9 @@ from dspark.ending import end
 from dspark.errors import InvalidRequest
 from dspark.messages import SequenceKey
 from services.draft.inbox import FeatureInbox
-from services.draft.link import VerifierLink
+from services.draft.link import Connect, VerifierLink
 from services.draft.offer import TapOffer
+from services.draft.wire import WireLink
 
 __all__ = ["FeatureIntake"]
 
@@ -35,6 +36,7 @@ class FeatureIntake:
         present: Callable[[], Iterable[str]] = tuple,
         connect_seconds: float = 5.0,
         linger_seconds: float = 30.0,
+        connect: Connect = WireLink,
     ) -> None:
         """`present`: addresses of the verify workers to be connected to, as far as is known now.
 
@@ -46,6 +48,7 @@ class FeatureIntake:
         self._present = present
         self._connect_seconds = connect_seconds
         self._linger_seconds = linger_seconds
+        self._connect = connect
         self._links: dict[str, VerifierLink] = {}
         self._sources: dict[SequenceKey, VerifierLink] = {}
         self._resources = contextlib.AsyncExitStack()
@@ -98,7 +101,7 @@ class FeatureIntake:
     async def _link(self, address: str) -> VerifierLink:
         link = self._links.get(address)
         if link is None:
-            link = self._links[address] = VerifierLink(address, self._offer, self._inbox)
+            link = self._links[address] = self._connect(address, self._offer, self._inbox)
             await link.__aenter__()
         return link
 

@@ -4,14 +4,16 @@ A drafter without a tap has a stream of token ids all the same; "features" below
 
 Whatever breaks (connection, registration, a subscription) is tried again with growing pauses for as long as somebody
 wants the sequence; asking again always starts at the first position that is not here yet. Knows no tensors and no
-engine: blocks go to the inbox.
+engine: blocks go to the inbox. How wishes and blocks travel is known by `wire.py`, and where both workers are one
+process by `services.pair`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -22,22 +24,26 @@ import structlog
 from dspark.ending import end
 from dspark.errors import DSparkError, FeaturesMissing, InternalError, InvalidRequest, Mismatch, Unavailable
 from dspark.messages import FeatureBlock, SequenceKey
-from dspark.rpc.channel import connect, error_from_call
-from dspark.rpc.codec import decode
-from dspark.v1 import verifier_pb2 as pb
-from dspark.v1.verifier_pb2_grpc import VerifierStub
+from dspark.rpc.channel import error_from_call
 from services.draft.inbox import FeatureInbox
 from services.draft.offer import TapOffer
 
-__all__ = ["VerifierLink"]
+__all__ = ["Connect", "VerifierLink", "Wish"]
 
-_RPC_SECONDS = 10.0
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 _LONGEST_ASK_PAUSE = 1.0
 _PULL_PAUSE = 0.2  # a pull under way answers every gap that is seen meanwhile
 
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """To be sent a sequence's features from a position on; None: no more."""
+
+    key: SequenceKey
+    position: int | None
 
 
 @dataclass(slots=True)
@@ -49,16 +55,16 @@ class _Want:
     retry: asyncio.TimerHandle | None = None
 
 
-class VerifierLink:
+class VerifierLink(ABC):
     """For `async with`: connected from entry to exit, reconnecting as needed."""
 
     def __init__(self, address: str, offer: TapOffer, inbox: FeatureInbox) -> None:
         self.address = address
-        self._offer = offer
+        self.offer = offer
         self._inbox = inbox
         self._wants: dict[SequenceKey, _Want] = {}
         self._needed_at = time.monotonic()
-        self._outbox: asyncio.Queue[pb.FeatureRequest] | None = None
+        self._send: Callable[[Wish], object] | None = None  # while there is a stream
         self._settled = asyncio.Event()
         self._refusal: DSparkError | None = None
         self._reason = ""
@@ -82,7 +88,7 @@ class VerifierLink:
     @property
     def connected(self) -> bool:
         """Whether the tap, if any, is registered and the stream open."""
-        return self._outbox is not None
+        return self._send is not None
 
     async def ready(self, seconds: float) -> None:
         """Returns once connected. `Mismatch` where the drafter does not fit, `Unavailable` if it takes too long."""
@@ -113,9 +119,12 @@ class VerifierLink:
         self._needed_at = time.monotonic()
         if want is not None and want.retry is not None:
             want.retry.cancel()
-        if want is not None and self._outbox is not None:
-            request = pb.Unsubscribe(sequence_id=key.sequence_id, epoch=key.epoch)
-            self._outbox.put_nowait(pb.FeatureRequest(unsubscribe=request))
+        if want is not None and self._send is not None:
+            self._send(Wish(key, None))
+
+    def wanted(self, key: SequenceKey) -> bool:
+        """Whether somebody wants this sequence's features. Any thread may ask."""
+        return key in self._wants
 
     # ------------------------------------------------------------ connection
 
@@ -133,7 +142,7 @@ class VerifierLink:
                 _log.exception("a features stream failed", verifier=self.address)
                 pause = self._failed(InternalError(f"{type(error).__name__}: {error}"), pause)
             finally:
-                self._outbox = None
+                self._send = None
             await asyncio.sleep(pause)
 
     def _failed(self, error: DSparkError, pause: float) -> float:
@@ -149,48 +158,34 @@ class VerifierLink:
             self._settled.clear()
         return _LONGEST_PAUSE if refused else min(2 * pause, _LONGEST_PAUSE)
 
+    @abstractmethod
     async def _connected(self) -> None:
-        """Register, subscribe what is wanted and pass blocks on until the stream ends."""
-        async with connect(self.address) as channel:
-            stub = VerifierStub(channel)
-            await self._register(stub)
-            outbox: asyncio.Queue[pb.FeatureRequest] = asyncio.Queue()
-            stream = stub.Features(_drain(outbox))
-            await stream.wait_for_connection()
-            self._outbox, self._refusal = outbox, None
-            self._settled.set()
-            _log.info("features stream open", verifier=self.address, sequences=len(self._wants))
-            for key in self._wants:
-                self._ask(key)
-            async for reply in stream:
-                for block in reply.blocks:
-                    self._receive(decode(block))
-        raise Unavailable("the verify worker ended the stream")
+        """Register the tap, say so by `_opened`, and pass blocks to `receive` until the stream breaks; raises why."""
 
-    async def _register(self, stub: VerifierStub) -> None:
-        described = await stub.Describe(pb.DescribeVerifierRequest(), timeout=_RPC_SECONDS)
-        self._offer.check(decode(described.model))
-        if self._offer.tap is not None and self._offer.tap.tap_id not in described.tap_ids:
-            await stub.RegisterTap(self._offer.messages(), timeout=_RPC_SECONDS)
+    def _opened(self, send: Callable[[Wish], object]) -> None:
+        """There is a stream: wishes go this way from now on, those that are open first."""
+        self._send, self._refusal = send, None
+        self._settled.set()
+        _log.info("features stream open", verifier=self.address, sequences=len(self._wants))
+        for key in self._wants:
+            self._ask(key)
 
     # ------------------------------------------------------------ sequences
 
     def _ask(self, key: SequenceKey) -> None:
         """Subscribe from our position; without a connection this happens once there is one."""
         want, position = self._wants.get(key), self._inbox.length(key)
-        if want is None or position is None or self._outbox is None:
+        if want is None or position is None or self._send is None:
             return
         want.retry = None
         want.asked_at = asyncio.get_running_loop().time()
-        request = pb.Subscribe(
-            sequence_id=key.sequence_id, epoch=key.epoch, tap_id=self._offer.drafter.tap_id, from_position=position
-        )
-        self._outbox.put_nowait(pb.FeatureRequest(subscribe=request))
+        self._send(Wish(key, position))
 
-    def _receive(self, block: FeatureBlock) -> None:
+    def receive(self, block: FeatureBlock) -> None:
+        """Takes what came. Raises `Unavailable` where the stream is of no use any more."""
         if block.error is not None:
             self._refused(block.key, block.error)
-        elif len(block.data) != block.count * self._offer.row_bytes or len(block.token_ids) != block.count:
+        elif len(block.data) != block.count * self.offer.row_bytes or len(block.token_ids) != block.count:
             got = f"{len(block.data)} feature bytes and {len(block.token_ids)} token ids"
             raise Unavailable(f"{got} for {block.count} positions")
         elif (want := self._wants.get(block.key)) is not None:
@@ -212,6 +207,5 @@ class VerifierLink:
             want.pause = min(2 * want.pause, _LONGEST_ASK_PAUSE)
 
 
-async def _drain(outbox: asyncio.Queue[pb.FeatureRequest]) -> AsyncIterator[pb.FeatureRequest]:
-    while True:
-        yield await outbox.get()
+Connect = Callable[[str, TapOffer, FeatureInbox], VerifierLink]
+"""Makes the link to the verify worker at an address."""

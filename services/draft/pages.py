@@ -20,7 +20,7 @@ __all__ = ["ContextPages", "PagedKV"]
 class ContextPages:
     """Memory of all contexts of a drafter, in float32 on a CPU. Implements `context.ContextMemory`.
 
-    For one thread, but pages may come back in any: where the last reference to a context goes.
+    What contexts hold is one thread's; they may be opened in any, and pages come back where the last reference goes.
     """
 
     def __init__(self, shape: KVShape, positions: int) -> None:
@@ -42,9 +42,10 @@ class ContextPages:
 
     def take(self) -> int:
         """A page. `OutOfPages` where more positions are needed than there were to be."""
-        if not self._free:
-            raise OutOfPages(f"all {self._rows.shape[2]} context positions are taken")
-        return self._free.pop()
+        try:
+            return self._free.pop()  # in one go: any thread may
+        except IndexError:
+            raise OutOfPages(f"all {self._rows.shape[2]} context positions are taken") from None
 
     def give_back(self, pages: Iterable[int]) -> None:
         """Nobody needs these any more; what was freed last is given out first, its memory is there already."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
@@ -34,7 +34,7 @@ from services.draft.service import DraftService
 from services.draft.settings import Settings
 from services.draft.worker import DraftWorker
 
-__all__ = ["prepare", "serve_until_told"]
+__all__ = ["drain", "kept_costs", "prepare", "record_of", "serve_until_told", "servicer", "verifiers"]
 
 _log = structlog.get_logger(__name__)
 
@@ -55,13 +55,12 @@ async def serve_until_told(settings: Settings) -> None:
                 engine,
                 offer,
                 metrics=metrics,
-                present=lambda: _verifiers(directory, offer),
+                present=lambda: verifiers(directory, offer),
                 connect_seconds=settings.connect_seconds,
                 executor=executor,
             ) as worker,
         ):
-            known = engine.costs.model.profile if engine.costs is not None else None
-            await _serve(settings, worker, offer.drafter, known, shown.port, stop)
+            await _serve(settings, worker, offer.drafter, kept_costs(engine), shown.port, stop)
 
 
 async def _serve(
@@ -72,34 +71,60 @@ async def _serve(
     metrics_port: int,
     stop: asyncio.Event,
 ) -> None:
-    service = DraftService(worker, worker_id=settings.worker_id, drafter=drafter)
-    servicer: Servicer = (add_DraftServicer_to_server, service, "dspark.v1.Draft")
-    async with serve(settings.listen, [servicer]) as server:
+    async with serve(settings.listen, [servicer(settings.worker_id, worker, drafter)]) as server:
         address = program.address_of(settings.listen, settings.advertise, server.port)
-
-        def record() -> WorkerRecord:
-            return WorkerRecord(
-                worker_id=settings.worker_id,
-                role="draft",
-                address=address,
-                metrics_port=metrics_port,
-                drafter=drafter,
-                load=worker.load(),
-                profile_fingerprint=known.fingerprint if known is not None else "",
-            )
-
+        record = record_of(settings.worker_id, worker, drafter, known, address, metrics_port)
         usage = usage_of(pick_device(settings.device))
         with Heartbeat(settings.store, record, usage=usage, profile=known) as beat:
             _log.info("ready", address=address, metrics_port=metrics_port, drafter=drafter.name)
             await stop.wait()
-            _log.info("draining", sequences=worker.load().running, seconds=settings.drain_seconds)
-            worker.draining = True
-            beat.beat()
-            await worker.drain(settings.drain_seconds)
-            _log.info("stopping", sequences=worker.load().running)
+            await drain(worker, beat, settings.drain_seconds)
 
 
-def _verifiers(directory: Directory, offer: TapOffer) -> Iterator[str]:
+def servicer(worker_id: str, worker: DraftWorker, drafter: DrafterInfo) -> Servicer:
+    """The worker's face, for its server."""
+    return (add_DraftServicer_to_server, DraftService(worker, worker_id=worker_id, drafter=drafter), "dspark.v1.Draft")
+
+
+def record_of(
+    worker_id: str,
+    worker: DraftWorker,
+    drafter: DrafterInfo,
+    known: CostProfile | None,
+    address: str,
+    metrics_port: int,
+) -> Callable[[], WorkerRecord]:
+    """What the store is told, time and again."""
+
+    def record() -> WorkerRecord:
+        return WorkerRecord(
+            worker_id=worker_id,
+            role="draft",
+            address=address,
+            metrics_port=metrics_port,
+            drafter=drafter,
+            load=worker.load(),
+            profile_fingerprint=known.fingerprint if known is not None else "",
+        )
+
+    return record
+
+
+async def drain(worker: DraftWorker, beat: Heartbeat, seconds: float) -> None:
+    """Attach nothing new and wait until the routers have moved or finished what is attached."""
+    _log.info("draining", sequences=worker.load().running, seconds=seconds)
+    worker.draining = True
+    beat.beat()
+    await worker.drain(seconds)
+    _log.info("stopping", sequences=worker.load().running)
+
+
+def kept_costs(engine: DraftEngine) -> CostProfile | None:
+    """What drafting costs, as measured at some start here; None where that is not known."""
+    return engine.costs.model.profile if engine.costs is not None else None
+
+
+def verifiers(directory: Directory, offer: TapOffer) -> Iterator[str]:
     """Addresses of the verify workers whose target this drafter fits."""
     for record in directory.workers():
         if record.role == "verify" and record.model is not None and offer.fits(record.model):

@@ -29,9 +29,11 @@ from dspark.messages import (
 from services.draft.engine import DraftEngine
 from services.draft.intake import FeatureIntake
 from services.draft.jobs import EngineJobs
+from services.draft.link import Connect
 from services.draft.metrics import DraftMetrics
 from services.draft.offer import TapOffer
 from services.draft.standing import Deliver, StandingOrders
+from services.draft.wire import WireLink
 
 __all__ = ["DraftWorker"]
 
@@ -41,7 +43,7 @@ _log = structlog.get_logger(__name__)
 
 
 class DraftWorker:
-    """For `async with`. All methods run on the event loop; the engine is touched by its own thread only."""
+    """For `async with`. All methods run on the event loop; the engine computes in its own thread only."""
 
     def __init__(
         self,
@@ -53,8 +55,9 @@ class DraftWorker:
         connect_seconds: float = 5.0,
         linger_seconds: float = 30.0,
         executor: Executor | None = None,
+        connect: Connect = WireLink,
     ) -> None:
-        """`present`, `connect_seconds`, `linger_seconds`: as `FeatureIntake` takes them.
+        """`present`, `connect_seconds`, `linger_seconds`, `connect`: as `FeatureIntake` takes them.
 
         `executor`: of one thread, the engine's.
         """
@@ -65,7 +68,12 @@ class DraftWorker:
         self._jobs = EngineJobs(engine, self._standing, executor, metrics, incomplete=self._incomplete)
         self._inbox = self._jobs.inbox
         self._intake = FeatureIntake(
-            offer, self._inbox, present=present, connect_seconds=connect_seconds, linger_seconds=linger_seconds
+            offer,
+            self._inbox,
+            present=present,
+            connect_seconds=connect_seconds,
+            linger_seconds=linger_seconds,
+            connect=connect,
         )
         self._sequences: dict[str, AttachSequence] = {}
         self._empty = asyncio.Event()
@@ -125,9 +133,11 @@ class DraftWorker:
         self._sequences[request.key.sequence_id] = request
         self._inbox.open(request.key)
         try:
-            await self._jobs.submit(lambda: self._engine.attach(request))
+            self._engine.attach(request)
+            await asyncio.sleep(0)  # what came with it and replaces it goes first
             self._check_attached(request.key)
             await self._intake.subscribe(request.key, request.verifier_address)
+            self._check_attached(request.key)
         except BaseException:
             self.detach([request.key])
             raise

@@ -22,7 +22,7 @@ from dspark.v1 import types_pb2
 from dspark.v1 import verifier_pb2 as pb
 from dspark.v1.verifier_pb2_grpc import VerifierServicer
 from services.verifier.session import RouterSession
-from services.verifier.subscriber import Subscriber
+from services.verifier.subscriber import FeatureSession
 from services.verifier.taps import check_info, tensor_shapes
 from services.verifier.thread import EngineThread
 
@@ -105,16 +105,16 @@ class VerifierService(VerifierServicer):
         self, requests: AsyncIterator[pb.FeatureRequest], context: Context
     ) -> AsyncIterator[pb.FeatureReply]:
         """One draft worker's features."""
-        subscriber = Subscriber(self._engine, self._feature_queue_bytes)
-        context.add_done_callback(_call(subscriber.end))
-        reader = asyncio.create_task(subscriber.read(requests))
+        session = FeatureSession(self._engine, self._feature_queue_bytes)
+        context.add_done_callback(_call(session.end))
+        reader = asyncio.create_task(session.read(requests))
         try:
-            async for blocks in subscriber.blocks(reader):
+            async for blocks in session.blocks(reader):
                 yield pb.FeatureReply(blocks=[encode(block) for block in blocks])
             await reader
         finally:
             reader.cancel()
-            subscriber.end()
+            session.end()
 
 
 def _call(function: Callable[[], None]) -> Any:

@@ -36,7 +36,7 @@ from services.verifier.step import warm_up
 from services.verifier.thread import EngineThread
 from services.verifier.tokenizer_files import chat_template, tokenizer_files
 
-__all__ = ["prepare", "serve_until_told"]
+__all__ = ["drain", "ending", "kept_costs", "prepare", "record_of", "serve_until_told", "servicer"]
 
 _log = structlog.get_logger(__name__)
 
@@ -47,45 +47,51 @@ async def serve_until_told(settings: Settings, path: Path) -> None:
     with contextlib.ExitStack() as stack:
         executor = stack.enter_context(program.one_thread("engine"))
         engine, files = await asyncio.get_running_loop().run_in_executor(executor, prepare, settings, path)
-        on_end = _from_another_thread(stop.set)
         hand_over = asyncio.get_running_loop().call_soon_threadsafe
-        thread = stack.enter_context(EngineThread(engine, on_end=on_end, hand_over=hand_over, executor=executor))
+        thread = stack.enter_context(EngineThread(engine, on_end=ending(stop), hand_over=hand_over, executor=executor))
         metrics = stack.enter_context(
             start_metrics_server(settings.metrics_port, host=settings.metrics_host, registry=engine.metrics.registry)
         )
         engine.metrics.follow(thread.load)
-        service = VerifierService(
-            thread,
-            worker_id=settings.worker_id,
-            page_size=settings.page_size,
-            files=files,
-            feature_queue_bytes=settings.feature_queue_mib << 20,
-        )
-        servicer: Servicer = (add_VerifierServicer_to_server, service, "dspark.v1.Verifier")
-        async with serve(settings.listen, [servicer]) as server:
+        async with serve(settings.listen, [servicer(settings, thread, files)]) as server:
             address = program.address_of(settings.listen, settings.advertise, server.port)
-            record = _record(settings, thread, address, metrics.port)
+            record = record_of(settings, thread, address, metrics.port)
             usage = usage_of(pick_device(settings.device))
-            with Heartbeat(settings.store, record, usage=usage, profile=_profile(engine)) as beat:
+            with Heartbeat(settings.store, record, usage=usage, profile=kept_costs(engine)) as beat:
                 _log.info("ready", address=address, metrics_port=metrics.port, model=engine.info.name)
                 await stop.wait()
-                if thread.failed:
-                    raise InternalError("the engine's thread has ended")
-                await _drain(thread, beat, settings.drain_seconds)
+                await drain(thread, beat, settings.drain_seconds)
 
 
-def _from_another_thread(function: Callable[[], None]) -> Callable[[], None]:
-    """The function, run on this event loop wherever it is called."""
+def ending(stop: asyncio.Event) -> Callable[[], None]:
+    """Sets the event, of this event loop, from whatever thread it is called in."""
     loop = asyncio.get_running_loop()
 
     def call() -> None:
-        loop.call_soon_threadsafe(function)
+        loop.call_soon_threadsafe(stop.set)
 
     return call
 
 
-async def _drain(thread: EngineThread, beat: Heartbeat, seconds: float) -> None:
-    """Open nothing new and wait until the routers have moved or finished what is open."""
+def servicer(settings: Settings, thread: EngineThread, files: dict[str, bytes]) -> Servicer:
+    """The worker's face, for its server."""
+    service = VerifierService(
+        thread,
+        worker_id=settings.worker_id,
+        page_size=settings.page_size,
+        files=files,
+        feature_queue_bytes=settings.feature_queue_mib << 20,
+    )
+    return (add_VerifierServicer_to_server, service, "dspark.v1.Verifier")
+
+
+async def drain(thread: EngineThread, beat: Heartbeat, seconds: float) -> None:
+    """Open nothing new and wait until the routers have moved or finished what is open.
+
+    `InternalError` where the engine's thread has ended without being told to.
+    """
+    if thread.failed:
+        raise InternalError("the engine's thread has ended")
     thread.engine.draining = True
     beat.beat()
     _log.info("draining", sequences=thread.load().running, seconds=seconds)
@@ -173,8 +179,9 @@ def _costs(
     return Refined(CostModel(known)) if known is not None else None
 
 
-def _record(settings: Settings, thread: EngineThread, address: str, metrics_port: int) -> Callable[[], WorkerRecord]:
-    known = _profile(thread.engine)
+def record_of(settings: Settings, thread: EngineThread, address: str, metrics_port: int) -> Callable[[], WorkerRecord]:
+    """What the store is told, time and again."""
+    known = kept_costs(thread.engine)
 
     def record() -> WorkerRecord:
         return WorkerRecord(
@@ -193,5 +200,6 @@ def _record(settings: Settings, thread: EngineThread, address: str, metrics_port
     return record
 
 
-def _profile(engine: VerifyEngine) -> CostProfile | None:
+def kept_costs(engine: VerifyEngine) -> CostProfile | None:
+    """What steps cost, as measured at some start here; None where that is not known."""
     return engine.costs.model.profile if engine.costs is not None else None

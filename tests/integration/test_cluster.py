@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -41,7 +42,8 @@ def one_thread() -> Iterator[None]:
 
 def cluster_of(models: tuple[Path, Path], **settings: object) -> Cluster:
     exact = ["--dtype", "float32", "--threads", "1"]
-    return Cluster(models[0], models[1], draft_args=exact, verify_args=exact, **settings)  # type: ignore[arg-type]
+    own: dict[str, Any] = {"together": False, "draft_args": exact, "verify_args": exact} | settings
+    return Cluster(models[0], models[1], **own)
 
 
 async def complete(client: Client, *, speculation: bool = True, tokens: int = 60) -> Completion:
@@ -81,6 +83,54 @@ async def test_workers_come_go_and_die_and_the_tokens_stay(models: tuple[Path, P
         logs = {path.name for path in tmp_path.iterdir()}
         assert {"router.log", "store.log", "draft-2.log", "verify-1.log"} <= logs
     assert children() == before
+
+
+async def test_workers_of_one_process_come_and_go_together(models: tuple[Path, Path], tmp_path: Path) -> None:
+    before = children()
+    async with cluster_of(models, log_dir=tmp_path, together=None) as cluster, cluster.client() as client:
+        assert ",".join(cluster.workers) == "verify-1,draft-1"
+        assert cluster.pid("verify-1") == cluster.pid("draft-1")
+        plain = await complete(client, speculation=False)
+        drafted = await complete(client)
+        assert drafted.speculation.accepted > 0
+        assert drafted.speculation.rejected > 0
+        assert drafted.token_ids == plain.token_ids
+        assert (await client.complete(PROMPT, max_tokens=60, temperature=1.0, seed=4)).token_ids != plain.token_ids
+
+        assert await cluster.add_verify() == "verify-2"
+        assert await cluster.add_draft() == "draft-2"
+        lost: list[str] = []
+        watching = asyncio.create_task(cluster.watch(lost.append))
+        async with client.generate(PROMPT, max_tokens=60, temperature=1.0, seed=3, ignore_eos=True) as stream:
+            while not isinstance(await anext(stream), Delta):
+                pass
+            assert await cluster.stop("draft-1", signal.SIGKILL) == -signal.SIGKILL
+            assert (await stream.completion()).token_ids == plain.token_ids
+        assert ",".join(cluster.workers) == "verify-2,draft-2"
+        assert (await complete(client)).token_ids == plain.token_ids
+        assert [ending.partition(":")[0] for ending in lost] == ["pair-1 was ended by SIGKILL"]
+        watching.cancel()
+    assert children() == before
+
+
+async def test_workers_of_one_process_drain_while_streams_move(models: tuple[Path, Path]) -> None:
+    async with cluster_of(models, together=True) as cluster, cluster.client() as client:
+        plain = await complete(client, speculation=False)
+        await cluster.add_verify()
+        runs = [asyncio.create_task(complete(client)) for _ in range(6)]
+        await asyncio.sleep(0.2)
+        assert await cluster.stop("verify-1") == 0
+        assert {(await run).token_ids for run in runs} == {plain.token_ids}
+        assert cluster.workers == ("verify-2",)
+
+
+async def test_what_cannot_be_one_process_is_said(models: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="no draft worker or no verify worker"):
+        await cluster_of(models, together=True, draft=0).__aenter__()
+    with pytest.raises(ConfigError, match="--threads has two values"):
+        await cluster_of(models, together=True, draft_args=["--threads", "2"]).__aenter__()
+    async with cluster_of(models, together=None, draft_args=["--dtype=float32", "--threads", "2"]) as cluster:
+        assert cluster.pid("verify-1") != cluster.pid("draft-1")
 
 
 async def test_without_a_drafter_it_decodes_plainly_and_a_given_store_is_used(models: tuple[Path, Path]) -> None:

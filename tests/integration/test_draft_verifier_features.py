@@ -1,8 +1,8 @@
-"""A draft worker and a verify worker, both real: what arrives over the wire is what drafting needs."""
+"""A draft worker and a verify worker, both real: what arrives is what drafting needs, by wire and in one process."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from support.drafting import GREEDY, attach, item, key_of, make_any, make_drafte
 from support.drafting import make_engine as make_draft_engine
 from support.verifying import make_engine as make_verify_engine
 
+from dspark.errors import Mismatch, Unavailable
 from dspark.kernels import select_kernels
 from dspark.messages import (
     AttachSequence,
@@ -37,10 +38,13 @@ from services.draft.metrics import DraftMetrics
 from services.draft.ngram import NgramContext, PromptLookup
 from services.draft.offer import TapOffer
 from services.draft.worker import DraftWorker
+from services.pair.near import Links
+from services.pair.turns import Turns
 from services.verifier.engine import VerifyEngine
 from services.verifier.service import VerifierService
 from services.verifier.thread import EngineThread
 
+WorkerOf = Callable[[Drafter | PromptLookup, "Verifier"], AbstractAsyncContextManager[DraftWorker]]
 RouterSession = Session[pb.VerifierRequest, pb.VerifierReply]
 PROMPT = [2, *range(40, 101), 9, 9, 17, 300, 41]
 CPU = torch.device("cpu")
@@ -50,6 +54,7 @@ CPU = torch.device("cpu")
 class Verifier:
     engine: VerifyEngine
     address: str
+    thread: EngineThread
 
 
 @asynccontextmanager
@@ -59,7 +64,7 @@ async def verifier_of(path: Path, address: str = "127.0.0.1:0") -> AsyncIterator
         service = VerifierService(thread, worker_id="v", page_size=16, files={})
         servicer = (add_VerifierServicer_to_server, service, "dspark.v1.Verifier")
         async with serve(address, [servicer], grace=0.1) as server:
-            yield Verifier(engine, f"127.0.0.1:{server.port}")
+            yield Verifier(engine, f"127.0.0.1:{server.port}", thread)
 
 
 @asynccontextmanager
@@ -67,6 +72,27 @@ async def worker_of(drafter: Drafter | PromptLookup) -> AsyncIterator[DraftWorke
     offer = TapOffer.of(drafter, Path("tiny"))
     async with DraftWorker(make_draft_engine(drafter), offer, metrics=DraftMetrics()) as worker:
         yield worker
+
+
+@asynccontextmanager
+async def near_worker_of(drafter: Drafter | PromptLookup, verifier: Verifier) -> AsyncIterator[DraftWorker]:
+    """In the verify worker's own thread."""
+    offer, links = TapOffer.of(drafter, Path("tiny")), Links(verifier.thread, 1 << 20)
+    links.address = verifier.address
+    engine, turns = make_draft_engine(drafter), Turns(verifier.thread)
+    async with DraftWorker(
+        engine, offer, metrics=DraftMetrics(), executor=turns, connect=links.connect, connect_seconds=2.0
+    ) as worker:
+        yield worker
+
+
+WORKERS: dict[str, WorkerOf] = {"apart": lambda drafter, _verifier: worker_of(drafter), "near": near_worker_of}
+
+
+@pytest.fixture(params=WORKERS)
+def any_worker_of(request: pytest.FixtureRequest) -> WorkerOf:
+    """A draft worker for a verify worker, in whatever place."""
+    return WORKERS[request.param]
 
 
 @asynccontextmanager
@@ -141,11 +167,15 @@ def target(tiny_gemma: Path) -> TargetModel:
     ],
 )
 async def test_each_rounds_block_is_that_of_a_fresh_start(
-    tiny_gemma: Path, target: TargetModel, architecture: str, changes: dict[str, Any]
+    tiny_gemma: Path, target: TargetModel, architecture: str, changes: dict[str, Any], any_worker_of: WorkerOf
 ) -> None:
     """Prompt pieces, accepted and rejected drafts: no position or id may be missing, doubled or shifted."""
     drafter = make_any(architecture, **changes)
-    async with verifier_of(tiny_gemma) as verifier, worker_of(drafter) as worker, session_of(verifier) as session:
+    async with (
+        verifier_of(tiny_gemma) as verifier,
+        any_worker_of(drafter, verifier) as worker,
+        session_of(verifier) as session,
+    ):
         router = Router(session, worker, key_of(), PROMPT)
         await router.open()
         await router.attach(verifier.address)
@@ -175,10 +205,14 @@ async def continuation(path: Path, length: int) -> list[int]:
         return router.ids
 
 
-async def test_prompt_lookup_sees_the_text_and_nothing_else(tiny_gemma: Path) -> None:
+async def test_prompt_lookup_sees_the_text_and_nothing_else(tiny_gemma: Path, any_worker_of: WorkerOf) -> None:
     """Through repeated prompts, rejected and accepted drafts: what is drafted is what the text says."""
     lookup = PromptLookup(vocab_size=512)
-    async with verifier_of(tiny_gemma) as verifier, worker_of(lookup) as worker, session_of(verifier) as session:
+    async with (
+        verifier_of(tiny_gemma) as verifier,
+        any_worker_of(lookup, verifier) as worker,
+        session_of(verifier) as session,
+    ):
         for name in ("first", "cached"):
             router = Router(session, worker, key_of(name), [*PROMPT, *PROMPT[:40]])
             await router.open()
@@ -246,9 +280,72 @@ async def test_a_restarted_verifier_gets_the_tap_and_sends_all_again(tiny_gemma:
                 assert (await moved.propose()).tokens == expected(target, drafter, moved.ids).tokens
 
 
-async def test_many_sequences_at_once(tiny_gemma: Path, target: TargetModel) -> None:
+async def test_a_near_worker_is_refused_by_a_target_that_it_does_not_fit(tiny_gemma: Path) -> None:
+    lookup = PromptLookup(vocab_size=511)
+    async with verifier_of(tiny_gemma) as verifier, near_worker_of(lookup, verifier) as worker:
+        (answer,) = await worker.attach([AttachSequence(key_of(), verifier.address, GREEDY, 200)])
+        assert isinstance(answer.error, Mismatch)
+        assert worker.load().running == 0
+
+
+async def test_a_near_worker_registers_a_tap_again_that_was_forgotten(tiny_gemma: Path, target: TargetModel) -> None:
     drafter = make_drafter()
-    async with verifier_of(tiny_gemma) as verifier, worker_of(drafter) as worker, session_of(verifier) as session:
+    async with (
+        verifier_of(tiny_gemma) as verifier,
+        near_worker_of(drafter, verifier) as worker,
+        session_of(verifier) as session,
+    ):
+        router = Router(session, worker, key_of(), PROMPT)
+        await router.open()
+        await router.attach(verifier.address)
+        await router.step()
+        await router.propose()
+        worker.detach([router.key])
+        await verifier.thread.call(verifier.engine._features._buffers.clear)
+        other = Router(session, worker, key_of("other"), PROMPT[:20])
+        await other.open()
+        await other.attach(verifier.address)
+        await other.step()
+        assert (await other.propose()).tokens == expected(target, drafter, other.ids).tokens
+
+
+async def test_a_near_worker_follows_other_verify_workers_by_wire(tiny_gemma: Path, target: TargetModel) -> None:
+    drafter = make_drafter()
+    async with (
+        verifier_of(tiny_gemma) as own,
+        verifier_of(tiny_gemma) as far,
+        near_worker_of(drafter, own) as worker,
+        session_of(far) as session,
+    ):
+        router = Router(session, worker, key_of(), PROMPT)
+        await router.open()
+        await router.attach(far.address)
+        await router.step()
+        assert (await router.propose()).tokens == expected(target, drafter, router.ids).tokens
+        assert not own.engine.tap_ids
+
+
+async def test_what_takes_turns_is_refused_once_the_engine_has_ended(tiny_gemma: Path) -> None:
+    with EngineThread(make_verify_engine(tiny_gemma, pages=16)) as thread:
+        turns = Turns(thread)
+        order: list[int] = []
+        calls = [turns.submit(order.append, number) for number in range(5)]
+        turns.shutdown()
+        assert order == list(range(5))
+        assert all(call.done() for call in calls)
+        assert turns.submit(sum, [1, 2]).result(5) == 3  # the thread goes on
+    with pytest.raises(Unavailable):
+        turns.submit(sum, [1, 2]).result(5)
+    turns.shutdown()
+
+
+async def test_many_sequences_at_once(tiny_gemma: Path, target: TargetModel, any_worker_of: WorkerOf) -> None:
+    drafter = make_drafter()
+    async with (
+        verifier_of(tiny_gemma) as verifier,
+        any_worker_of(drafter, verifier) as worker,
+        session_of(verifier) as session,
+    ):
         routers = [Router(session, worker, key_of(str(n)), PROMPT[: 5 + 7 * n]) for n in range(6)]
 
         async def run(router: Router) -> None:

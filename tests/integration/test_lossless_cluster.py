@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 
+import pytest
 from support.clusters import ClusterOf
 
 from dspark.client import Client
@@ -39,12 +40,13 @@ def ids(completions: list[Completion]) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
 
-async def test_coupled_tokens_depend_on_prompt_seed_and_target_alone(cluster_of: ClusterOf) -> None:
+@pytest.mark.parametrize("one_process", [False, True])
+async def test_coupled_tokens_depend_on_prompt_seed_and_target_alone(cluster_of: ClusterOf, one_process: bool) -> None:
     async with cluster_of(drafter="none") as cluster, cluster.client() as client:
         own = ids([await complete(client, i) for i in range(len(PROMPTS))])
     assert all(len(tokens) == NEW for tokens in own)
 
-    async with cluster_of(verify_length=7) as cluster, cluster.client() as client:
+    async with cluster_of(verify_length=7, together=one_process) as cluster, cluster.client() as client:
         alone = [[await complete(client, i, cap=cap) for cap in (0, 1, 3, 7)] for i in range(4)]
         assert [ids(runs) for runs in alone] == [[tokens] * 4 for tokens in own[:4]]
         assert ids(await crowd(client, 7)) == own
