@@ -110,7 +110,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts = read_prompts(args.prompts, limit=16, template="qa") if args.prompts else PROMPTS
     port = free_port()
     async with (
-        Cluster(args.model, args.drafter, router_args=["--metrics-port", str(port)]) as cluster,
+        Cluster(args.model, args.drafter, together=None, router_args=["--metrics-port", str(port)]) as cluster,
         cluster.client() as client,
     ):
         await measure(client, port, list(prompts[:4]), 4)  # warm

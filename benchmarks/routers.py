@@ -82,7 +82,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         (prompts[n % len(prompts)], {"max_tokens": 64, "temperature": 1.0, "seed": n, "policy": args.policy})
         for n in range(args.requests)
     ]
-    async with Cluster(args.model, args.drafter) as cluster, cluster.client() as one:
+    async with Cluster(args.model, args.drafter, together=None) as cluster, cluster.client() as one:
         child, address = await second_router(cluster)
         try:
             async with Client(address) as other:

@@ -1,4 +1,4 @@
-"""A whole cluster on one machine: store, router, draft and verify workers, each a process of its own.
+"""A whole cluster on one machine: store, router, draft and verify workers, each a process of its own, or not all.
 
 ::
 
@@ -36,6 +36,26 @@ __all__ = ["DEFAULT_MODEL", "Cluster", "find_drafter"]
 
 DEFAULT_MODEL = "gemma-3-270m"
 
+OWN_OPTIONS = frozenset(
+    [
+        "--context-positions",
+        "--connect-seconds",
+        "--draft-top-k",
+        "--draft-weights",
+        "--lookup",
+        "--no-lookup",
+        "--feature-queue-mib",
+        "--max-step-tokens",
+        "--noise-candidates",
+        "--page-size",
+        "--pages",
+        "--prefix-cache",
+        "--no-prefix-cache",
+        "--weights",
+    ]
+)
+"""Options that only one kind of worker has."""
+
 _POLL_SECONDS = 0.05
 
 
@@ -69,8 +89,8 @@ class Cluster:
             "none": plain decoding.
         draft: draft workers to start with; verify: verify workers.
         together: the first draft and the first verify worker are one process, which saves what lies between them where
-            both share the cores; whatever ends one ends both. None: where one of each starts, on a machine without a
-            GPU.
+            both share the cores; whatever ends one, as `stop`, ends both. None: where one of each starts, on a machine
+            without a GPU, and no option is given to one of them that both have.
         store: URL of a running store; None starts one of our own.
         listen: where the router listens; port 0 picks a free one, see `address`.
         policy: how verify lengths are chosen, as the router's --policy; None: its default.
@@ -90,7 +110,7 @@ class Cluster:
         *,
         draft: int = 1,
         verify: int = 1,
-        together: bool | None = None,
+        together: bool | None = False,
         store: str | None = None,
         listen: str = "127.0.0.1:0",
         policy: str | None = None,
@@ -239,13 +259,14 @@ class Cluster:
         if self._together and not all(self._counts.values()):
             raise ConfigError("together: there is no draft worker or no verify worker that could share a process")
         if self._together and (options := self._disagreement()):
-            raise ConfigError(f"together: {', '.join(options)} has two values and one process")
+            raise ConfigError(f"together: {', '.join(options)} has to be the same for both")
         return self._together
 
     def _disagreement(self) -> list[str]:
-        """Options that both kinds of workers are given, and not the same."""
+        """Options of workers that one process cannot have as they are given."""
         draft, verify = (_options(args) for args in self._worker_args.values())
-        return sorted(name for name in draft.keys() & verify.keys() if draft[name] != verify[name])
+        shared = (draft.keys() | verify.keys()) - OWN_OPTIONS
+        return sorted(name for name in shared if draft.get(name) != verify.get(name))
 
     def _rule_args(self) -> list[str]:
         """A cluster that will never have a drafter decodes plainly, which needs no costs."""

@@ -49,6 +49,7 @@ class Ours:
             cluster = Cluster(
                 self.model,
                 self.drafter,
+                together=None,
                 policy=None if self.policy == DEFAULT else self.policy,
                 router_args=self.router_args,
                 verify_args=("--no-prefix-cache", *(("--weights", self.weights) if self.weights else ())),

@@ -26,7 +26,7 @@ def demo(
     as_json: common.AsJson = False,
 ) -> None:
     """Start a cluster, stream a completion, and measure it against plain decoding."""
-    settings = common.ClusterSettings(model=model, drafter=drafter, log_dir=log_dir)
+    settings = common.ClusterSettings(model=model, drafter=drafter, log_dir=log_dir, together=False)
     first, plain = common.run(generate.show(settings, PROMPT, PARAMS, compare_plain=True, as_json=as_json))
     if plain is None or plain.token_ids != first.token_ids:
         raise DSparkError("speculation changed the output, which it never may")

@@ -120,8 +120,15 @@ class DraftEngine:
                 if present.request.key.epoch > request.key.epoch:
                     raise StaleMessage(f"{_describe(request.key)}: epoch {present.request.key.epoch} is attached here")
                 self.detach([present.request.key])
-            context = self._blocks.open(self._room.reserve(request.max_len))
-            self._sequences[request.key.sequence_id] = _Sequence(request, context)
+            self._sequences[request.key.sequence_id] = _Sequence(request, self._open(request.max_len))
+
+    def _open(self, max_len: int) -> Any:
+        limit = self._room.reserve(max_len)
+        try:
+            return self._blocks.open(limit)
+        except BaseException:
+            self._room.release(max_len)
+            raise
 
     def detach(self, keys: Iterable[SequenceKey]) -> None:
         """Forget sequences; unknown ones and other epochs are passed over. Any thread may."""
@@ -207,14 +214,17 @@ class DraftEngine:
     def answer(self, items: Sequence[ProposeItem]) -> ProposeResult:
         """As `propose`, and nothing remembers it: neither load nor costs."""
         began = time.perf_counter()
-        errors = [self._refusal(item) for item in items]
-        wanted = [item for item, error in zip(items, errors, strict=True) if error is None and item.max_tokens > 0]
-        drafted = self.draft(wanted) if wanted else None
+        found = [self._ready(item) for item in items]  # once: sequences come and go meanwhile
+        pairs = list(zip(items, found, strict=True))
+        wanted = [(item, own) for item, own in pairs if isinstance(own, _Sequence) and item.max_tokens > 0]
+        drafted = self._draft(wanted) if wanted else None
         forward_seconds = time.perf_counter() - began
-        rows = self._rows(drafted, wanted) if drafted is not None else iter(())
+        rows = self._rows(drafted, [own for _, own in wanted]) if drafted is not None else iter(())
         proposals = tuple(
-            _proposal(item, next(rows) if error is None and item.max_tokens > 0 else _NOTHING, error)
-            for item, error in zip(items, errors, strict=True)
+            _proposal(item, _NOTHING, own)
+            if isinstance(own, DSparkError)
+            else _proposal(item, next(rows) if item.max_tokens > 0 else _NOTHING)
+            for item, own in pairs
         )
         return ProposeResult(proposals, forward_seconds, time.perf_counter() - began)
 
@@ -238,18 +248,19 @@ class DraftEngine:
 
     def draft(self, items: Sequence[ProposeItem]) -> Drafted:
         """The blocks of items that can be served, as tensors: as many tokens as the longest item wants."""
-        count = min(max(item.max_tokens for item in items), self._blocks.block_size)
-        sequences = [self._sequence(item.key) for item in items]
+        return self._draft([(item, self._sequence(item.key)) for item in items])
+
+    def _draft(self, wanted: Sequence[tuple[ProposeItem, _Sequence]]) -> Drafted:
+        count = min(max(item.max_tokens for item, _ in wanted), self._blocks.block_size)
         blocks = [
-            Block(item.anchor, sequence.context, sequence.request.sampling, min(item.max_tokens, count))
-            for item, sequence in zip(items, sequences, strict=True)
+            Block(item.anchor, own.context, own.request.sampling, min(item.max_tokens, count)) for item, own in wanted
         ]
         return self._blocks.draft(blocks, count)
 
-    def _rows(self, drafted: Drafted, items: Sequence[ProposeItem]) -> Iterator[_Row]:
+    def _rows(self, drafted: Drafted, sequences: Sequence[_Sequence]) -> Iterator[_Row]:
         """Tokens, confidences and distributions of one block after another, each as long as it came out."""
         tokens, logits = drafted.tokens.tolist(), drafted.confidence_logits
-        samplings = [self._sequence(item.key).request.sampling for item in items]
+        samplings = [own.request.sampling for own in sequences]
         confidences = (
             [[]] * len(tokens) if logits is None else self._confidences.of(logits, samplings, drafted.settled).tolist()
         )
@@ -258,15 +269,16 @@ class DraftEngine:
         for length, *row in zip(lengths, tokens, confidences, distributions, strict=True):
             yield _Row(*(part[:length] for part in row))
 
-    def _refusal(self, item: ProposeItem) -> DSparkError | None:
+    def _ready(self, item: ProposeItem) -> _Sequence | DSparkError:
+        """The item's sequence, or why it cannot be drafted for."""
         try:
-            self._check(item)
+            sequence = self._sequence(item.key)
+            self._check(item, sequence.context.length)
         except DSparkError as error:
             return error
-        return None
+        return sequence
 
-    def _check(self, item: ProposeItem) -> None:
-        length = self._sequence(item.key).context.length
+    def _check(self, item: ProposeItem, length: int) -> None:
         if item.committed_len < 1:
             raise InvalidRequest(f"{_describe(item.key)}: committed_len 0 has no anchor")
         if not 0 <= item.anchor < self._blocks.vocab_size:
@@ -316,7 +328,7 @@ class _Row:
 _NOTHING = _Row()
 
 
-def _proposal(item: ProposeItem, row: _Row, error: DSparkError | None) -> Proposal:
+def _proposal(item: ProposeItem, row: _Row, error: DSparkError | None = None) -> Proposal:
     return Proposal(
         item.key,
         item.committed_len,

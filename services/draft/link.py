@@ -122,10 +122,6 @@ class VerifierLink(ABC):
         if want is not None and self._send is not None:
             self._send(Wish(key, None))
 
-    def wanted(self, key: SequenceKey) -> bool:
-        """Whether somebody wants this sequence's features. Any thread may ask."""
-        return key in self._wants
-
     # ------------------------------------------------------------ connection
 
     async def _run(self) -> None:

@@ -159,8 +159,7 @@ class DraftWorker:
             self._intake.unsubscribe(key)
             self._inbox.close(key)
         self._standing.cancel(gone)
-        if gone and not self._jobs.closed:
-            self._jobs.submit(lambda: self._engine.detach(gone))
+        self._engine.detach(gone)  # at once, as they are attached: what comes back the next moment is not to be lost
         self._note_empty()
 
     def _note_empty(self) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dspark.errors import DSparkError
 from dspark.messages import TapInfo
 from services.draft.inbox import FeatureInbox
 from services.draft.link import VerifierLink, Wish
@@ -67,7 +66,7 @@ class NearLink(VerifierLink):
             while blocks := self._subscriber.take():
                 for block in blocks:
                     self.receive(block)
-        except DSparkError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the link starts over
             if not self._broken.done():
                 self._broken.set_exception(error)
 

@@ -51,7 +51,7 @@ async def serve_until_told(settings: Settings, path: Path) -> None:
                 drafter,
                 offer,
                 metrics=metrics,
-                present=lambda: drafting.verifiers(directory, offer),
+                present=lambda: drafting.verifiers(directory, offer) if links.address else (),
                 connect_seconds=settings.connect_seconds,
                 executor=Turns(thread),
                 connect=links.connect,
@@ -65,7 +65,15 @@ async def serve_until_told(settings: Settings, path: Path) -> None:
         links.address = program.address_of(settings.listen, settings.advertise, server.port)
         ports = _show(stack, settings, thread, metrics)
         beats = _announce(stack, settings, thread, worker, drafter, offer, links.address, ports)
-        _log.info("ready", address=links.address, model=engine.info.name, drafter=offer.drafter.name)
+        _log.info(
+            "ready",
+            address=links.address,
+            metrics_port=ports[0],
+            draft_metrics_port=ports[1],
+            model=engine.info.name,
+            drafter=offer.drafter.name,
+            draft_worker_id=settings.draft_worker_id,
+        )
         await stop.wait()
         await asyncio.gather(
             verifying.drain(thread, beats[0], settings.drain_seconds),
@@ -94,12 +102,12 @@ def _announce(
     ports: tuple[int, int],
 ) -> tuple[Heartbeat, Heartbeat]:
     """Both workers to the store, from now on."""
-    usage = usage_of(pick_device(settings.device))
+    device = pick_device(settings.device)
     known = drafting.kept_costs(drafter)
     verify = verifying.record_of(settings, thread, address, ports[0])
     draft = drafting.record_of(settings.draft_worker_id, worker, offer.drafter, known, address, ports[1])
     costs = verifying.kept_costs(thread.engine)
     return (
-        stack.enter_context(Heartbeat(settings.store, verify, usage=usage, profile=costs)),
-        stack.enter_context(Heartbeat(settings.store, draft, usage=usage, profile=known)),
+        stack.enter_context(Heartbeat(settings.store, verify, usage=usage_of(device), profile=costs)),
+        stack.enter_context(Heartbeat(settings.store, draft, usage=usage_of(device), profile=known)),
     )

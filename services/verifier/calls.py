@@ -28,6 +28,7 @@ class Call:
     caller: object = None
     answer: Future[Any] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.perf_counter)
+    delayed: float = 0.0  # seconds that it waited for calls that are no steps
     rows: int = field(init=False)
     sequences: frozenset[str] = field(init=False)
 

@@ -229,7 +229,7 @@ class EngineThread:
         verdicts, rows = iter(result.verdicts), sum(call.rows for call in live)
         for call in live:
             own = tuple(itertools.islice(verdicts, len(call.items or ())))
-            queued, others = began - call.queued_at, rows - call.rows
+            queued, others = max(0.0, began - call.queued_at - call.delayed), rows - call.rows
             answer = replace(result, verdicts=own, queue_seconds=queued, other_tokens=others)
             news.append(partial(call.answer.set_result, answer))
         self._guard(lambda: news.append(self.engine.publish_due()))
@@ -252,6 +252,7 @@ class EngineThread:
     def _execute(self, call: Call) -> None:
         if not call.answer.set_running_or_notify_cancel():
             return
+        began = time.perf_counter()
         try:
             call.answer.set_result(call.function())
         except DSparkError as error:
@@ -259,6 +260,15 @@ class EngineThread:
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault in it
             _log.exception("a call of the engine failed")
             call.answer.set_exception(InternalError(f"{type(error).__name__}: {error}"))
+        finally:
+            self._note_delay(began)
+
+    def _note_delay(self, began: float) -> None:
+        """Steps that wait did so for a call: not for steps of others, as their time in the queue is taken for."""
+        now = time.perf_counter()
+        with self._wake:
+            for step in self._calls.steps:
+                step.delayed += now - max(began, step.queued_at)
 
     @staticmethod
     def _guard(function: Callable[[], None]) -> None:

@@ -35,7 +35,6 @@ def cluster_of(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Clus
 
     def make(drafter: str | Path | None = None, *, both: Sequence[str] = (), **settings: Any) -> Cluster:
         draft, verify = (*EXACT[:4], *both), (*EXACT, *both)
-        own = {"together": False} | settings
-        return Cluster(pair[0], drafter or pair[1], draft_args=draft, verify_args=verify, **own)
+        return Cluster(pair[0], drafter or pair[1], draft_args=draft, verify_args=verify, **settings)
 
     return make

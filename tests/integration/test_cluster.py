@@ -14,10 +14,13 @@ import pytest
 from support import drafters, tiny
 
 from dspark.client import Client
-from dspark.cluster import Cluster, find_drafter
+from dspark.cluster import OWN_OPTIONS, Cluster, find_drafter
 from dspark.errors import ConfigError, StartupError
 from dspark.events import Completion, Delta
 from dspark.store import EmbeddedStore
+from services.draft.settings import Settings as DraftSettings
+from services.pair.settings import Settings
+from services.verifier.settings import Settings as VerifySettings
 
 PROMPT = [2, *range(5, 40)]
 
@@ -42,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 def cluster_of(models: tuple[Path, Path], **settings: object) -> Cluster:
     exact = ["--dtype", "float32", "--threads", "1"]
-    own: dict[str, Any] = {"together": False, "draft_args": exact, "verify_args": exact} | settings
+    own: dict[str, Any] = {"draft_args": exact, "verify_args": exact} | settings
     return Cluster(models[0], models[1], **own)
 
 
@@ -127,10 +130,19 @@ async def test_workers_of_one_process_drain_while_streams_move(models: tuple[Pat
 async def test_what_cannot_be_one_process_is_said(models: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match="no draft worker or no verify worker"):
         await cluster_of(models, together=True, draft=0).__aenter__()
-    with pytest.raises(ConfigError, match="--threads has two values"):
+    with pytest.raises(ConfigError, match="--threads has to be the same for both"):
         await cluster_of(models, together=True, draft_args=["--threads", "2"]).__aenter__()
-    async with cluster_of(models, together=None, draft_args=["--dtype=float32", "--threads", "2"]) as cluster:
+    async with cluster_of(models, together=None, draft_args=["--dtype=float32"]) as cluster:
         assert cluster.pid("verify-1") != cluster.pid("draft-1")
+
+
+def test_options_of_one_kind_of_worker_are_told_from_those_of_both() -> None:
+    kinds = [set(settings.model_fields) for settings in (DraftSettings, VerifySettings)]
+    own = {name.replace("_", "-") for name in kinds[0] ^ kinds[1]} - {"drafter", "target", "model"}  # a cluster's own
+    assert {option.removeprefix("--").removeprefix("no-") for option in OWN_OPTIONS} == own
+    both = (Settings.model_fields[name].default for name in kinds[0] & kinds[1])
+    theirs = (VerifySettings.model_fields[name].default for name in kinds[0] & kinds[1])
+    assert list(both) == list(theirs)
 
 
 async def test_without_a_drafter_it_decodes_plainly_and_a_given_store_is_used(models: tuple[Path, Path]) -> None:

@@ -74,6 +74,45 @@ def test_room_is_reserved_and_given_back() -> None:
     assert (engine.load().running, engine.load().free_pages) == (0, 14)
 
 
+def test_a_sequence_replaced_while_it_is_drafted_for_harms_no_other() -> None:
+    engine = make_engine(make_drafter())
+    for name in "ab":
+        attach(engine, key_of(name))
+        feed(engine, key_of(name), FEATURES[:10])
+    alone = engine.propose([item(key_of("b"), 11)]).proposals[0].tokens
+    inner: Any = engine._blocks
+    draft = inner.draft
+
+    def replacing(blocks: Any, count: int) -> Any:
+        attach(engine, key_of("a", 1))  # as the event loop may at any time
+        engine.detach([key_of("b")])
+        return draft(blocks, count)
+
+    inner.draft = replacing
+    first, second = engine.propose([item(key_of("a"), 11), item(key_of("b"), 11)]).proposals
+    assert (first.error, second.error) == (None, None)
+    assert second.tokens == alone
+    assert engine.length(key_of("a", 1)) == 0
+    assert engine.load().running == 1
+
+
+def test_room_that_could_not_be_used_is_given_back() -> None:
+    engine = make_engine(make_drafter())
+    inner: Any = engine._blocks
+    free, opening = engine.load().free_pages, inner.open
+
+    def refuse(_limit: int) -> Any:
+        raise OutOfPages("all pages are taken")
+
+    inner.open = refuse
+    with pytest.raises(OutOfPages, match="all pages"):
+        attach(engine, key_of())
+    assert engine.load().free_pages == free
+    inner.open = opening
+    attach(engine, key_of())
+    assert engine.load().running == 1
+
+
 def test_a_sequence_cannot_outgrow_its_max_len() -> None:
     engine = make_engine(make_drafter())
     attach(engine, key_of(), max_len=12)

@@ -1,6 +1,7 @@
 """The draft worker with features over real gRPC: who waits for what, what breaks and what heals."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -104,6 +105,43 @@ async def test_an_attachment_replaced_while_it_was_made_leaves_nothing_behind() 
         assert await tokens(worker, item(later, 21)) == [drafted_alone(later, 20).tokens]
         assert list(worker._intake._sources) == [later]
         assert "127.0.0.1:1" not in worker._intake._links
+
+
+@asynccontextmanager
+async def busy(worker: DraftWorker) -> AsyncIterator[None]:
+    """The engine's thread has something else to do."""
+    let_go = threading.Event()
+    call = worker._jobs.submit(let_go.wait)
+    try:
+        yield
+    finally:
+        let_go.set()
+        await call
+
+
+async def test_who_comes_back_while_the_engine_is_busy_is_not_forgotten() -> None:
+    verifier = ScriptedVerifier()
+    verifier.open(A, FEATURES, 20)
+    async with running(verifier) as address, worker_of() as worker:
+        await attached(worker, address, A)
+        async with busy(worker):
+            worker.detach([A])
+            await attached(worker, address, A)
+        assert await tokens(worker, item(A, 21)) == [drafted_alone(A, 20).tokens]
+
+
+async def test_room_is_free_at_once_while_the_engine_is_busy() -> None:
+    verifier = ScriptedVerifier()
+    for key in (A, B):
+        verifier.open(key, FEATURES, 20)
+    async with running(verifier) as address, worker_of(make_engine(make_drafter(), positions=420)) as worker:
+        await attached(worker, address, A)
+        async with busy(worker):
+            (answer,) = await worker.attach([asking(B, address)])
+            assert isinstance(answer.error, OutOfPages)  # there is room for one
+            worker.detach([A])
+            await attached(worker, address, B)
+        assert await tokens(worker, item(B, 21)) == [drafted_alone(B, 20).tokens]
 
 
 async def test_a_block_waits_for_its_features() -> None:

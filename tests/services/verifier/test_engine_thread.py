@@ -41,6 +41,18 @@ def engine(tiny_gemma: Path) -> VerifyEngine:
     return make_engine(tiny_gemma, max_step_tokens=64)
 
 
+def test_a_wait_for_other_calls_is_no_wait_for_steps(engine: VerifyEngine) -> None:
+    stream = Stream(engine, "s", PROMPT, new=4)
+    with EngineThread(engine) as thread:
+        held = Held(thread)
+        answer = thread.step([stream.item()])
+        time.sleep(0.1)
+        held.let_go()
+        assert answer.result(5).queue_seconds < 0.05
+        first, second = (thread.step([stream.item()]) for _ in range(2))  # of one sequence: one after the other
+        assert second.result(5).queue_seconds >= 0.5 * first.result(5).total_seconds
+
+
 def test_waiting_steps_run_as_one_and_come_back_apart(engine: VerifyEngine) -> None:
     streams = [Stream(engine, f"s{i}", [*PROMPT[: 5 + i]], new=4) for i in range(4)]
     with EngineThread(engine) as thread:
