@@ -30,31 +30,12 @@ from dspark.client import Client
 from dspark.errors import ConfigError, StartupError, Unavailable
 from dspark.processes import Child, spawn
 from dspark.rpc.probe import serving
+from dspark.sharing import disagreement, shares_cores
 from dspark.store import Directory, EmbeddedStore, Role, check_store
 
 __all__ = ["DEFAULT_MODEL", "Cluster", "find_drafter"]
 
 DEFAULT_MODEL = "gemma-3-270m"
-
-OWN_OPTIONS = frozenset(
-    [
-        "--context-positions",
-        "--connect-seconds",
-        "--draft-top-k",
-        "--draft-weights",
-        "--lookup",
-        "--no-lookup",
-        "--feature-queue-mib",
-        "--max-step-tokens",
-        "--noise-candidates",
-        "--page-size",
-        "--pages",
-        "--prefix-cache",
-        "--no-prefix-cache",
-        "--weights",
-    ]
-)
-"""Options that only one kind of worker has."""
 
 _POLL_SECONDS = 0.05
 
@@ -253,20 +234,14 @@ class Cluster:
 
     def _paired(self) -> bool:
         """Whether the first workers share a process."""
+        options = disagreement(self._worker_args["draft"], self._worker_args["verify"])
         if self._together is None:
-            alone = set(self._counts.values()) == {1} and not Path("/dev/nvidiactl").exists()
-            return alone and not self._disagreement()
+            return set(self._counts.values()) == {1} and shares_cores() and not options
         if self._together and not all(self._counts.values()):
             raise ConfigError("together: there is no draft worker or no verify worker that could share a process")
-        if self._together and (options := self._disagreement()):
+        if self._together and options:
             raise ConfigError(f"together: {', '.join(options)} has to be the same for both")
         return self._together
-
-    def _disagreement(self) -> list[str]:
-        """Options of workers that one process cannot have as they are given."""
-        draft, verify = (_options(args) for args in self._worker_args.values())
-        shared = (draft.keys() | verify.keys()) - OWN_OPTIONS
-        return sorted(name for name in shared if draft.get(name) != verify.get(name))
 
     def _rule_args(self) -> list[str]:
         """A cluster that will never have a drafter decodes plainly, which needs no costs."""
@@ -352,17 +327,6 @@ class Cluster:
             await router.stop(signal.SIGTERM, patience=3.0)
         workers = {child for name, child in self._children.items() if name != "router"}
         await asyncio.gather(*(child.stop(signal.SIGTERM, patience=3.0) for child in workers))
-
-
-def _options(args: Sequence[str]) -> dict[str, str]:
-    """Command-line arguments by name; of a flag without a value, the empty string."""
-    options, name = {}, ""
-    for arg in args:
-        if arg.startswith("--"):
-            name, _, options[name] = arg.partition("=")
-        else:
-            options[name] = arg
-    return options
 
 
 def _ending(child: Child) -> str:

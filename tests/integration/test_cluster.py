@@ -14,9 +14,10 @@ import pytest
 from support import drafters, tiny
 
 from dspark.client import Client
-from dspark.cluster import OWN_OPTIONS, Cluster, find_drafter
+from dspark.cluster import Cluster, find_drafter
 from dspark.errors import ConfigError, StartupError
 from dspark.events import Completion, Delta
+from dspark.sharing import OWN_OPTIONS, disagreement
 from dspark.store import EmbeddedStore
 from services.draft.settings import Settings as DraftSettings
 from services.pair.settings import Settings
@@ -134,6 +135,12 @@ async def test_what_cannot_be_one_process_is_said(models: tuple[Path, Path]) -> 
         await cluster_of(models, together=True, draft_args=["--threads", "2"]).__aenter__()
     async with cluster_of(models, together=None, draft_args=["--dtype=float32"]) as cluster:
         assert cluster.pid("verify-1") != cluster.pid("draft-1")
+
+
+def test_what_both_workers_have_must_be_the_same() -> None:
+    assert disagreement(["--dtype", "float32", "--no-lookup"], ["--dtype=float32", "--pages", "9"]) == []
+    assert disagreement(["--threads", "1"], ["--threads", "2"]) == ["--threads"]
+    assert disagreement(["--no-bind-threads", "--profile", "off"], []) == ["--no-bind-threads", "--profile"]
 
 
 def test_options_of_one_kind_of_worker_are_told_from_those_of_both() -> None:
