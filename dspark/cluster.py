@@ -1,4 +1,4 @@
-"""A whole cluster on one machine: store, router, draft and verify workers, each a process of its own, or not all.
+"""A whole cluster on one machine: the processes of its store, router, draft and verify workers.
 
 ::
 
@@ -18,7 +18,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -219,10 +218,10 @@ class Cluster:
     async def _start(self) -> None:
         router = ["services.router", "--listen", self._listen, *self._rule_args(), *self._router_args]
         self._children["router"] = await self._spawn("router", router)
-        names = await self._spawn_pair() if self._paired() else []
-        started = Counter(name.partition("-")[0] for name in names)
-        for role, count in self._counts.items():
-            names += [await self._spawn_worker(role) for _ in range(count - started[role])]
+        paired = self._paired()
+        names = await self._spawn_pair() if paired else []
+        apart = [role for role, count in self._counts.items() for _ in range(count - paired)]
+        names += [await self._spawn_worker(role) for role in apart]
         async with asyncio.timeout(self._start_seconds) as limit:
             try:
                 self.address = await self._wait_for_router()

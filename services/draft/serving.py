@@ -71,9 +71,9 @@ async def _serve(
     metrics_port: int,
     stop: asyncio.Event,
 ) -> None:
-    async with serve(settings.listen, [servicer(settings.worker_id, worker, drafter)]) as server:
+    async with serve(settings.listen, [servicer(settings, worker, drafter)]) as server:
         address = program.address_of(settings.listen, settings.advertise, server.port)
-        record = record_of(settings.worker_id, worker, drafter, known, address, metrics_port)
+        record = record_of(settings, worker, drafter, known, address, metrics_port)
         usage = usage_of(pick_device(settings.device))
         with Heartbeat(settings.store, record, usage=usage, profile=known) as beat:
             _log.info("ready", address=address, metrics_port=metrics_port, drafter=drafter.name)
@@ -81,13 +81,14 @@ async def _serve(
             await drain(worker, beat, settings.drain_seconds)
 
 
-def servicer(worker_id: str, worker: DraftWorker, drafter: DrafterInfo) -> Servicer:
+def servicer(settings: Settings, worker: DraftWorker, drafter: DrafterInfo) -> Servicer:
     """The worker's face, for its server."""
-    return (add_DraftServicer_to_server, DraftService(worker, worker_id=worker_id, drafter=drafter), "dspark.v1.Draft")
+    service = DraftService(worker, worker_id=settings.worker_id, drafter=drafter)
+    return (add_DraftServicer_to_server, service, "dspark.v1.Draft")
 
 
 def record_of(
-    worker_id: str,
+    settings: Settings,
     worker: DraftWorker,
     drafter: DrafterInfo,
     known: CostProfile | None,
@@ -98,7 +99,7 @@ def record_of(
 
     def record() -> WorkerRecord:
         return WorkerRecord(
-            worker_id=worker_id,
+            worker_id=settings.worker_id,
             role="draft",
             address=address,
             metrics_port=metrics_port,

@@ -5,13 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from pydantic_settings import CliApp
-
 from dspark import program
-from dspark.models.pull import resolve_model
-from dspark.store import check_store
-from dspark.telemetry import configure_logging
 from services.pair.settings import Settings
+from services.verifier.beginning import begin
 
 
 def main() -> int:
@@ -20,11 +16,7 @@ def main() -> int:
 
 
 def _serve() -> None:
-    settings = CliApp.run(Settings)
-    configure_logging("pair", level=settings.log_level, worker_id=settings.worker_id)
-    check_store(settings.store)  # what can be told at once is told before the long part
-    path = resolve_model(settings.model)
-    program.wait_briefly()
+    settings, path = begin(Settings, "pair")
     from services.pair.serving import serve_until_told  # noqa: PLC0415 - loads torch, which reads the environment
 
     asyncio.run(serve_until_told(settings, path))

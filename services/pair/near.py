@@ -8,16 +8,12 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-import torch
-from torch import Tensor
-
-from dspark.messages import TapInfo
 from services.draft.inbox import FeatureInbox
 from services.draft.link import VerifierLink, Wish
 from services.draft.offer import TapOffer
 from services.draft.wire import WireLink
 from services.verifier.subscriber import Subscriber
-from services.verifier.taps import tensor_shapes
+from services.verifier.taps import tensors_of
 from services.verifier.thread import EngineThread
 
 __all__ = ["Links", "NearLink"]
@@ -49,8 +45,7 @@ class NearLink(VerifierLink):
         engine, tap = self._engine.engine, self.offer.tap
         self.offer.check(engine.info)
         if tap is not None and tap.tap_id not in engine.tap_ids:
-            tensors = _tensors(tap, self.offer)
-            await self._engine.call(partial(engine.register_tap, tap, tensors))
+            await self._engine.call(partial(engine.register_tap, tap, tensors_of(tap, self.offer.tensors)))
 
     def _pass_on(self, wish: Wish) -> None:
         if wish.position is None:
@@ -86,11 +81,3 @@ class Links:
         """As every `Connect`."""
         make = self._near if address == self.address else WireLink
         return make(address, offer, inbox)
-
-
-def _tensors(tap: TapInfo, offer: TapOffer) -> dict[str, Tensor]:
-    shapes = tensor_shapes(tap)
-    return {
-        name: torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shapes[name])
-        for name, data in offer.tensors.items()
-    }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Self
 from uuid import uuid4
 
 from pydantic import Field
@@ -35,3 +36,8 @@ class Settings(VerifySettings, DraftSettings):
     draft_metrics_port: Annotated[
         int, Field(ge=0, le=65535, description="Prometheus endpoint of the draft worker; 0 picks a free one")
     ] = 0
+
+    def of_drafter(self, target: Path) -> Self:
+        """As the draft worker reads them, beside the target at this place."""
+        own = {"worker_id": self.draft_worker_id, "metrics_port": self.draft_metrics_port, "target": str(target)}
+        return self.model_copy(update=own)

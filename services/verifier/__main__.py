@@ -5,12 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from pydantic_settings import CliApp
-
 from dspark import program
-from dspark.models.pull import resolve_model
-from dspark.store import check_store
-from dspark.telemetry import configure_logging
+from services.verifier.beginning import begin
 from services.verifier.settings import Settings
 
 
@@ -20,11 +16,7 @@ def main() -> int:
 
 
 def _serve() -> None:
-    settings = CliApp.run(Settings)
-    configure_logging("verifier", level=settings.log_level, worker_id=settings.worker_id)
-    check_store(settings.store)  # what can be told at once is told before the long part
-    path = resolve_model(settings.model)
-    program.wait_briefly()
+    settings, path = begin(Settings, "verifier")
     from services.verifier.worker import serve_until_told  # noqa: PLC0415 - loads torch, which reads the environment
 
     asyncio.run(serve_until_told(settings, path))

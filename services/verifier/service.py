@@ -6,13 +6,12 @@ What a router's stream does is in `session.py`, a draft worker's in `subscriber.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
 import structlog
-import torch
-from torch import Tensor
 
 from dspark.errors import InvalidRequest
 from dspark.messages import TapInfo
@@ -23,7 +22,7 @@ from dspark.v1 import verifier_pb2 as pb
 from dspark.v1.verifier_pb2_grpc import VerifierServicer
 from services.verifier.session import RouterSession
 from services.verifier.subscriber import FeatureSession
-from services.verifier.taps import check_info, tensor_shapes
+from services.verifier.taps import check_info, tensor_shapes, tensors_of
 from services.verifier.thread import EngineThread
 
 __all__ = ["VerifierService"]
@@ -78,10 +77,9 @@ class VerifierService(VerifierServicer):
         """Description first and checked first, then tensors no larger than it says."""
         info = await _tap_info(requests)
         check_info(info, self._engine.engine.info)
-        shapes = tensor_shapes(info)
-        sizes = {name: 4 * torch.Size(shape).numel() for name, shape in shapes.items()}
+        sizes = {name: 4 * math.prod(shape) for name, shape in tensor_shapes(info).items()}
         parts = await join(_pieces(requests, sizes), max_bytes=sum(sizes.values()))
-        tensors = {name: _tensor(data, shapes[name]) for name, data in parts.items()}
+        tensors = tensors_of(info, parts)
         await self._engine.call(lambda: self._engine.engine.register_tap(info, tensors))
         _log.info("tap registered", tap_id=info.tap_id, layers=list(info.layer_ids), features=info.feature_size)
         return pb.RegisterTapResponse(tap_id=info.tap_id)
@@ -144,7 +142,3 @@ async def _pieces(
         if piece.size != sizes[piece.name]:
             raise InvalidRequest(f"{piece.name}: {piece.size} bytes, float32 of its shape are {sizes[piece.name]}")
         yield piece
-
-
-def _tensor(data: bytes, shape: tuple[int, ...]) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shape)

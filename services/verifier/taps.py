@@ -19,7 +19,7 @@ from dspark.kernels import Kernels
 from dspark.messages import ModelInfo, TapInfo
 from services.verifier.kernels import verifier_kernels
 
-__all__ = ["BIAS", "NORM", "PROJECTION", "Tap", "check_info", "tap_digest", "tensor_shapes"]
+__all__ = ["BIAS", "NORM", "PROJECTION", "Tap", "check_info", "tap_digest", "tensor_shapes", "tensors_of"]
 
 PROJECTION: Final = "fc.weight"
 BIAS: Final = "fc.bias"
@@ -59,6 +59,15 @@ def tensor_shapes(info: TapInfo) -> dict[str, tuple[int, ...]]:
     """The tensors a tap has, all float32; `fc.bias` may be left out."""
     inputs = len(info.layer_ids) * info.target_hidden_size
     return {PROJECTION: (info.feature_size, inputs), NORM: (info.feature_size,), BIAS: (info.feature_size,)}
+
+
+def tensors_of(info: TapInfo, parts: Mapping[str, bytes]) -> dict[str, Tensor]:
+    """A tap's tensors from the float32 bytes in which they come, of the right sizes."""
+    shapes = tensor_shapes(info)
+    return {
+        name: torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shapes[name])
+        for name, data in parts.items()
+    }
 
 
 def tap_digest(info: TapInfo, tensors: Mapping[str, Tensor]) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ async def complete(client: Client, *, speculation: bool = True, tokens: int = 60
     )
 
 
+def metrics_of(port: str) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+        return bytes(page.read())
+
+
 def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
@@ -94,6 +100,11 @@ async def test_workers_of_one_process_come_and_go_together(models: tuple[Path, P
     async with cluster_of(models, log_dir=tmp_path, together=None) as cluster, cluster.client() as client:
         assert ",".join(cluster.workers) == "verify-1,draft-1"
         assert cluster.pid("verify-1") == cluster.pid("draft-1")
+        lines = [json.loads(line) for line in (tmp_path / "pair-1.log").read_text().splitlines() if "ready" in line]
+        shown = [str(lines[0][port]) for port in ("metrics_port", "draft_metrics_port")]
+        assert len(set(shown)) == 2
+        for port in shown:
+            assert b"dspark_" in await asyncio.to_thread(metrics_of, port)
         plain = await complete(client, speculation=False)
         drafted = await complete(client)
         assert drafted.speculation.accepted > 0
