@@ -166,11 +166,21 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another token in place of the `place`-th draft (from 1), behind the drafts before that."""
+
+    place: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepItem:
     """Compute `count` committed positions, then the drafts; a token is chosen once the anchor is reached.
 
     At most `keep` drafts are committed, however many are accepted: the token after them is then an accepted draft.
-    With `hold_features` nobody drafts for the sequence, so features need not be computed yet.
+    With `hold_features` nobody drafts for the sequence, so features need not be computed yet. `alternatives`, by rising
+    place and at most one a place, are verified beside the drafts: where the target disagrees with a draft it may agree
+    with the other token there, and its choice behind that is known as well. Not in rejection mode, nor with `keep`.
     """
 
     key: SequenceKey
@@ -180,13 +190,32 @@ class StepItem:
     draft_distributions: tuple[SparseDistribution, ...] = ()
     keep: int | None = None
     hold_features: bool = False
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """That the item takes in a step."""
+        return self.count + len(self.draft_tokens) + len(self.alternatives)
+
+    def committed(self, verdict: Verdict) -> tuple[int, ...]:
+        """Tokens that a verdict on the item commits; none inside the prompt. `ValueError` for one that cannot be."""
+        accepted = verdict.accepted
+        if verdict.token is None:
+            return ()
+        turned = (self.alternatives[self.place(accepted + 1)].token,) if verdict.turned else ()
+        return (*self.draft_tokens[:accepted], *turned, verdict.token)
+
+    def place(self, place: int) -> int:
+        """Which alternative is for a place; `ValueError` where none is."""
+        return [alternative.place for alternative in self.alternatives].index(place)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What one StepItem came to: accepted drafts, then the next anchor; token is None inside the prompt.
 
-    `matched` drafts were accepted before the item's `keep` cut them.
+    `matched` drafts were accepted before the item's `keep` cut them. `turned`: behind the accepted drafts comes the
+    alternative for that place, and `token` behind it.
     """
 
     key: SequenceKey
@@ -197,6 +226,7 @@ class Verdict:
     logprobs: tuple[PositionLogprobs, ...] = ()
     error: DSparkError | None = None
     matched: int = 0
+    turned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +290,8 @@ class Proposal:
     """One drafted block: the k-th token is for position committed_len - 1 + k.
 
     `confidences[k-1]` is c_k, the probability that token k survives given that all before it did (DSpark §3.1).
-    `stays`: further blocks of this sequence will come unasked.
+    `stays`: further blocks of this sequence will come unasked. `alternatives[k-1]` would have been drafted in place of
+    token k, next to it: one for each token, or none at all.
     """
 
     key: SequenceKey
@@ -270,6 +301,7 @@ class Proposal:
     distributions: tuple[SparseDistribution, ...] = ()
     error: DSparkError | None = None
     stays: bool = False
+    alternatives: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class ReverseChooser(DraftChooser):
         columns = (column.view(b, n, *column.shape[1:]).unbind(1) for column in (known, drawn.tokens, ids, p, q, place))
         stands_below = stand.view(b, n)[:, 0]
         tokens = torch.stack([self._next(stands_below, *column) for column in zip(*columns, strict=True)], 1).flatten()
-        return Choice(tokens, _draft_index(tokens, d2t), drawn.distributions)
+        return Choice(tokens, _draft_index(tokens, d2t), drawn.distributions, tokens)
 
     def _next(
         self, chance: Tensor, known: Tensor, free: Tensor, ids: Tensor, p: Tensor, q: Tensor, place: Tensor

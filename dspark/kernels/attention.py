@@ -40,13 +40,22 @@ NULL_PAGE = 0
 class Span:
     """Rows first_row … first_row + count - 1 of a batch: one sequence's positions start … start + count - 1.
 
-    `pages[i]` holds the keys and values of positions i · page_size …
+    `pages[i]` holds the keys and values of positions i · page_size … With an `origin`, whose pages these are, the page
+    of `start` is the span's own: what lies before `start` in it comes from the origin's, layer by layer.
     """
 
     first_row: int
     start: int
     count: int
     pages: Sequence[int]
+    origin: Sequence[int] = ()
+
+    def copied(self, page_size: int) -> list[tuple[int, int]]:
+        """Slots, page · page_size + offset, from and to which keys and values are copied."""
+        page, offset = divmod(self.start, page_size)
+        if not self.origin:
+            return []
+        return [(self.origin[page] * page_size + at, self.pages[page] * page_size + at) for at in range(offset)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +91,13 @@ class Bucket:
 class AttentionPlan:
     """What all layers of one group share in one step: where to write keys and values, and what to read.
 
-    `slots` (rows,) are page · page_size + offset of each row's own key and value.
+    `slots` (rows,) are page · page_size + offset of each row's own key and value. As soon as these are written, what
+    lies at the slots copied[0] is copied to copied[1], both (any,); None: nothing.
     """
 
     slots: torch.Tensor
     buckets: tuple[Bucket, ...]
+    copied: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +134,16 @@ def plan_attention(
     buckets = [_bucket(tiles, shape[0], page_size, window, group, dtype, device) for shape, tiles in shapes.items()]
     if len(buckets) == 1 and buckets[0].tiles * buckets[0].width == len(slots):
         buckets = [replace(buckets[0], rows=None)]  # no tile was filled up, so the rows are the batch's in order
-    return AttentionPlan(torch.tensor(slots, device=device), tuple(buckets))
+    return AttentionPlan(torch.tensor(slots, device=device), tuple(buckets), copies(spans, page_size, device))
+
+
+def copies(spans: Sequence[Span], page_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`AttentionPlan.copied` of some spans."""
+    pairs = [pair for span in spans for pair in span.copied(page_size)]
+    if not pairs:
+        return None
+    source, to = zip(*pairs, strict=True)
+    return torch.tensor(source, device=device), torch.tensor(to, device=device)
 
 
 def _unit(group: int, dtype: torch.dtype) -> int:
@@ -246,3 +266,11 @@ def write_rows(storage: torch.Tensor, plan: AttentionPlan, keys: torch.Tensor, v
     slots = storage.view(storage.shape[0], -1, dim)
     slots[:kv_heads].index_copy_(1, plan.slots, keys.transpose(0, 1))
     slots[kv_heads:].index_copy_(1, plan.slots, values.transpose(0, 1))
+    copy_rows(storage, plan.copied, dim)
+
+
+def copy_rows(storage: torch.Tensor, copied: tuple[torch.Tensor, torch.Tensor] | None, dim: int) -> None:
+    """Copy keys and values of `dim` numbers a head within a layer's storage, as `AttentionPlan.copied` says."""
+    if copied is not None:
+        slots = storage.view(storage.shape[0], -1, dim)
+        slots.index_copy_(1, copied[1], slots.index_select(1, copied[0]))

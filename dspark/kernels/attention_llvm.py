@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dspark.kernels import attend_dots_llvm, attend_llvm, team
 from dspark.kernels import attention as plain
 from dspark.kernels.attend_llvm import AttendArguments, Heads
-from dspark.kernels.attention import AttentionPlan, Span
+from dspark.kernels.attention import AttentionPlan, Span, copies
 
 __all__ = ["Ints", "RowPlan", "Rows", "attend", "paged_attention", "plan_attention"]
 
@@ -76,12 +76,15 @@ class Rows:
 class RowPlan:
     """What all layers of one group share in one step.
 
-    `slots` (rows,) are page · page_size + offset of each row's own key and value.
+    `slots` (rows,) are page · page_size + offset of each row's own key and value. `copied` as `AttentionPlan`'s, of
+    which `copies` (1,) count.
     """
 
     slots: torch.Tensor
     rows: Rows
     page_size: int
+    copied: tuple[torch.Tensor, torch.Tensor] | None = None
+    copies: torch.Tensor | None = None
 
 
 def plan_attention(
@@ -97,7 +100,9 @@ def plan_attention(
     first = np.zeros_like(last) if window is None else np.maximum(last - (window - 1), 0)
     slots = pages[np.array(before)[owners] + last // page_size] * page_size + last % page_size
     tiled = [(span.first_row, span.count, own) for span, own in zip(spans, before, strict=True)]
-    return RowPlan(torch.from_numpy(slots), Rows.of(first, last, tiled, pages, group=group), page_size)
+    copied = copies(spans, page_size, device)
+    count = None if copied is None else torch.tensor([len(copied[0])])
+    return RowPlan(torch.from_numpy(slots), Rows.of(first, last, tiled, pages, group=group), page_size, copied, count)
 
 
 def paged_attention(

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dspark.kernels.attention import Span
+from dspark.kernels.attention import Span, copies
 from dspark.kernels.parts_triton import block_of, narrow, product, softmax_step
 
 __all__ = ["PagedPlan", "join_splits", "paged_attention", "plan_attention", "stages_of"]
@@ -33,7 +33,8 @@ class PagedPlan:
     `slots` (rows,) int64: where each row's own key and value go, page · page_size + offset. `pages` int32: the page
     tables one after another. `tiles` (tiles, 6) int32: first row, start position, tokens, where its page table begins,
     its first partial result or -1, number of splits. `items` (items, 2) int32: tile, split; tiles of several splits
-    have `partials` partial results together, `joined` (n,) int32 are those tiles. `window` is 0 for none.
+    have `partials` partial results together, `joined` (n,) int32 are those tiles. `window` is 0 for none. `copied` as
+    `attention.AttentionPlan`'s.
     """
 
     slots: torch.Tensor
@@ -45,6 +46,7 @@ class PagedPlan:
     group: int
     page_size: int
     window: int
+    copied: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def plan_attention(
@@ -80,6 +82,7 @@ def plan_attention(
         group=group,
         page_size=page_size,
         window=window or 0,
+        copied=copies(spans, page_size, device),
     )
 
 

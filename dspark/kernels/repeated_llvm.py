@@ -39,8 +39,10 @@ MOST_ROWS = 64  # more take so long that Python's share is small
 MOST_BYTES = 32 << 20  # of what layers write; taken as it is used
 MOST_PROGRAMS = 512  # of some 30 KB each
 _ALIGNED = 64
-_OF_A_KIND = 10
-_TILES = range(6, 9)  # of these, what has an entry a tile
+_PAGES = 9  # of a kind's inputs
+_TILES = range(5, 8)  # what has an entry a tile
+_COPIES = range(10, 12)  # what has an entry a copy, where there are any
+_LOOSE_COPIES = 128
 _LOOSE = 64  # pages; what grows with the context has room for a power of two of them at least
 _LOOSE_ROOM = 1024  # positions, for scores
 _APART = 32  # more of them, so that rows of scores do not meet in the same places of a cache
@@ -65,7 +67,7 @@ class Programs:
             return layers(x, steps)
         inputs = _inputs(x, steps)
         kinds = (tensor.dtype for tensor in inputs)
-        form = (key, torch.get_num_threads(), *_shapes(inputs), *kinds, *map(_room, steps.values()))
+        form = (key, torch.get_num_threads(), *_shapes(inputs, len(steps)), *kinds, *map(_room, steps.values()))
         if form not in self._programs:
             return self._record(layers, inputs, steps, form)
         self._programs.move_to_end(form)
@@ -76,7 +78,7 @@ class Programs:
         self, layers: Layers, inputs: Sequence[Tensor], steps: Mapping[str, Any], form: Hashable
     ) -> Sequence[Tensor]:
         """Run the layers where a program is to run, and keep it if all they do can be noted."""
-        own = self._memory.begin(inputs)
+        own = self._memory.begin(inputs, _shapes(inputs, len(steps)))
         rooms = {kind: self._memory.take(_room(step), torch.float32) for kind, step in steps.items()}
         x, placed = _placed(own, steps, rooms)
         with team.noting() as calls, self._memory:
@@ -129,14 +131,14 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Torch asks; True would have it import its compiler, for a second or more, as the first program is noted."""
         return False
 
-    def begin(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """A new program: copies of its inputs, those of pages with room to grow."""
+    def begin(self, inputs: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """A new program: copies of its inputs, in tensors of these shapes, some with room to grow."""
         if not len(self._bytes):
             room = np.empty(MOST_BYTES + _ALIGNED, np.uint8)
             self._bytes = room[-room.ctypes.data % _ALIGNED :][:MOST_BYTES]
         self._program += 1
         self._used, self._left, self.strayed = 0, {}, False
-        own = [self.take(shape, tensor.dtype) for shape, tensor in zip(_shapes(inputs), inputs, strict=True)]
+        own = [self.take(shape, tensor.dtype) for shape, tensor in zip(shapes, inputs, strict=True)]
         for new, tensor in zip(own, inputs, strict=True):
             new[: len(tensor)].copy_(tensor)
         return own
@@ -182,12 +184,13 @@ def _seen_through(args: Sequence[Any], result: Any) -> bool:
 
 
 def _inputs(x: Tensor, steps: Mapping[str, Any]) -> list[Tensor]:
-    """All that differs between steps of one form: the rows, then of each kind so many, pages last."""
+    """All that differs between steps of one form: the rows, then of each kind the same number, copies last if any."""
     found = [x]
     for step in steps.values():
-        rows = step.plan.rows
+        rows, copied = step.plan.rows, step.plan.copied
         found += [step.cos, step.sin, step.plan.slots, rows.first, rows.last]
         found += [rows.begin, rows.end, rows.tables, rows.tiles, rows.pages]
+        found += [] if copied is None else [*copied, step.plan.copies]
     return found
 
 
@@ -198,26 +201,30 @@ def _placed(
     x, *others = inputs
     left, placed = iter(others), {}
     for kind, step in steps.items():
-        cos, sin, slots, first, last, begin, end, tables, tiles, pages = (next(left) for _ in range(_OF_A_KIND))
+        cos, sin, slots, first, last, begin, end, tables, tiles, pages = (next(left) for _ in range(_PAGES + 1))
+        source, to, copies = (None, None, None) if step.plan.copied is None else (next(left) for _ in range(3))
         rows = replace(
             step.plan.rows,
             first=first, last=last, begin=begin, end=end, tables=tables, tiles=tiles, pages=pages, rooms=rooms[kind],
         )  # fmt: skip
-        placed[kind] = replace(step, cos=cos, sin=sin, plan=replace(step.plan, slots=slots, rows=rows))
+        copied = None if step.plan.copied is None else (source, to)
+        plan = replace(step.plan, slots=slots, rows=rows, copied=copied, copies=copies)
+        placed[kind] = replace(step, cos=cos, sin=sin, plan=plan)
     return x, placed
 
 
-def _shapes(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """What a program was made for: inputs' shapes, with room for a tile a row, and for pages to grow.
+def _shapes(inputs: Sequence[Tensor], kinds: int) -> list[tuple[int, ...]]:
+    """What a program was made for: inputs' shapes, with room for a tile a row, and for pages and copies to grow.
 
     So rows are all that programs differ by, whoever they belong to, until a context outgrows them.
     """
     rows, shapes = len(inputs[0]), [tuple(tensor.shape) for tensor in inputs]
-    for first in range(0, len(inputs) - 1, _OF_A_KIND):
+    size = (len(inputs) - 1) // kinds
+    for first in range(1, len(inputs), size):
         for index in _TILES:
             shapes[first + index] = (rows,)
-        pages = first + _OF_A_KIND
-        shapes[pages] = (_grown(len(inputs[pages]), _LOOSE),)
+        for index, least in ((_PAGES, _LOOSE), *((one, _LOOSE_COPIES) for one in _COPIES if one < size)):
+            shapes[first + index] = (_grown(len(inputs[first + index]), least),)
     return shapes
 
 

@@ -16,7 +16,7 @@ from llvmlite import ir
 
 from dspark.kernels.parts_llvm import FLOAT, HALF, INT, INT32, Code, Writer, compile_module, host_lanes, kernel, number
 
-__all__ = ["ActivationArguments", "CodeArguments", "NormArguments", "RotaryArguments", "compiled"]
+__all__ = ["ActivationArguments", "CodeArguments", "CopyArguments", "NormArguments", "RotaryArguments", "compiled"]
 
 _GELU_INNER, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 _LEAST = 1e-30  # of what a row of zeros is divided by
@@ -69,6 +69,18 @@ class TurnedArguments(ctypes.Structure):
     ]
 
 
+class CopyArguments(ctypes.Structure):
+    """Of `copy_rows`: rows of `size` float32s within each of `heads` heads, `head_stride` float32s apart.
+
+    From slots `source` to slots `to`, 64-bit integers, of which `*count` count.
+    """
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("storage", "source", "to", "count", "heads", "size", "head_stride", "share", "next")
+    ]
+
+
 class CodeArguments(ctypes.Structure):
     """Of `codes`: `x` (rows, size) float32, `out` as many bytes, `scales` (rows,) float32.
 
@@ -99,6 +111,7 @@ def compiled(lanes: int | None = None) -> Code:
         "norm_rotary": _write_turned,
         "norm_rotary_write": lambda write: _write_rotary(write, rounded=False),
         "norm_rotary_round": lambda write: _write_rotary(write, rounded=True),
+        "copy_rows": _write_copies,
         "codes": lambda write: _write_codes(write, bounded=False),
         "bounded_codes": lambda write: _write_codes(write, bounded=True),
         "gelu_tanh": lambda write: _write_activation(write, _gelu_tanh),
@@ -233,6 +246,19 @@ def _write_rotary(write: Writer, *, rounded: bool) -> None:
             value = write.at(source, build.mul(head, size))
             with write.counting(number(0), size, write.lanes) as place:
                 write.store_any(write.load(write.at(value, place)), write.at(to, place))
+
+
+def _write_copies(write: Writer) -> None:
+    """Keys and values from slot to slot."""
+    given, build = _given(write, CopyArguments), write.build
+    source, to, count = (build.bitcast(given[name], INT.as_pointer()) for name in ("source", "to", "count"))
+    given["rows"] = build.load(count)
+    with _rows(write, given) as row, write.counting(number(0), given["heads"]) as head:
+        own = write.at(given["storage"], build.mul(head, given["head_stride"]))
+        places = (write.at(own, build.mul(build.load(write.at(at, row)), given["size"])) for at in (source, to))
+        old, new = places
+        with write.counting(number(0), given["size"], write.lanes) as place:
+            write.store(write.load(write.at(old, place)), write.at(new, place))
 
 
 def _write_turned(write: Writer) -> None:

@@ -14,7 +14,14 @@ import torch
 
 from dspark.kernels import fused, reference, rows_llvm, team
 from dspark.kernels.parts_llvm import host_lanes
-from dspark.kernels.rows_llvm import ActivationArguments, CodeArguments, NormArguments, RotaryArguments, TurnedArguments
+from dspark.kernels.rows_llvm import (
+    ActivationArguments,
+    CodeArguments,
+    CopyArguments,
+    NormArguments,
+    RotaryArguments,
+    TurnedArguments,
+)
 
 __all__ = [
     "activated",
@@ -28,6 +35,7 @@ __all__ = [
 ]
 
 _STORED = {torch.float32: "norm_rotary_write", torch.bfloat16: "norm_rotary_round"}
+_SHARE = 8  # copies that a thread takes at a time
 _ALONE = 1 << 14  # numbers that one thread has done before a team would begin
 
 
@@ -93,7 +101,17 @@ def norm_rotary_write(
     addresses = (t.data_ptr() for t in (qkv, weight, cos, sin, q, storage, plan.slots))
     sizes = heads, kv_heads, size, storage.stride(0)
     _run(_STORED[storage.dtype], size // 2, RotaryArguments, *addresses, *sizes, eps, rows=rows, width=qkv[0].numel())
+    if plan.copied is not None:
+        _copy(storage, plan.copied, plan.copies, size * storage.itemsize // 4)
     return q
+
+
+def _copy(storage: torch.Tensor, copied: tuple[torch.Tensor, torch.Tensor], count: torch.Tensor, size: int) -> None:
+    """As `attention.copy_rows`, of rows of `size` float32s; in a thread of its own, as they are few."""
+    lanes = math.gcd(size, host_lanes())
+    addresses = storage.data_ptr(), copied[0].data_ptr(), copied[1].data_ptr(), count.data_ptr()
+    sizes = len(storage), size, storage.stride(0) * storage.itemsize // 4
+    team.alone(rows_llvm.compiled(lanes).functions["copy_rows"], CopyArguments(*addresses, *sizes, _SHARE, 0))
 
 
 def activated(both: torch.Tensor, size: int, activation: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dspark.kernels.attention import copy_rows
 from dspark.kernels.attention_triton import PagedPlan
 from dspark.kernels.parts_triton import block_of, narrow, rows_of
 
@@ -169,6 +170,7 @@ def norm_rotary_write(
         qkv, weight, cos, sin, out, storage, plan.slots, eps, dim // 2, qkv.stride(0), all_heads,
         heads, turned, storage.stride(0), has_norm=True, writes=True, block_heads=_HEADS, block=block_of(dim // 2),
     )  # fmt: skip
+    copy_rows(storage, plan.copied, dim)
     return out
 
 

@@ -37,7 +37,7 @@ class RaggedBatch:
         """Batch of (sequence, token ids, position of the first of them); no sequence twice.
 
         Gives the sequences the pages that these positions need. The positions before a sequence's first row must have
-        been computed.
+        been computed; of a fork, they may be rows of this batch.
         """
         if not items or not all(len(token_ids) for _, token_ids, _ in items):
             raise InternalError("a batch needs at least one sequence, and every sequence a row")
@@ -73,6 +73,12 @@ def _spans(
     kind: str, items: Sequence[tuple[CachedSequence, Sequence[int], int]], first_rows: Sequence[int]
 ) -> list[Span]:
     return [
-        Span(first_row, start, len(token_ids), sequence.pages[kind])
+        Span(
+            first_row,
+            start,
+            len(token_ids),
+            sequence.pages[kind],
+            sequence.origin.pages[kind] if sequence.origin else (),
+        )
         for (sequence, token_ids, start), first_row in zip(items, first_rows, strict=False)
     ]

@@ -25,7 +25,7 @@ class CachedSequence:
     """One sequence's pages; made by `KVCache.open`.
 
     `computed_len` positions have valid keys and values. `pages[kind][i]` holds positions i · page_size …; it is
-    `NULL_PAGE` where a sliding page was freed.
+    `NULL_PAGE` where a sliding page was freed. A fork (`KVCache.fork`) names its `origin`.
     """
 
     cache: KVCache
@@ -34,6 +34,7 @@ class CachedSequence:
     pages: dict[str, list[int]] = field(default_factory=dict)
     keys: list[bytes] = field(default_factory=list)
     closed: bool = False
+    origin: CachedSequence | None = None
 
     @property
     def full_pages(self) -> list[int]:
@@ -193,6 +194,38 @@ class KVCache:
                 if pages[index] != NULL_PAGE:
                     sliding.pool.release(pages[index])
                     pages[index] = NULL_PAGE
+
+    def fork(self, sequence: CachedSequence, position: int) -> CachedSequence | None:
+        """As the sequence is before `position`, with a page of its own from there on; None where no page is free.
+
+        For one step, beside the sequence's own rows: what its own page has to hold of positions before is copied as
+        these rows' keys and values are written (`attention.Span`). To be given back by `join`.
+        """
+        if any(group.available < 1 for group in self._groups.values()):
+            return None
+        self.extend(sequence, position + 1)
+        fork = CachedSequence(self, sequence.max_len, position, origin=sequence)
+        shared = position // self.page_size
+        for kind, group in self._groups.items():
+            fork.pages[kind] = [*sequence.pages[kind][:shared], group.pool.allocate()]
+            group.promised += group.window is not None
+        return fork
+
+    def adopt(self, fork: CachedSequence) -> None:
+        """Give a fork's keys and values at its position to its origin."""
+        assert fork.origin is not None
+        page, at = divmod(fork.computed_len, self.page_size)
+        for kind, group in self._groups.items():
+            own, to = fork.pages[kind][page], fork.origin.pages[kind][page]
+            for storage in group.storage.values():
+                slots = storage.view(len(storage), len(storage[0]), self.page_size, -1)
+                slots[:, to, at] = slots[:, own, at]
+
+    def join(self, fork: CachedSequence) -> None:
+        """Give a fork's page back."""
+        for kind, group in self._groups.items():
+            group.pool.release(fork.pages[kind][-1])
+            group.promised -= group.window is not None
 
     def blank(self, sequence: CachedSequence, position: int) -> None:
         """Zero a sequence's pages from that of `position` on: for whoever wrote what means nothing, lest it is read."""

@@ -31,6 +31,8 @@ class Choice:
     """int64 (b,) indices into the draft vocabulary."""
     distributions: list[SparseDistribution | None]
     """In rejection mode (and temperature > 0) what the token was drawn from, over target ids; else None."""
+    others: torch.Tensor
+    """int64 (b,) what the token would have been next, with the same noise, in coupled mode; else the token itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +100,16 @@ class DraftChooser:
         batch = _batch(tuple(samplings), logits.device)
         if not (batch.any_coupled or batch.any_rejection):
             index = logits.max(-1).indices
-            return Choice(index if d2t is None else index + d2t[index], index, [None] * len(index))
+            tokens = index if d2t is None else index + d2t[index]
+            return Choice(tokens, index, [None] * len(index), tokens)
         values, indices = logits.topk(min(self._top_k, logits.shape[1]), -1)
         ids = indices if d2t is None else indices + d2t[indices]
         log_weights = _log_weights(values, batch.rows)
         committed = torch.zeros_like(positions) if committed is None else committed
-        at = self._draw(batch, log_weights, ids, positions.unsqueeze(-1), committed.unsqueeze(-1)).unsqueeze(-1)
+        drawn = self._draw(batch, log_weights, ids, positions.unsqueeze(-1), committed.unsqueeze(-1))
+        at, other = (found.unsqueeze(-1) for found in drawn)
         tokens, index = (t.gather(1, at).squeeze(-1) for t in (ids, indices))
-        return Choice(tokens, index, _distributions(batch, ids, log_weights))
+        return Choice(tokens, index, _distributions(batch, ids, log_weights), ids.gather(1, other).squeeze(-1))
 
     def _draw(
         self,
@@ -114,17 +118,26 @@ class DraftChooser:
         ids: torch.Tensor,
         positions: torch.Tensor,
         committed: torch.Tensor,
-    ) -> torch.Tensor:
-        """Which of the listed tokens each sequence drafts: int64 (b,)."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the listed tokens each sequence drafts, and would have drafted next: int64 (b,)."""
         items = torch.cat((ids, committed), 1) if batch.any_coupled else committed
         of = streams(items.shape[1] - 1, Stream.DRAFT, device=ids.device)
         bits = self._bits(batch.rows.seed, items, positions, of)
-        coupled = (log_weights + gumbel(bits[:, :-1])).argmax(-1) if batch.any_coupled else 0
+        nothing = torch.zeros_like(batch.greedy, dtype=torch.int64)
+        coupled, other = _two_best(log_weights + gumbel(bits[:, :-1])) if batch.any_coupled else (nothing, nothing)
         drawn = coupled
         if batch.any_rejection:
             running = log_weights.exp().cumsum(-1)
             drawn = torch.searchsorted(running, uniform(bits[:, -1:]) * running[:, -1:], right=True).squeeze(-1)
-        return torch.where(batch.greedy, 0, torch.where(batch.rejection, drawn, coupled))
+        at = torch.where(batch.greedy, 0, torch.where(batch.rejection, drawn, coupled))
+        return at, torch.where(batch.greedy | batch.rejection, at, other)
+
+
+def _two_best(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of the greatest score of each row, and of the next one; the greatest's again where all others are -inf."""
+    best = scores.argmax(-1)
+    others = scores.scatter(1, best.unsqueeze(-1), -torch.inf).max(-1)
+    return best, torch.where(others.values == -torch.inf, best, others.indices)
 
 
 def _log_weights(values: torch.Tensor, rows: SamplingRows) -> torch.Tensor:

@@ -249,6 +249,7 @@ class Proposal(google.protobuf.message.Message):
     DISTRIBUTIONS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     STAYS_FIELD_NUMBER: builtins.int
+    ALTERNATIVES_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
     committed_len: builtins.int
@@ -268,6 +269,10 @@ class Proposal(google.protobuf.message.Message):
 
     @property
     def error(self) -> dspark.v1.types_pb2.ItemError: ...
+    @property
+    def alternatives(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The k-th is what would have been drafted in place of the k-th token, next to it; one for each token, or none at all."""
+
     def __init__(
         self,
         *,
@@ -279,9 +284,10 @@ class Proposal(google.protobuf.message.Message):
         distributions: collections.abc.Iterable[dspark.v1.types_pb2.SparseDistribution] | None = ...,
         error: dspark.v1.types_pb2.ItemError | None = ...,
         stays: builtins.bool = ...,
+        alternatives: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["committed_len", b"committed_len", "confidences", b"confidences", "distributions", b"distributions", "epoch", b"epoch", "error", b"error", "sequence_id", b"sequence_id", "stays", b"stays", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alternatives", b"alternatives", "committed_len", b"committed_len", "confidences", b"confidences", "distributions", b"distributions", "epoch", b"epoch", "error", b"error", "sequence_id", b"sequence_id", "stays", b"stays", "tokens", b"tokens"]) -> None: ...
 
 global___Proposal = Proposal
 

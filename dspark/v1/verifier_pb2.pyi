@@ -265,6 +265,7 @@ class StepItem(google.protobuf.message.Message):
     DRAFT_DISTRIBUTIONS_FIELD_NUMBER: builtins.int
     KEEP_FIELD_NUMBER: builtins.int
     HOLD_FEATURES_FIELD_NUMBER: builtins.int
+    ALTERNATIVES_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
     committed_len: builtins.int
@@ -283,6 +284,10 @@ class StepItem(google.protobuf.message.Message):
     def draft_distributions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[dspark.v1.types_pb2.SparseDistribution]:
         """rejection mode: one per draft token"""
 
+    @property
+    def alternatives(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Alternative]:
+        """Verified beside the drafts, by rising place, at most one a place. Not in rejection mode, nor with `keep`."""
+
     def __init__(
         self,
         *,
@@ -294,12 +299,34 @@ class StepItem(google.protobuf.message.Message):
         draft_distributions: collections.abc.Iterable[dspark.v1.types_pb2.SparseDistribution] | None = ...,
         keep: builtins.int | None = ...,
         hold_features: builtins.bool = ...,
+        alternatives: collections.abc.Iterable[global___Alternative] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_keep", b"_keep", "keep", b"keep"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_keep", b"_keep", "committed_len", b"committed_len", "count", b"count", "draft_distributions", b"draft_distributions", "draft_tokens", b"draft_tokens", "epoch", b"epoch", "hold_features", b"hold_features", "keep", b"keep", "sequence_id", b"sequence_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_keep", b"_keep", "alternatives", b"alternatives", "committed_len", b"committed_len", "count", b"count", "draft_distributions", b"draft_distributions", "draft_tokens", b"draft_tokens", "epoch", b"epoch", "hold_features", b"hold_features", "keep", b"keep", "sequence_id", b"sequence_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_keep", b"_keep"]) -> typing.Literal["keep"] | None: ...
 
 global___StepItem = StepItem
+
+@typing.final
+class Alternative(google.protobuf.message.Message):
+    """Another token in place of a draft, behind the drafts before that."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLACE_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
+    place: builtins.int
+    """of the draft, from 1"""
+    token: builtins.int
+    def __init__(
+        self,
+        *,
+        place: builtins.int = ...,
+        token: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["place", b"place", "token", b"token"]) -> None: ...
+
+global___Alternative = Alternative
 
 @typing.final
 class StepBatch(google.protobuf.message.Message):
@@ -330,6 +357,7 @@ class Verdict(google.protobuf.message.Message):
     LOGPROBS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     MATCHED_FIELD_NUMBER: builtins.int
+    TURNED_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
     committed_len: builtins.int
@@ -341,9 +369,11 @@ class Verdict(google.protobuf.message.Message):
     """the next anchor; unset while the prompt is still being computed"""
     matched: builtins.int
     """draft tokens accepted before `keep` cut them; at least `accepted`"""
+    turned: builtins.bool
+    """behind the accepted drafts comes the alternative for that place, and `token` behind it"""
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[dspark.v1.types_pb2.PositionLogprobs]:
-        """accepted + 1 entries when asked for"""
+        """an entry for each committed token when asked for"""
 
     @property
     def error(self) -> dspark.v1.types_pb2.ItemError: ...
@@ -359,9 +389,10 @@ class Verdict(google.protobuf.message.Message):
         logprobs: collections.abc.Iterable[dspark.v1.types_pb2.PositionLogprobs] | None = ...,
         error: dspark.v1.types_pb2.ItemError | None = ...,
         matched: builtins.int = ...,
+        turned: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_token", b"_token", "error", b"error", "token", b"token"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_token", b"_token", "accepted", b"accepted", "committed_len", b"committed_len", "computed_len", b"computed_len", "epoch", b"epoch", "error", b"error", "logprobs", b"logprobs", "matched", b"matched", "sequence_id", b"sequence_id", "token", b"token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_token", b"_token", "accepted", b"accepted", "committed_len", b"committed_len", "computed_len", b"computed_len", "epoch", b"epoch", "error", b"error", "logprobs", b"logprobs", "matched", b"matched", "sequence_id", b"sequence_id", "token", b"token", "turned", b"turned"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_token", b"_token"]) -> typing.Literal["token"] | None: ...
 
 global___Verdict = Verdict

@@ -135,7 +135,7 @@ class ChainBlocks:
         committed = torch.tensor([block.committed_len for block in blocks], device=device)
         tokens = [torch.tensor([block.anchor for block in blocks], device=device)]
         features = torch.stack([block.context.feature for block in blocks])
-        logits, chosen, distributions = [], [], []
+        logits, chosen, distributions, others = [], [], [], []
         for k in range(count):
             features, normed = self._step(tokens[-1], features, [block.context.kv for block in blocks], k)
             logits.append(self._stack.base_logits(normed))
@@ -143,7 +143,14 @@ class ChainBlocks:
             tokens.append(choice.tokens)
             chosen.append(choice.draft_index)
             distributions.append(choice.distributions)
-        return Drafted(tokens=torch.stack(tokens[1:], 1), distributions=distributions, logits=logits, chosen=chosen)
+            others.append(choice.others)
+        return Drafted(
+            tokens=torch.stack(tokens[1:], 1),
+            distributions=distributions,
+            others=torch.stack(others, 1),
+            logits=logits,
+            chosen=chosen,
+        )
 
     def _step(self, tokens: Tensor, features: Tensor, contexts: Sequence[ContextKV], at: int) -> tuple[Tensor, Tensor]:
         """The next row of each chain, `at` rows behind its context: (b, d), before and after the final norm."""

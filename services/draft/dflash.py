@@ -39,6 +39,7 @@ class DFlashBlocks(ParallelBlocks):
         return Drafted(
             tokens=choice.tokens.view(b, n),
             distributions=[choice.distributions[k::n] for k in range(n)],
+            others=choice.others.view(b, n),
             logits=logits.unbind(1),
             chosen=choice.draft_index.view(b, n).unbind(1),
         )

@@ -72,6 +72,8 @@ class Drafted:
     `tokens`: (b, n) int64 target ids, of which row r has `lengths[r]`; None: all n. `distributions[k][r]`: what the
     k-th token of row r was drawn from, in rejection mode, empty where the token was certain. `confidence_logits`:
     (b, n) float32, before calibration and sigmoid; None where the drafter has no confidences.
+    `others`: (b, n) int64, what would have been drafted in place of each token, next to it; the token itself where
+    nothing would. None where nothing is known of it.
     `settled[r]`: row r's logits are log-odds as they are, and no calibration is for them; None: of no row.
     `logits[k]`: (b, draft vocabulary) float32, what the k-th tokens were chosen from: base + bias logits; `chosen[k]`:
     (b,) int64, their places in it. Both are empty where nothing was chosen from logits.
@@ -80,6 +82,7 @@ class Drafted:
     tokens: Tensor
     distributions: Sequence[Sequence[SparseDistribution | None]]
     confidence_logits: Tensor | None = None
+    others: Tensor | None = None
     lengths: Sequence[int] | None = None
     settled: Sequence[bool] | None = None
     logits: Sequence[Tensor] = ()

@@ -265,8 +265,9 @@ class DraftEngine:
             [[]] * len(tokens) if logits is None else self._confidences.of(logits, samplings, drafted.settled).tolist()
         )
         lengths = drafted.lengths if drafted.lengths is not None else [len(row) for row in tokens]
+        others = tokens if drafted.others is None else drafted.others.tolist()
         distributions = zip(*drafted.distributions, strict=True)
-        for length, *row in zip(lengths, tokens, confidences, distributions, strict=True):
+        for length, *row in zip(lengths, tokens, confidences, distributions, others, strict=True):
             yield _Row(*(part[:length] for part in row))
 
     def _ready(self, item: ProposeItem) -> _Sequence | DSparkError:
@@ -318,11 +319,12 @@ def _check_request(request: AttachSequence) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One block."""
+    """One block; `others` are the tokens where nothing else would have been drafted."""
 
     tokens: Sequence[int] = ()
     confidences: Sequence[float] = ()
     distributions: Sequence[SparseDistribution | None] = ()
+    others: Sequence[int] = ()
 
 
 _NOTHING = _Row()
@@ -336,6 +338,7 @@ def _proposal(item: ProposeItem, row: _Row, error: DSparkError | None = None) ->
         tuple(row.confidences[: item.max_tokens]),
         tuple(entry for entry in row.distributions[: item.max_tokens] if entry is not None),
         error,
+        alternatives=tuple(row.others[: item.max_tokens]) if row.others != row.tokens else (),
     )
 
 

@@ -124,9 +124,17 @@ def _joined(own: Drafted, looked: Drafted, rest: Sequence[int], copied: Sequence
         tokens=tokens,
         distributions=distributions,
         confidence_logits=_logits(own, looked, rest, copied),
+        others=None if own.others is None else _placed(own.others, tokens, rest),
         lengths=lengths,
         settled=settled,
     )
+
+
+def _placed(others: Tensor, tokens: Tensor, rest: Sequence[int]) -> Tensor:
+    """What would have been drafted next, of the rows that were drafted; nothing would of others."""
+    placed = tokens.clone()
+    placed[rest] = others
+    return placed
 
 
 def _merged(

@@ -34,7 +34,7 @@ class Call:
 
     def __post_init__(self) -> None:
         """Asked for at every look at the queue, so computed once."""
-        self.rows = sum(item.count + len(item.draft_tokens) for item in self.items or ())
+        self.rows = sum(item.rows for item in self.items or ())
         self.sequences = frozenset(item.key.sequence_id for item in self.items or ())
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from dspark.errors import DSparkError, InternalError, InvalidRequest
-from dspark.messages import Mode, PositionLogprobs, Sampling, SparseDistribution
+from dspark.messages import Alternative, Mode, PositionLogprobs, Sampling, SparseDistribution
 from dspark.sampling.drafted import flaw
 
-__all__ = ["Candidate", "Outcome", "refused"]
+__all__ = ["Candidate", "Judge", "Outcome", "refused", "with_alternatives"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,8 @@ class Candidate:
 
     Rows `first_row` … `first_row + len(draft_tokens)` of the logits are the request's: row i decides the token at
     `position + i`, `position` being the committed length N. `draft_distributions` (rejection mode) has one entry per
-    draft token or none at all; an empty entry, or none, means that the token was proposed with certainty.
+    draft token or none at all; an empty entry, or none, means that the token was proposed with certainty. Rows of
+    `alternatives` follow, in their order: each decides the token behind one.
     """
 
     sampling: Sampling
@@ -25,27 +27,62 @@ class Candidate:
     position: int
     draft_tokens: tuple[int, ...] = ()
     draft_distributions: tuple[SparseDistribution, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Of the logits."""
+        return 1 + len(self.draft_tokens) + len(self.alternatives)
+
+    def turn(self, outcome: Outcome) -> Candidate | None:
+        """What is left to judge where the target took an alternative to the first draft that does not stand."""
+        if outcome.error is None:
+            for row, one in enumerate(self.alternatives, self.first_row + 1 + len(self.draft_tokens)):
+                if (one.place, one.token) == (outcome.accepted + 1, outcome.token):
+                    return Candidate(self.sampling, row, self.position + one.place)
+        return None
+
+
+Judge = Callable[[Sequence[Candidate]], "list[Outcome]"]
+"""Says which drafts stand; nothing of alternatives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How many draft tokens stand, and the target's token after them.
 
-    `logprobs` has `accepted + 1` entries when asked for (`dspark.sampling.logprobs`). With `error` set the rest means
-    nothing: the request was refused, or its logits are broken; other requests of the call are not affected.
+    `turned`: the token after them is an alternative, and `token` the one after that.
+
+    `logprobs` has an entry for each of these tokens when asked for (`dspark.sampling.logprobs`). With `error` set the
+    rest means nothing: the request was refused, or its logits are broken; other requests of the call are not affected.
     """
 
     accepted: int
     token: int
     logprobs: tuple[PositionLogprobs, ...] = ()
     error: DSparkError | None = None
+    turned: bool = False
+
+
+def with_alternatives(judge: Judge, requests: Sequence[Candidate]) -> list[Outcome]:
+    """Outcomes that go on behind alternatives. Where that row's logits are broken it is as if there had been none."""
+    outcomes = judge(requests)
+    turns = [(index, request.turn(outcomes[index])) for index, request in enumerate(requests) if request.alternatives]
+    further = [(index, turn) for index, turn in turns if turn is not None]
+    if further:
+        for (index, _), found in zip(further, judge([turn for _, turn in further]), strict=True):
+            if found.error is None:
+                before = outcomes[index]
+                logprobs = before.logprobs + found.logprobs
+                outcomes[index] = replace(before, token=found.token, logprobs=logprobs, turned=True)
+    return outcomes
 
 
 def refused(request: Candidate, rows: int, vocab: int) -> Outcome | None:
     """The outcome of a request that cannot be judged, else None. `InternalError` for rows that are not there."""
-    drafts = request.draft_tokens
-    if request.first_row < 0 or request.first_row + len(drafts) >= rows:
-        raise InternalError(f"rows {request.first_row} to {request.first_row + len(drafts)} of {rows} logits")
+    end = request.first_row + request.rows
+    if request.first_row < 0 or end > rows:
+        raise InternalError(f"rows {request.first_row} to {end - 1} of {rows} logits")
     problem = _problem(request, vocab)
     return Outcome(0, -1, error=InvalidRequest(problem)) if problem else None
 

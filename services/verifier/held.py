@@ -54,15 +54,18 @@ class HeldStates:
         return self._bytes > self._limit
 
     def add(self, part: Computed) -> None:
-        """A forward that was just done: all rows of an item but its rejected drafts, where drafts may be wanted."""
+        """A forward that was just done: all rows of an item but what was rejected, where drafts may be wanted."""
         if not part.captured:
             return
         for (own, first), verdict in zip(first_rows(part.work), part.verdicts, strict=True):
-            count = verdict.computed_len - own.start  # none where nothing came of the item
+            count = verdict.computed_len - own.start - verdict.turned  # none where nothing came of the item
             if own.state.request.features and count > 0:
-                rows = _Rows(part, first, first + count, own.start)
-                self._rows.setdefault(own.state, []).append(rows)
-                self._uses[part] += 1
+                kept = [_Rows(part, first, first + count, own.start)]
+                if verdict.turned:
+                    row = first + own.alternative(verdict.accepted + 1)[0]
+                    kept.append(_Rows(part, row, row + 1, own.start + count))
+                self._rows.setdefault(own.state, []).extend(kept)
+                self._uses[part] += len(kept)
         self._bytes += _size(part) if self._uses[part] else 0
 
     def keep(self, states: Iterable[SequenceState]) -> None:

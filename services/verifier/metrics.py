@@ -45,11 +45,11 @@ class Metrics:
         anchor = int(work.reaches_anchor)
         self.prompt_tokens.inc(work.count - anchor)
         if verdict.token is not None:
-            self.generation_tokens.inc(verdict.accepted + 1)
+            self.generation_tokens.inc(verdict.accepted + verdict.turned + 1)
         if work.draft_tokens:
             self.drafts.inc()
-            self.draft_tokens.inc(len(work.draft_tokens))
-            self.accepted.inc(verdict.accepted)
+            self.draft_tokens.inc(work.rows - work.count)
+            self.accepted.inc(verdict.accepted + verdict.turned)
         for position in range(verdict.accepted):
             self._at(position).inc()
 

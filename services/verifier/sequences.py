@@ -2,8 +2,8 @@
 
 A sequence has N committed tokens, of which the last is the anchor, and K/V for `computed_len` positions. A step item
 computes `count` of the missing committed positions; when these reach the anchor, its draft tokens follow in the same
-forward, and the rows from the anchor on choose what is committed next. N then grows by accepted + 1, and a rejected
-draft needs no undoing: the next rows overwrite its K/V.
+forward, and the rows from the anchor on choose what is committed next. N then grows by accepted + 1, and by one more
+where an alternative was taken; a rejected draft needs no undoing: the next rows overwrite its K/V.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspark.errors import DSparkError, InvalidRequest, StaleMessage
+from dspark.errors import DSparkError, InternalError, InvalidRequest, StaleMessage
 from dspark.messages import (
+    Alternative,
+    Mode,
     OpenSequence,
-    PositionLogprobs,
     Sampling,
     SequenceKey,
     SparseDistribution,
@@ -23,6 +24,7 @@ from dspark.messages import (
     Verdict,
 )
 from dspark.models.kv_cache import CachedSequence
+from services.verifier.candidates import Outcome
 
 __all__ = ["Limits", "SequenceState", "Work", "check_open", "describe", "plan", "refusal", "step_shape"]
 
@@ -62,17 +64,20 @@ class SequenceState:
         """N: prompt and emitted tokens, the anchor included."""
         return len(self.token_ids)
 
-    def extend(self, work: Work, matched: int, token: int, logprobs: tuple[PositionLogprobs, ...]) -> Verdict:
-        """Commit the drafts that stand, as far as the item keeps them, and the token after them.
+    def extend(self, work: Work, outcome: Outcome) -> Verdict:
+        """Commit the drafts that stand, as far as the item keeps them, and what comes after them.
 
-        `token` follows all `matched` drafts. The verdict is kept for a repeat.
+        The verdict is kept for a repeat.
         """
-        before, accepted = self.committed_len, min(matched, work.keep)
-        token = work.draft_tokens[accepted] if accepted < matched else token
-        self.token_ids += [*work.draft_tokens[:accepted], token]
+        before, matched = self.committed_len, outcome.accepted
+        accepted = min(matched, work.keep)
+        token = work.draft_tokens[accepted] if accepted < matched else outcome.token
+        turned = [work.alternative(accepted + 1)[1]] if outcome.turned else []
+        self.token_ids += [*work.draft_tokens[:accepted], *turned, token]
         self.computed_len = self.committed_len - 1
+        logprobs = outcome.logprobs[: self.committed_len - before]
         self.answered = Verdict(
-            self.key, before, self.computed_len, accepted, token, logprobs[: accepted + 1], matched=matched
+            self.key, before, self.computed_len, accepted, token, logprobs, matched=matched, turned=outcome.turned
         )
         return self.answered
 
@@ -88,7 +93,7 @@ class SequenceState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """The rows of one admitted item: positions start … start + count - 1, then the drafts."""
+    """The rows of one admitted item: positions start … start + count - 1, then drafts, then alternatives."""
 
     state: SequenceState
     start: int
@@ -97,15 +102,23 @@ class Work:
     draft_tokens: tuple[int, ...] = ()
     draft_distributions: tuple[SparseDistribution, ...] = ()
     keep: int = 0  # drafts that may be committed
+    alternatives: tuple[Alternative, ...] = ()
 
     @property
     def rows(self) -> int:
         """Rows in the forward."""
-        return self.count + len(self.draft_tokens)
+        return self.count + len(self.draft_tokens) + len(self.alternatives)
+
+    def alternative(self, place: int) -> tuple[int, int]:
+        """Which of the item's rows has the alternative for a place, and its token."""
+        for row, one in enumerate(self.alternatives, self.count + len(self.draft_tokens)):
+            if one.place == place:
+                return row, one.token
+        raise InternalError(f"{describe(self.state.key)}: no alternative for place {place}")
 
     @property
     def row_ids(self) -> list[int]:
-        """Input token of each row."""
+        """Input token of each row but those of alternatives."""
         return [*self.state.token_ids[self.start : self.start + self.count], *self.draft_tokens]
 
 
@@ -116,7 +129,7 @@ def step_shape(work: Sequence[Work]) -> tuple[int, float] | None:
     what verifying as many costs.
     """
     rows = sum(own.rows for own in work)
-    judged = sum(1 + len(own.draft_tokens) for own in work if own.reaches_anchor)
+    judged = sum(1 + own.rows - own.count for own in work if own.reaches_anchor)
     if not rows or judged < _JUDGED * rows:
         return None
     return rows, sum(own.start + own.count for own in work) / len(work)
@@ -182,6 +195,7 @@ def plan(item: StepItem, state: SequenceState, limits: Limits) -> Work | Verdict
     work = _clip(item, state)
     _check_count(work, limits)
     _check_ids("draft_tokens", work.draft_tokens, limits.vocab_size)
+    _check_alternatives(item, state.request.sampling, limits)
     return work
 
 
@@ -198,7 +212,22 @@ def _clip(item: StepItem, state: SequenceState) -> Work:
     drafts = item.draft_tokens[:room]
     anchored = state.computed_len + item.count == state.committed_len
     keep = len(drafts) if item.keep is None else min(len(drafts), item.keep)
-    return Work(state, state.computed_len, item.count, anchored, drafts, item.draft_distributions[: len(drafts)], keep)
+    others = tuple(alternative for alternative in item.alternatives if alternative.place <= len(drafts))
+    distributions = item.draft_distributions[: len(drafts)]
+    return Work(state, state.computed_len, item.count, anchored, drafts, distributions, keep, others)
+
+
+def _check_alternatives(item: StepItem, sampling: Sampling, limits: Limits) -> None:
+    places = [alternative.place for alternative in item.alternatives]
+    if not places:
+        return
+    if places != sorted(set(places)) or not 1 <= places[0] <= places[-1] <= len(item.draft_tokens):
+        raise InvalidRequest(
+            f"{describe(item.key)}: alternatives for places {places} of {len(item.draft_tokens)} drafts"
+        )
+    if item.keep is not None or (sampling.mode is Mode.REJECTION and not sampling.greedy):
+        raise InvalidRequest(f"{describe(item.key)}: alternatives are not for rejection mode, nor for `keep`")
+    _check_ids("alternatives", [alternative.token for alternative in item.alternatives], limits.vocab_size)
 
 
 def _check_count(work: Work, limits: Limits) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,10 +18,10 @@ from torch import Tensor
 
 from dspark.messages import Sampling, Verdict
 from dspark.models.batch import RaggedBatch
-from dspark.models.kv_cache import KVCache
+from dspark.models.kv_cache import CachedSequence, KVCache
 from dspark.models.target import TargetModel
 from dspark.sampling.scratch import scratch
-from services.verifier.candidates import Candidate, Outcome
+from services.verifier.candidates import Candidate, Judge, Outcome, with_alternatives
 from services.verifier.features import FeatureStore
 from services.verifier.kernels import verifier_kernels
 from services.verifier.sequences import Work
@@ -60,22 +62,44 @@ class Stepper:
     def run(self, work: Sequence[Work]) -> Computed:
         """One forward over all the work (rows together at most what the model should see at once)."""
         began = time.perf_counter()
-        batch = RaggedBatch.build([(own.state.cached, own.row_ids, own.start) for own in work])
-        wanted = any(own.state.request.features for own in work)
-        forward = self._model.forward(batch, self._cache, capture=self._features.layers if wanted else frozenset())
-        self._wait()
-        sampled = time.perf_counter()
-        outcomes = self._sample(forward.hidden, work)
-        verdicts = tuple(self._commit(own, outcomes.get(own)) for own in work)
+        with self._forked(work) as forks:
+            batch = RaggedBatch.build([entry for own, forked in forks.items() for entry in _entries(own, forked)])
+            wanted = any(own.state.request.features for own in forks)
+            forward = self._model.forward(batch, self._cache, capture=self._features.layers if wanted else frozenset())
+            self._wait()
+            sampled = time.perf_counter()
+            outcomes = self._sample(forward.hidden, list(forks))
+            verdicts = tuple(self._commit(own, outcomes.get(own), forked) for own, forked in forks.items())
         ended = time.perf_counter()
-        return Computed(tuple(work), verdicts, forward.captured, sampled - began, ended - sampled)
+        return Computed(tuple(forks), verdicts, forward.captured, sampled - began, ended - sampled)
+
+    @contextmanager
+    def _forked(self, work: Sequence[Work]) -> Iterator[dict[Work, list[CachedSequence]]]:
+        """The work with a fork of its sequence for each alternative; without those for which there is no page."""
+        forks: dict[Work, list[CachedSequence]] = {}
+        try:
+            for own in work:
+                before = own.state.committed_len - 1
+                own_forks = forks[own] = []
+                for place in (alternative.place for alternative in own.alternatives):
+                    if (fork := self._cache.fork(own.state.cached, before + place)) is None:
+                        break
+                    own_forks.append(fork)
+                if len(own_forks) < len(own.alternatives):
+                    del forks[own]
+                    forks[replace(own, alternatives=own.alternatives[: len(own_forks)])] = own_forks
+            yield forks
+        finally:
+            for forked in forks.values():
+                for fork in forked:
+                    self._cache.join(fork)
 
     def _sample(self, hidden: Tensor, work: Sequence[Work]) -> dict[Work, Outcome]:
         """What the items that reach their anchor came to."""
         anchored = [(own, first + own.count - 1) for own, first in first_rows(work) if own.reaches_anchor]
         outcomes: dict[Work, Outcome] = {}
-        for part in split(anchored, self._sampled_rows(hidden), lambda entry: 1 + len(entry[0].draft_tokens)):
-            rows = [row for own, first in part for row in range(first, first + 1 + len(own.draft_tokens))]
+        for part in split(anchored, self._sampled_rows(hidden), lambda entry: _judged(entry[0])):
+            rows = [row for own, first in part for row in range(first, first + _judged(own))]
             whole = len(rows) == len(hidden)  # as mostly while decoding: then they are in order
             states = hidden if whole else hidden[torch.tensor(rows, device=hidden.device)]
             chosen = self._judge(states, _candidates(part))
@@ -88,14 +112,17 @@ class Stepper:
         row = self._model.config.vocab_size * hidden.element_size()
         return max(1, SAMPLED_BYTES.get(where, SAMPLED_BYTES["cpu"]) // row)
 
-    def _commit(self, work: Work, outcome: Outcome | None) -> Verdict:
+    def _commit(self, work: Work, outcome: Outcome | None, forks: Sequence[CachedSequence]) -> Verdict:
         state = work.state
         if outcome is None:
             verdict = state.advance(work)
         elif outcome.error is not None:
             return state.refuse(outcome.error)
         else:
-            verdict = state.extend(work, outcome.accepted, outcome.token, outcome.logprobs)
+            if outcome.turned:
+                row, _ = work.alternative(outcome.accepted + 1)
+                self._cache.adopt(forks[row - work.count - len(work.draft_tokens)])
+            verdict = state.extend(work, outcome)
         self._cache.commit(state.cached, state.token_ids, state.computed_len)
         return verdict
 
@@ -103,6 +130,18 @@ class Stepper:
         """So that times are those of the work and not of its launch."""
         if self._cache.device.type == "cuda":
             torch.cuda.synchronize(self._cache.device)
+
+
+def _entries(own: Work, forks: Sequence[CachedSequence]) -> Iterator[tuple[CachedSequence, Sequence[int], int]]:
+    """Of a batch: the item's sequence, then that of each alternative."""
+    yield own.state.cached, own.row_ids, own.start
+    for fork, alternative in zip(forks, own.alternatives, strict=True):
+        yield fork, [alternative.token], fork.computed_len
+
+
+def _judged(own: Work) -> int:
+    """Rows from the anchor on."""
+    return 1 + own.rows - own.count
 
 
 def judge(model: TargetModel, noise_candidates: int) -> Callable[[Tensor, Sequence[Candidate]], list[Outcome]]:
@@ -122,7 +161,8 @@ def judge(model: TargetModel, noise_candidates: int) -> Callable[[Tensor, Sequen
         return kernels.screened(hidden, candidates, screen=model.screen, whole=whole, noise_candidates=noise_candidates)
 
     def by_logits(hidden: Tensor, candidates: Sequence[Candidate]) -> list[Outcome]:
-        return kernels.verify(logits(hidden), candidates, noise_candidates=noise_candidates)
+        by: Judge = partial(kernels.verify, logits(hidden), noise_candidates=noise_candidates)
+        return with_alternatives(by, candidates)
 
     return by_logits if model.screen is None else by_bounds
 
@@ -140,8 +180,9 @@ def _candidates(part: Sequence[tuple[Work, int]]) -> list[Candidate]:
     for own, _ in part:
         state = own.state
         position = state.committed_len
-        candidates.append(Candidate(state.request.sampling, first, position, own.draft_tokens, own.draft_distributions))
-        first += 1 + len(own.draft_tokens)
+        drafts = own.draft_tokens, own.draft_distributions, own.alternatives
+        candidates.append(Candidate(state.request.sampling, first, position, *drafts))
+        first += _judged(own)
     return candidates
 
 

@@ -99,6 +99,9 @@ def test_sequential_head(device: torch.device, changes: dict[str, Any]) -> None:
     expected = draft(TORCH, torch.device("cpu"), SAMPLINGS, **changes)
     found = draft(TRITON, device, SAMPLINGS, **changes)
     assert torch.equal(found.tokens.cpu(), expected.tokens)
+    assert found.others is not None
+    assert expected.others is not None
+    assert torch.equal(found.others.cpu(), expected.others)
     assert torch.equal(torch.stack(tuple(found.chosen)).cpu(), torch.stack(tuple(expected.chosen)))
     torch.testing.assert_close(found.top_logits().cpu(), expected.top_logits(), atol=1e-4, rtol=1e-4)
     assert found.confidence_logits is not None
@@ -148,6 +151,9 @@ def test_most_likely_tokens_in_few_tiles(device: torch.device, vocab: int) -> No
         expected = draft_from(TORCH, torch.device("cpu"), base, [sampling] * 4)
         found = draft_from(TRITON, device, base, [sampling] * 4)
         assert torch.equal(found.tokens.cpu(), expected.tokens)
+        assert found.others is not None
+        assert expected.others is not None
+        assert torch.equal(found.others.cpu(), expected.others)
 
 
 def test_of_equal_tokens_in_many_tiles_the_lowest(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dspark.kernels import Kernels, select_kernels
-from dspark.messages import OpenSequence, Sampling, SequenceKey, StepItem, TapInfo, Verdict
+from dspark.messages import Alternative, OpenSequence, Sampling, SequenceKey, StepItem, TapInfo, Verdict
 from dspark.models.kv_cache import KVCache
 from dspark.models.target import load_target
 from services.verifier.engine import EngineSettings, VerifyEngine
@@ -18,6 +18,8 @@ CPU = torch.device("cpu")
 
 Drafts = Callable[[Sequence[int]], Sequence[int]]
 """Committed ids, prompt included -> draft tokens."""
+Others = Callable[[Sequence[int], Sequence[int]], Sequence[Alternative]]
+"""Committed ids and the drafts behind them -> alternatives to these."""
 
 
 def make_engine(
@@ -27,12 +29,13 @@ def make_engine(
     dtype: torch.dtype = torch.float32,
     prefix_cache: bool = True,
     kernels: Kernels | None = None,
+    cache_of: type[KVCache] = KVCache,
     **settings: Any,
 ) -> VerifyEngine:
     """An engine on a saved target, pages of 16 positions."""
     model = load_target(path, dtype=dtype, device=CPU, kernels=kernels or select_kernels("auto", CPU))
     own = EngineSettings(**settings)
-    cache = KVCache(
+    cache = cache_of(
         model.config,
         pages=pages,
         dtype=model.kept_dtype,
@@ -74,18 +77,19 @@ class Stream:
         new: int = 24,
         sampling: Sampling = GREEDY,
         drafts: Drafts = lambda _: (),
+        others: Others = lambda _ids, _drafts: (),
         piece: int = 512,
         features: bool = False,
     ) -> None:
         self.engine = engine
         self.key = SequenceKey(name, 0)
         self.ids = list(prompt)
-        self.proposed = self.accepted = 0
+        self.proposed = self.accepted = self.offered = self.turned = 0
         self._prompt = len(self.ids)
         self._new = new
-        self._drafts = drafts
+        self._drafts, self._others = drafts, others
         self._piece = piece
-        self._sent: tuple[int, ...] = ()
+        self._sent: StepItem | None = None
         self.computed = self.cached = open_one(engine, name, prompt, new=new, sampling=sampling, features=features)
 
     @property
@@ -100,8 +104,11 @@ class Stream:
         """The next thing to ask for."""
         missing = len(self.ids) - self.computed
         count = min(missing, self._piece)
-        self._sent = tuple(self._drafts(self.ids)) if count == missing else ()
-        return StepItem(self.key, len(self.ids), count, self._sent)
+        drafts = tuple(self._drafts(self.ids)) if count == missing else ()
+        self._sent = StepItem(
+            self.key, len(self.ids), count, drafts, alternatives=tuple(self._others(self.ids, drafts))
+        )
+        return self._sent
 
     def take(self, verdict: Verdict) -> None:
         """What came of it."""
@@ -109,10 +116,13 @@ class Stream:
             raise verdict.error
         self.computed = verdict.computed_len
         if verdict.token is not None:
+            assert self._sent is not None
             room = self._prompt + self._new - len(self.ids) - 1
-            self.proposed += min(len(self._sent), room)
+            self.proposed += min(len(self._sent.draft_tokens), room)
             self.accepted += verdict.accepted
-            self.ids += [*self._sent[: verdict.accepted], verdict.token]
+            self.offered += len(self._sent.alternatives)
+            self.turned += verdict.turned
+            self.ids += self._sent.committed(verdict)
 
     def run(self) -> list[int]:
         """Alone to the end; the sequence is closed."""

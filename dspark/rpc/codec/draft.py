@@ -122,6 +122,7 @@ def _(message: m.Proposal) -> pb.Proposal:
         distributions=[encode(distribution) for distribution in message.distributions],
         error=encode_error(message.error),
         stays=message.stays,
+        alternatives=message.alternatives,
     )
 
 
@@ -129,6 +130,10 @@ def _(message: m.Proposal) -> pb.Proposal:
 def _(message: pb.Proposal) -> m.Proposal:
     if message.confidences and len(message.confidences) != len(message.tokens):
         raise InvalidRequest(f"a proposal has {len(message.tokens)} tokens but {len(message.confidences)} confidences")
+    if message.alternatives and len(message.alternatives) != len(message.tokens):
+        raise InvalidRequest(
+            f"a proposal has {len(message.tokens)} tokens but {len(message.alternatives)} alternatives"
+        )
     return m.Proposal(
         key=key_of(message),
         committed_len=message.committed_len,
@@ -137,6 +142,7 @@ def _(message: pb.Proposal) -> m.Proposal:
         distributions=tuple(decode(distribution) for distribution in message.distributions),
         error=decode_error(message),
         stays=message.stays,
+        alternatives=tuple(message.alternatives),
     )
 
 

@@ -103,6 +103,7 @@ def _(message: m.StepItem) -> pb.StepItem:
         draft_distributions=[encode(distribution) for distribution in message.draft_distributions],
         keep=message.keep,
         hold_features=message.hold_features,
+        alternatives=[pb.Alternative(place=one.place, token=one.token) for one in message.alternatives],
     )
 
 
@@ -116,6 +117,7 @@ def _(message: pb.StepItem) -> m.StepItem:
         draft_distributions=tuple(decode(distribution) for distribution in message.draft_distributions),
         keep=message.keep if message.HasField("keep") else None,
         hold_features=message.hold_features,
+        alternatives=tuple(m.Alternative(one.place, one.token) for one in message.alternatives),
     )
 
 
@@ -136,6 +138,7 @@ def _(message: m.Verdict) -> pb.Verdict:
         logprobs=[encode(position) for position in message.logprobs],
         error=encode_error(message.error),
         matched=message.matched,
+        turned=message.turned,
     )
 
 
@@ -150,6 +153,7 @@ def _(message: pb.Verdict) -> m.Verdict:
         logprobs=tuple(decode(position) for position in message.logprobs),
         error=decode_error(message),
         matched=message.matched,
+        turned=message.turned,
     )
 
 

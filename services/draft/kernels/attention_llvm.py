@@ -51,6 +51,7 @@ class _Written(NamedTuple):
     """Of a plan, where rows go."""
 
     slots: Tensor
+    copied: None = None
 
 
 def inject(

@@ -20,21 +20,23 @@ GREEDY, COUPLED, REJECTION = range(3)
 _WIDEST = 12.0  # of temperatures below the best: what lies lower is hardly ever drawn
 _NARROWED, _NARROWINGS = 0.85, 60
 _FIELDS = 4  # of a row's integers
+_NOTHING = ir.Constant(DOUBLE, float("-inf"))
 
 
 class ChoiceArguments(ctypes.Structure):
     """Rows of `base` lie `base_stride` numbers apart, those of `bias` (rows, width) `bias_stride`.
 
     Row r has the integers seed, position, committed length and kind in `rows`, its temperature in `temperatures`, and
-    looks at `most` tokens. Out go `logits` (rows, width), `chosen` (rows,) places,
-    `tokens` (rows,), and of the tokens looked at `counts` (rows,), `places` and `weights` (rows, most). `d2t` may be 0.
+    looks at `most` tokens. Out go `logits` (rows, width), `chosen` (rows,) places, `tokens` and `others` (rows,), these
+    what a coupled choice would be next, and of the tokens looked at `counts` (rows,), `places` and `weights` (rows,
+    most). `d2t` may be 0.
     """
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             "base", "base_stride", "bias", "bias_stride", "width", "d2t", "rows", "temperatures", "most", "logits",
-             "chosen", "tokens", "counts", "places", "weights", "count", "next",
+             "chosen", "tokens", "others", "counts", "places", "weights", "count", "next",
         )
     ]  # fmt: skip
 
@@ -57,9 +59,9 @@ class _Choice:
         self._found = self._build.alloca(INT)  # tokens looked at
         self._bound = self._build.alloca(FLOAT)  # how far below the best they lie at most
         self._open = self._build.alloca(INT)  # whether too many still do
-        self._place = self._build.alloca(INT)
+        self._place, self._next = (self._build.alloca(INT) for _ in range(2))
         self._shift = self._build.alloca(INT)  # from a place to the target's id
-        self._best = self._build.alloca(DOUBLE)
+        self._best, self._behind = (self._build.alloca(DOUBLE) for _ in range(2))
         self._sum = self._build.alloca(DOUBLE)
 
     def write(self) -> None:
@@ -82,6 +84,7 @@ class _Choice:
         self._narrow(logits, best, temperature, room, greedy)
         self._collect(logits, best, places, room)
         build.store(build.load(places), self._place)
+        build.store(number(-1), self._next)
         with build.if_then(build.not_(greedy)), build.if_else(drawn) as (then, otherwise):
             with then:
                 self._draw(logits, best, places, weights, temperature, (seed, committed, position))
@@ -90,6 +93,9 @@ class _Choice:
         place = build.load(self._place)
         build.store(place, write.at(write.integers(given["chosen"]), row))
         build.store(self._token(place), write.at(write.integers(given["tokens"]), row))
+        next_ = build.load(self._next)
+        other = build.select(build.icmp_signed("<", next_, number(0)), place, next_)
+        build.store(self._token(other), write.at(write.integers(given["others"]), row))
         build.store(build.load(self._found), write.at(write.integers(given["counts"]), row))
 
     def _integer(self, row: ir.Value, field: int) -> ir.Value:
@@ -160,16 +166,24 @@ class _Choice:
     def _couple(
         self, logits: ir.Value, best: ir.Value, places: ir.Value, temperature: ir.Value, key: tuple[ir.Value, ir.Value]
     ) -> None:
-        """The token whose log weight and noise are the most, noise being the target's for it."""
+        """The token whose log weight and noise are the most, noise being the target's for it, and the one behind it."""
         write, build, (seed, position) = self._write, self._build, key
-        build.store(ir.Constant(DOUBLE, float("-inf")), self._best)
+        for place in (self._best, self._behind):
+            build.store(_NOTHING, place)
         with write.counting(number(0), build.load(self._found)) as index:
             place = build.load(write.at(places, index))
             noise = gumbel(write, seed, self._token(place), position, Stream.TOKEN)
             score = build.fadd(self._log_weight(logits, best, place, temperature), noise)
-            with build.if_then(build.fcmp_ordered(">", score, build.load(self._best))):
-                build.store(score, self._best)
-                build.store(place, self._place)
+            with build.if_else(build.fcmp_ordered(">", score, build.load(self._best))) as (first, otherwise):
+                with first:
+                    with build.if_then(build.fcmp_ordered(">", build.load(self._best), _NOTHING)):
+                        build.store(build.load(self._place), self._next)
+                    build.store(build.load(self._best), self._behind)
+                    build.store(score, self._best)
+                    build.store(place, self._place)
+                with otherwise, build.if_then(build.fcmp_ordered(">", score, build.load(self._behind))):
+                    build.store(score, self._behind)
+                    build.store(place, self._next)
 
     def _draw(
         self,

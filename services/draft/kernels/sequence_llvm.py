@@ -67,12 +67,13 @@ class Shape(NamedTuple):
 class Found:
     """What blocks came to: arrays of one memory.
 
-    `tokens` (b, n + 1) begin with the anchors; `latents` (b, n, r) are the rows of W_1; `logits` (b, n, width) those
-    that tokens were chosen from, `chosen` (b, n) their places in it; of the tokens looked at `counts` (b, n) and
-    `places` and `weights` (b, n, most).
+    `tokens` (b, n + 1) begin with the anchors, `others` (b, n) are what a coupled choice would be next; `latents`
+    (b, n, r) are the rows of W_1; `logits` (b, n, width) those that tokens were chosen from, `chosen` (b, n) their
+    places in it; of the tokens looked at `counts` (b, n) and `places` and `weights` (b, n, most).
     """
 
     tokens: NDArray[np.int64]
+    others: NDArray[np.int64]
     latents: NDArray[np.float32]
     logits: NDArray[np.float32]
     chosen: NDArray[np.int64]
@@ -98,12 +99,13 @@ class Along:
         blocks, count, width, most = shape
         self._slab = _Slab()
         for name, dtype, sizes in (
-            ("tokens", np.int64, (blocks, count + 1)), ("rows", np.int64, (blocks, count, 4)),
-            ("temperatures", np.float64, (blocks,)), ("latents", np.float32, (blocks, count, rank)),
-            ("logits", np.float32, (blocks, count, width)), ("chosen", np.int64, (blocks, count)),
-            ("counts", np.int64, (blocks, count)), ("places", np.int64, (blocks, count, most)),
-            ("weights", np.float64, (blocks, count, most)), ("scales", np.float32, (blocks,)),
-            ("room", np.uint8, (blocks, 4 * rank)), ("biases", np.float32, (blocks, bias.width)),
+            ("tokens", np.int64, (blocks, count + 1)), ("others", np.int64, (blocks, count)),
+            ("rows", np.int64, (blocks, count, 4)), ("temperatures", np.float64, (blocks,)),
+            ("latents", np.float32, (blocks, count, rank)), ("logits", np.float32, (blocks, count, width)),
+            ("chosen", np.int64, (blocks, count)), ("counts", np.int64, (blocks, count)),
+            ("places", np.int64, (blocks, count, most)), ("weights", np.float64, (blocks, count, most)),
+            ("scales", np.float32, (blocks,)), ("room", np.uint8, (blocks, 4 * rank)),
+            ("biases", np.float32, (blocks, bias.width)),
         ):  # fmt: skip
             self._slab.add(name, dtype, sizes)
         self._words = self._laid(0, 0)
@@ -146,7 +148,8 @@ class Along:
             "base": base + 4 * width * along, "width": width, "d2t": 0 if self._d2t is None else self._d2t.data_ptr(),
             "bias": at["biases"] + 4 * self._bias.width * grid(blocks, 1, 1), "rows": at["rows"] + 32 * along,
             "temperatures": at["temperatures"] + 8 * grid(blocks, 1, 1), "most": most, "count": 1,
-            "tokens": at["tokens"] + 8 + 8 * grid(blocks, count, count + 1), "chosen": at["chosen"] + 8 * along,
+            "tokens": at["tokens"] + 8 + 8 * grid(blocks, count, count + 1), "others": at["others"] + 8 * along,
+            "chosen": at["chosen"] + 8 * along,
             "logits": at["logits"] + 4 * width * along, "counts": at["counts"] + 8 * along,
             "places": at["places"] + 8 * most * along, "weights": at["weights"] + 8 * most * along,
         }  # fmt: skip

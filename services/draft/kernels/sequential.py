@@ -82,6 +82,7 @@ def draft_tokens(
         tokens=tokens,
         distributions=[choice.distributions for choice in choices],
         confidence_logits=confidence_logits,
+        others=torch.stack([choice.others for choice in choices], 1),
         logits=logits,
         chosen=[choice.draft_index for choice in choices],
     )

@@ -58,6 +58,7 @@ def draft_tokens(
         tokens=tokens,
         distributions=choosing.distributions,
         confidence_logits=confidence_logits,
+        others=torch.stack(choosing.others, 1),
         logits=choosing.logits,
         chosen=choosing.chosen,
     )
@@ -83,11 +84,13 @@ def _at_once(
     blocks, count, width = base.shape
     along = _along(own, Shape(blocks, count, width, own.chooser.top_k))
     found = along(base, anchors, rows, [sampling.temperature for sampling in samplings])
-    tokens, logits, chosen, latents = map(torch.from_numpy, (found.tokens, found.logits, found.chosen, found.latents))
+    parts = found.tokens, found.others, found.logits, found.chosen, found.latents
+    tokens, others, logits, chosen, latents = map(torch.from_numpy, parts)
     return Drafted(
         tokens=tokens[:, 1:],
         distributions=_shipped(own, found, rows),
         confidence_logits=None if own.confidence is None else own.confidence.logits(hidden, latents),
+        others=others,
         logits=logits.unbind(1),
         chosen=chosen.unbind(1),
     )
@@ -134,6 +137,7 @@ class _Choosing:
         self._shipping = _Shipping(own.d2t, rows[:, 3].tolist())
         self.logits: list[Tensor] = []
         self.chosen: list[Tensor] = []
+        self.others: list[Tensor] = []
         self.distributions: list[list[SparseDistribution | None]] = []
 
     def next(self, base: Tensor, bias: Tensor) -> Tensor:
@@ -142,10 +146,10 @@ class _Choosing:
         assert base.stride(1) == bias.stride(1) == 1
         (count, width), most = base.shape, self._most
         logits = torch.empty(count, width)
-        chosen, tokens, counts = torch.empty(3, count, dtype=torch.int64).unbind()
+        chosen, tokens, others, counts = torch.empty(4, count, dtype=torch.int64).unbind()
         places = torch.empty(count, most, dtype=torch.int64)
         weights = torch.empty(count, most, dtype=torch.float64)
-        out = (t.data_ptr() for t in (logits, chosen, tokens, counts, places, weights))
+        out = (t.data_ptr() for t in (logits, chosen, tokens, others, counts, places, weights))
         arguments = ChoiceArguments(
             base.data_ptr(), base.stride(0), bias.data_ptr(), bias.stride(0), width,
             0 if self._d2t is None else self._d2t.data_ptr(), self._rows.data_ptr(), self._temperatures.data_ptr(),
@@ -155,6 +159,7 @@ class _Choosing:
         self._rows[:, 1] += 1
         self.logits.append(logits)
         self.chosen.append(chosen)
+        self.others.append(others)
         self.distributions.append(self._shipping.of(places, weights, counts))
         return tokens
 

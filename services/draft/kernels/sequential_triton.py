@@ -73,13 +73,15 @@ def _bias_kernel(
 @triton.jit
 def _choose_kernel(
     logits, maxima, rows, laws, taken, head_ids, head_values, d2t, tokens, w1, w1_rows, hidden, row_hidden,
-    row_previous, row_bias, next_tokens, chosen, confidences, sparse_ids, sparse_shares, sparse_sizes, k, vocab, tiles,
-    size, width, rank_width, hidden_stride,
+    row_previous, row_bias, next_tokens, others, chosen, confidences, sparse_ids, sparse_shares, sparse_sizes, k, vocab,
+    tiles, size, width, rank_width, hidden_stride,
     reduced: tl.constexpr, mapped: tl.constexpr, confident: tl.constexpr, knows_previous: tl.constexpr,
     pitch: tl.constexpr, chunk: tl.constexpr, block_hidden: tl.constexpr, block_rank: tl.constexpr,
     tile: tl.constexpr, tile_block: tl.constexpr,
 ):  # fmt: skip
-    """One block's token. Rejection's distribution goes to `sparse_*`, most likely first.
+    """One block's token, and in coupled mode what it would be next. Rejection's distribution goes to `sparse_*`.
+
+    The distribution is listed most likely first.
 
     `rows` (b, 4) int64: committed length, seed, kind (0 greedy, 1 coupled, 2 rejection), top_k; `laws` (b, 3) float64:
     temperature, top_p, min_p.
@@ -101,7 +103,7 @@ def _choose_kernel(
         tl.store(confidences + r, c)
 
     row, tops = logits + r * vocab, maxima + r * tiles
-    index = tl.cast(0, tl.int32)
+    index, other = tl.cast(0, tl.int32), tl.cast(-1, tl.int32)
     if kind == 0:
         index = first_token(row, tops, vocab, tiles, 32, tile, tile_block)
     else:
@@ -128,6 +130,11 @@ def _choose_kernel(
         if kind == 1:
             scores = tl.where(stays, log_weights + gumbel(keyed_word(seed, targets, position, 0)), float("-inf"))
             winner = tl.min(tl.where(scores == tl.max(scores, 0), rank, pitch), 0)
+            scores = tl.where(rank == winner, float("-inf"), scores)
+            best = tl.max(scores, 0)
+            behind = tl.min(tl.where(scores == best, rank, pitch), 0)
+            behind = tl.where(best > float("-inf"), behind, pitch)
+            other = tl.max(tl.where(listed & (rank == behind), ids, -1), 0)
         else:
             total = tl.sum(tl.where(stays, weights, 0.0), 0)
             u = tl.max(uniform(keyed_word(seed, tl.zeros((pitch,), tl.int64) + committed, position, 3)), 0)
@@ -142,6 +149,11 @@ def _choose_kernel(
     token = index.to(tl.int64)
     if reduced:
         token += tl.load(d2t + index)
+    other = tl.where(other < 0, index, other)
+    second = other.to(tl.int64)
+    if reduced:
+        second += tl.load(d2t + other)
+    tl.store(others + r, second)
     tl.store(chosen + r, index.to(tl.int64))
     tl.store(next_tokens + r, token)
 
@@ -151,6 +163,7 @@ class _Buffers:
     """Of b blocks of n tokens: `tokens` (n + 1, b), anchors first; `logits` (n, b, V); the rest by step or block."""
 
     tokens: Tensor
+    others: Tensor
     logits: Tensor
     chosen: Tensor
     confidences: Tensor
@@ -174,6 +187,7 @@ class _Buffers:
         tokens[0] = torch.tensor(anchors)
         return cls(
             tokens=tokens,
+            others=empty(n, b, dtype=torch.int64),
             logits=empty(n, b, vocab, dtype=torch.float32),
             chosen=empty(n, b, dtype=torch.int64),
             confidences=empty(n, b, dtype=torch.float32),
@@ -251,7 +265,7 @@ def _step(
         logits, buffers.maxima, rows, laws, buffers.taken, buffers.head_ids, buffers.head_values,
         tokens if own.d2t is None else own.d2t, tokens, w1, w1_rows if mapped else tokens, at,
         laws if confidence is None else confidence.hidden, laws if previous is None else previous,
-        laws if confidence is None else confidence.bias, buffers.tokens[k + 1], buffers.chosen[k],
+        laws if confidence is None else confidence.bias, buffers.tokens[k + 1], buffers.others[k], buffers.chosen[k],
         buffers.confidences[k], buffers.sparse_ids[k], buffers.sparse_shares[k], buffers.sparse_sizes[k], k, vocab,
         tiles, size, at.shape[1], rank, at.stride(0),
         reduced=own.d2t is not None, mapped=mapped, confident=confidence is not None,
@@ -274,6 +288,7 @@ def _drafted(own: SequentialHead, buffers: _Buffers, kinds: Sequence[int]) -> Dr
         tokens=buffers.tokens[1:].T,
         distributions=distributions,
         confidence_logits=buffers.confidences.T if own.confidence is not None else None,
+        others=buffers.others.T,
         logits=buffers.logits.unbind(0),
         chosen=buffers.chosen.unbind(0),
     )

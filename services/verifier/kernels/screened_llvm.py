@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -21,7 +22,7 @@ from dspark.sampling.order import LogitRows
 from dspark.sampling.processed import process
 from dspark.sampling.rows import UNFILTERED, SamplingRows
 from dspark.sampling.scratch import scratch
-from services.verifier.candidates import Candidate, Outcome, refused
+from services.verifier.candidates import Candidate, Outcome, refused, with_alternatives
 from services.verifier.kernels.race_llvm import UNDECIDED
 from services.verifier.kernels.verify_llvm import Table, unsound
 from services.verifier.kernels.verify_llvm import walk as race
@@ -82,7 +83,8 @@ class _Court:
         if not requests:
             return []
         rows, moved = _apart(requests)
-        return self._by_logits(self._whole(rows), moved, noise_candidates=self._size)
+        by = partial(self._by_logits, self._whole(rows), noise_candidates=self._size)
+        return with_alternatives(by, moved)
 
     def by_bounds(self, requests: Sequence[Candidate]) -> list[Outcome]:
         """By bounds on theirs."""
@@ -95,14 +97,20 @@ class _Court:
         peaks = scratch.take("peaks", len(rows), self._screen.width // PEAKED, hidden.device)
         bounds = self._screen.above(states, bounds, peaks)
         table = Table(states.bfloat16(), self._screen.table, peaks)
-        walks = [_Walk(request) for request in moved]
+        return with_alternatives(partial(self._raced, bounds, table, rows), moved)
+
+    def _raced(
+        self, bounds: torch.Tensor, table: Table, rows: Sequence[int], requests: Sequence[Candidate]
+    ) -> list[Outcome]:
+        """By bounds that are there, of `rows`."""
+        walks = [_Walk(request) for request in requests]
         while going := [walk for walk in walks if walk.result is None]:
             found = race(bounds, [walk.left() for walk in going], self._size, table)
             for walk, result in zip(going, found, strict=True):
                 walk.advance(*result)
             self._decide([walk for walk in walks if walk.undecided], rows)
         outcomes = [walk.result for walk in walks if walk.result is not None]
-        return self._reported(requests, outcomes)
+        return self._reported(requests, outcomes, rows)
 
     def _decide(self, walks: Sequence[_Walk], rows: Sequence[int]) -> None:
         """Tokens of rows that bounds leave undecided, by their logits."""
@@ -113,7 +121,9 @@ class _Court:
         for walk, outcome in zip(walks, self._by_logits(logits, asked, noise_candidates=self._size), strict=True):
             walk.decide(outcome)
 
-    def _reported(self, requests: Sequence[Candidate], outcomes: Sequence[Outcome]) -> list[Outcome]:
+    def _reported(
+        self, requests: Sequence[Candidate], outcomes: Sequence[Outcome], rows: Sequence[int]
+    ) -> list[Outcome]:
         """With log-probabilities, where they are asked for; logits of all their rows are computed at once."""
         asked = [
             (index, request, (*request.draft_tokens[: outcome.accepted], outcome.token))
@@ -122,10 +132,10 @@ class _Court:
         ]
         if not asked:
             return list(outcomes)
-        logits = self._whole([request.first_row + at for _, request, tokens in asked for at in range(len(tokens))])
-        reported, rows = list(outcomes), itertools.count()
+        whole = [rows[request.first_row + at] for _, request, tokens in asked for at in range(len(tokens))]
+        logits, reported, row = self._whole(whole), list(outcomes), itertools.count()
         for index, request, tokens in asked:
-            reports = tuple(self._report(logits, next(rows), token, request.sampling) for token in tokens)
+            reports = tuple(self._report(logits, next(row), token, request.sampling) for token in tokens)
             reported[index] = replace(reported[index], logprobs=reports)
         return reported
 
@@ -182,5 +192,5 @@ def _apart(requests: Sequence[Candidate]) -> tuple[list[int], list[Candidate]]:
     moved = []
     for request in requests:
         moved.append(replace(request, first_row=len(rows)))
-        rows += range(request.first_row, request.first_row + 1 + len(request.draft_tokens))
+        rows += range(request.first_row, request.first_row + request.rows)
     return rows, moved

@@ -111,6 +111,52 @@ def test_rows_do_not_depend_on_cached_prefixes_or_rollbacks(model: TargetModel) 
     assert torch.equal(after, expected[-3:])
 
 
+def test_a_fork_s_row_is_that_of_the_chain_it_stands_for(model: TargetModel) -> None:
+    cache = new_cache(model, pages=512, prefix_cache=False)
+    for length in (1, 14, 15, 16, 31, 32, 120, 127, 128, 250, 300):
+        ids = random_ids(length, tiny.VOCAB, seed=length)
+        drafts, others = (random_ids(6, tiny.VOCAB, seed=seed) for seed in (7, 8))
+        sequence, _ = prefill(model, cache, ids)
+        forks = [cache.fork(sequence, length + place) for place in range(1, 6)]
+        pieces = [Piece(fork, [others[place]], length + place) for place, fork in enumerate(forks, 1) if fork]
+        rows = step(model, cache, [Piece(sequence, drafts, length), *pieces])
+        assert len(rows) == 6
+        for place, row in enumerate(rows[1:], 1):
+            alone, _ = prefill(model, cache, ids)
+            chain = [*drafts[:place], others[place]]
+            expected = step(model, cache, [Piece(alone, chain, length)])[0]
+            assert torch.equal(rows[0][:place], expected[:-1]), (length, place)
+            assert torch.equal(row, expected[-1:]), (length, place)
+            cache.close(alone)
+        cache.close(sequence)
+        for fork in forks:
+            assert fork is not None
+            cache.join(fork)
+
+
+def test_an_adopted_fork_is_as_if_the_chain_had_been_computed(model: TargetModel) -> None:
+    cache = new_cache(model, pages=512, prefix_cache=False)
+    for length in (14, 127, 300):
+        ids = random_ids(length, tiny.VOCAB, seed=length)
+        drafts, more = random_ids(4, tiny.VOCAB, seed=7), random_ids(3, tiny.VOCAB, seed=9)
+        sequence, _ = prefill(model, cache, ids)
+        for place in (1, 2, 3):
+            fork = cache.fork(sequence, length + place)
+            assert fork is not None
+            step(model, cache, [Piece(sequence, drafts, length), Piece(fork, [5], length + place)])
+            _, expected = prefill(model, cache, [*ids, *drafts[:place], 5, *more])
+            if place == 2:  # the control: without it, the draft's keys and values are read
+                sequence.computed_len = length + place + 1
+                wrong = step(model, cache, [Piece(sequence, more, length + place + 1)])[0]
+                assert not torch.equal(wrong, expected[-3:])
+            cache.adopt(fork)
+            cache.join(fork)
+            sequence.computed_len = length + place + 1
+            after = step(model, cache, [Piece(sequence, more, length + place + 1)])[0]
+            assert torch.equal(after, expected[-3:]), (length, place)
+        cache.close(sequence)
+
+
 def test_thread_count_does_not_matter(tiny_gemma: Path, numbers: tuple[torch.dtype, torch.dtype | None]) -> None:
     ids = random_ids(300, tiny.VOCAB)
     results = []

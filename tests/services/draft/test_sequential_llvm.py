@@ -57,6 +57,9 @@ def both(own: SequentialHead, samplings: Sequence[Sampling]) -> tuple[Drafted, D
 
 def assert_equal(found: Drafted, expected: Drafted) -> None:
     assert torch.equal(found.tokens, expected.tokens)
+    assert found.others is not None
+    assert expected.others is not None
+    assert torch.equal(found.others, expected.others)
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(ours, theirs)
     for ours, theirs in zip(found.chosen, expected.chosen, strict=True):
@@ -174,6 +177,9 @@ def test_in_one_call_as_token_by_token(make: str, mapped: bool, blocks: int) -> 
         for one in (own, replace(own, bias=partial(layer.__call__)))
     )
     assert torch.equal(found.tokens, expected.tokens)
+    assert found.others is not None
+    assert expected.others is not None
+    assert torch.equal(found.others, expected.others)
     assert len(set(found.tokens.flatten().tolist())) > 3
     assert found.distributions == expected.distributions
     assert found.confidence_logits is not None
