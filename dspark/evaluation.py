@@ -95,6 +95,8 @@ class Evaluation:
             "verified": counts.verified,
             "accepted": counts.accepted,
             "rejected": counts.rejected,
+            "alternatives": counts.alternatives,
+            "turned": counts.turned,
             "rounds": counts.rounds,
             "missed_rounds": counts.missed_rounds,
             "tokens": self.tokens,

@@ -78,7 +78,8 @@ class Speculation:
     """Counts of a completion, or of many added up; before stop truncation, prefill excluded.
 
     `verified_at[k-1]` counts the k-th draft tokens that were verified with all before them accepted, and
-    `accepted_at[k-1]` those of them that were accepted themselves.
+    `accepted_at[k-1]` those of them that were accepted themselves. Of what was verified and accepted, `alternatives`
+    and `turned` were tokens beside drafts.
     """
 
     enabled: bool = False
@@ -90,6 +91,8 @@ class Speculation:
     verified_at: tuple[int, ...] = ()
     accepted_at: tuple[int, ...] = ()
     drafter: str = ""
+    alternatives: int = 0
+    turned: int = 0
 
     @property
     def rejected(self) -> int:
@@ -126,6 +129,8 @@ class Speculation:
             verified_at=_columns(part.verified_at for part in all_of),
             accepted_at=_columns(part.accepted_at for part in all_of),
             drafter=next((part.drafter for part in all_of if part.drafter), ""),
+            alternatives=sum(part.alternatives for part in all_of),
+            turned=sum(part.turned for part in all_of),
         )
 
 
@@ -257,6 +262,8 @@ def _finished(message: pb.Finished) -> Finished:
             verified_at=tuple(counts.verified_at),
             accepted_at=tuple(counts.accepted_at),
             drafter=counts.drafter,
+            alternatives=counts.alternatives,
+            turned=counts.turned,
         ),
         stop_match=message.stop_match,
     )

@@ -127,6 +127,8 @@ def summary(completion: Completion) -> str:
             f"verify length {counts.verify_length:.2f}",
             f"{counts.accepted} of {counts.verified} verified drafts accepted",
         ]
+        if counts.alternatives:
+            parts.append(f"{counts.turned} of them by {counts.alternatives} alternatives")
     else:
         parts.append("decoded plainly" if counts.enabled else "without speculation")
     if counts.missed_rounds:

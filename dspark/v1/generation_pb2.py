@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from dspark.v1 import types_pb2 as dspark_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64spark/v1/generation.proto\x12\tdspark.v1\x1a\x15\x64spark/v1/types.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.dspark.v1.ChatMessage\"\xfb\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12%\n\x04mode\x18\x06 \x01(\x0e\x32\x17.dspark.v1.SamplingMode\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xc2\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.dspark.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x17.dspark.v1.ChatMessagesH\x00\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.dspark.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12+\n\x0bspeculation\x18\x0b \x01(\x0e\x32\x16.dspark.v1.Speculation\x12\x1e\n\x11max_verify_length\x18\x0c \x01(\rH\x02\x88\x01\x01\x12\x13\n\x06policy\x18\r \x01(\tH\x03\x88\x01\x01\x12\r\n\x05whole\x18\x0e \x01(\x08\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x14\n\x12_max_verify_lengthB\t\n\x07_policy\"Q\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\r\n\x05model\x18\x04 \x01(\t\"W\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.dspark.v1.PositionLogprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"T\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"\xbb\x01\n\x11SpeculationCounts\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x0f\n\x07\x64rafted\x18\x03 \x01(\r\x12\x10\n\x08verified\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12\x15\n\rmissed_rounds\x18\x06 \x01(\r\x12\x13\n\x0bverified_at\x18\x07 \x03(\r\x12\x13\n\x0b\x61\x63\x63\x65pted_at\x18\x08 \x03(\r\x12\x0f\n\x07\x64rafter\x18\t \x01(\t\"\xc0\x01\n\x08\x46inished\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.dspark.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.dspark.v1.Usage\x12#\n\x07timings\x18\x03 \x01(\x0b\x32\x12.dspark.v1.Timings\x12\x31\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x1c.dspark.v1.SpeculationCounts\x12\x12\n\nstop_match\x18\x05 \x01(\t\"\x8e\x01\n\x10GenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.dspark.v1.StartedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.dspark.v1.DeltaH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.dspark.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x11\n\x0fGetLoadsRequest\"\xa2\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x15.dspark.v1.WorkerLoad\x12\x1b\n\x13reading_age_seconds\x18\x05 \x01(\x01\x12\x0e\n\x06rounds\x18\x06 \x01(\x04\x12\x0e\n\x06tokens\x18\x07 \x01(\x04\"r\n\x10GetLoadsResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12(\n\x07workers\x18\x04 \x03(\x0b\x32\x17.dspark.v1.WorkerStatus\"\x11\n\x0f\x44\x65scribeRequest\"\x9b\x01\n\x10\x44\x65scribeResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.dspark.v1.ModelInfo\x12\x0f\n\x07\x64rafter\x18\x02 \x01(\t\x12\x15\n\rverify_length\x18\x03 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\r\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0e\n\x06policy\x18\x06 \x01(\t\"I\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x19\n\x11no_special_tokens\x18\x03 \x01(\x08\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t*S\n\x0bSpeculation\x12\x1b\n\x17SPECULATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eSPECULATION_ON\x10\x01\x12\x13\n\x0fSPECULATION_OFF\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xda\x02\n\x06Router\x12\x45\n\x08Generate\x12\x1a.dspark.v1.GenerateRequest\x1a\x1b.dspark.v1.GenerateResponse0\x01\x12:\n\x05\x41\x62ort\x12\x17.dspark.v1.AbortRequest\x1a\x18.dspark.v1.AbortResponse\x12\x43\n\x08GetLoads\x12\x1a.dspark.v1.GetLoadsRequest\x1a\x1b.dspark.v1.GetLoadsResponse\x12\x43\n\x08\x44\x65scribe\x12\x1a.dspark.v1.DescribeRequest\x1a\x1b.dspark.v1.DescribeResponse\x12\x43\n\x08Tokenize\x12\x1a.dspark.v1.TokenizeRequest\x1a\x1b.dspark.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64spark/v1/generation.proto\x12\tdspark.v1\x1a\x15\x64spark/v1/types.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.dspark.v1.ChatMessage\"\xfb\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12%\n\x04mode\x18\x06 \x01(\x0e\x32\x17.dspark.v1.SamplingMode\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xc2\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.dspark.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x17.dspark.v1.ChatMessagesH\x00\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.dspark.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12+\n\x0bspeculation\x18\x0b \x01(\x0e\x32\x16.dspark.v1.Speculation\x12\x1e\n\x11max_verify_length\x18\x0c \x01(\rH\x02\x88\x01\x01\x12\x13\n\x06policy\x18\r \x01(\tH\x03\x88\x01\x01\x12\r\n\x05whole\x18\x0e \x01(\x08\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x14\n\x12_max_verify_lengthB\t\n\x07_policy\"Q\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\r\n\x05model\x18\x04 \x01(\t\"W\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.dspark.v1.PositionLogprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"T\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"\xe1\x01\n\x11SpeculationCounts\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x0f\n\x07\x64rafted\x18\x03 \x01(\r\x12\x10\n\x08verified\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12\x15\n\rmissed_rounds\x18\x06 \x01(\r\x12\x13\n\x0bverified_at\x18\x07 \x03(\r\x12\x13\n\x0b\x61\x63\x63\x65pted_at\x18\x08 \x03(\r\x12\x0f\n\x07\x64rafter\x18\t \x01(\t\x12\x14\n\x0c\x61lternatives\x18\n \x01(\r\x12\x0e\n\x06turned\x18\x0b \x01(\r\"\xc0\x01\n\x08\x46inished\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.dspark.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.dspark.v1.Usage\x12#\n\x07timings\x18\x03 \x01(\x0b\x32\x12.dspark.v1.Timings\x12\x31\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x1c.dspark.v1.SpeculationCounts\x12\x12\n\nstop_match\x18\x05 \x01(\t\"\x8e\x01\n\x10GenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.dspark.v1.StartedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.dspark.v1.DeltaH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.dspark.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x11\n\x0fGetLoadsRequest\"\xa2\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x15.dspark.v1.WorkerLoad\x12\x1b\n\x13reading_age_seconds\x18\x05 \x01(\x01\x12\x0e\n\x06rounds\x18\x06 \x01(\x04\x12\x0e\n\x06tokens\x18\x07 \x01(\x04\"r\n\x10GetLoadsResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12(\n\x07workers\x18\x04 \x03(\x0b\x32\x17.dspark.v1.WorkerStatus\"\x11\n\x0f\x44\x65scribeRequest\"\x9b\x01\n\x10\x44\x65scribeResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.dspark.v1.ModelInfo\x12\x0f\n\x07\x64rafter\x18\x02 \x01(\t\x12\x15\n\rverify_length\x18\x03 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\r\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0e\n\x06policy\x18\x06 \x01(\t\"I\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x19\n\x11no_special_tokens\x18\x03 \x01(\x08\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t*S\n\x0bSpeculation\x12\x1b\n\x17SPECULATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eSPECULATION_ON\x10\x01\x12\x13\n\x0fSPECULATION_OFF\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xda\x02\n\x06Router\x12\x45\n\x08Generate\x12\x1a.dspark.v1.GenerateRequest\x1a\x1b.dspark.v1.GenerateResponse0\x01\x12:\n\x05\x41\x62ort\x12\x17.dspark.v1.AbortRequest\x1a\x18.dspark.v1.AbortResponse\x12\x43\n\x08GetLoads\x12\x1a.dspark.v1.GetLoadsRequest\x1a\x1b.dspark.v1.GetLoadsResponse\x12\x43\n\x08\x44\x65scribe\x12\x1a.dspark.v1.DescribeRequest\x1a\x1b.dspark.v1.DescribeResponse\x12\x43\n\x08Tokenize\x12\x1a.dspark.v1.TokenizeRequest\x1a\x1b.dspark.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dspark.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SPECULATION']._serialized_start=2445
-  _globals['_SPECULATION']._serialized_end=2528
-  _globals['_FINISHREASON']._serialized_start=2530
-  _globals['_FINISHREASON']._serialized_end=2625
+  _globals['_SPECULATION']._serialized_start=2483
+  _globals['_SPECULATION']._serialized_end=2566
+  _globals['_FINISHREASON']._serialized_start=2568
+  _globals['_FINISHREASON']._serialized_end=2663
   _globals['_TOKENIDS']._serialized_start=64
   _globals['_TOKENIDS']._serialized_end=87
   _globals['_CHATMESSAGE']._serialized_start=89
@@ -55,29 +55,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TIMINGS']._serialized_start=1154
   _globals['_TIMINGS']._serialized_end=1238
   _globals['_SPECULATIONCOUNTS']._serialized_start=1241
-  _globals['_SPECULATIONCOUNTS']._serialized_end=1428
-  _globals['_FINISHED']._serialized_start=1431
-  _globals['_FINISHED']._serialized_end=1623
-  _globals['_GENERATERESPONSE']._serialized_start=1626
-  _globals['_GENERATERESPONSE']._serialized_end=1768
-  _globals['_ABORTREQUEST']._serialized_start=1770
-  _globals['_ABORTREQUEST']._serialized_end=1804
-  _globals['_ABORTRESPONSE']._serialized_start=1806
-  _globals['_ABORTRESPONSE']._serialized_end=1836
-  _globals['_GETLOADSREQUEST']._serialized_start=1838
-  _globals['_GETLOADSREQUEST']._serialized_end=1855
-  _globals['_WORKERSTATUS']._serialized_start=1858
-  _globals['_WORKERSTATUS']._serialized_end=2020
-  _globals['_GETLOADSRESPONSE']._serialized_start=2022
-  _globals['_GETLOADSRESPONSE']._serialized_end=2136
-  _globals['_DESCRIBEREQUEST']._serialized_start=2138
-  _globals['_DESCRIBEREQUEST']._serialized_end=2155
-  _globals['_DESCRIBERESPONSE']._serialized_start=2158
-  _globals['_DESCRIBERESPONSE']._serialized_end=2313
-  _globals['_TOKENIZEREQUEST']._serialized_start=2315
-  _globals['_TOKENIZEREQUEST']._serialized_end=2388
-  _globals['_TOKENIZERESPONSE']._serialized_start=2390
-  _globals['_TOKENIZERESPONSE']._serialized_end=2443
-  _globals['_ROUTER']._serialized_start=2628
-  _globals['_ROUTER']._serialized_end=2974
+  _globals['_SPECULATIONCOUNTS']._serialized_end=1466
+  _globals['_FINISHED']._serialized_start=1469
+  _globals['_FINISHED']._serialized_end=1661
+  _globals['_GENERATERESPONSE']._serialized_start=1664
+  _globals['_GENERATERESPONSE']._serialized_end=1806
+  _globals['_ABORTREQUEST']._serialized_start=1808
+  _globals['_ABORTREQUEST']._serialized_end=1842
+  _globals['_ABORTRESPONSE']._serialized_start=1844
+  _globals['_ABORTRESPONSE']._serialized_end=1874
+  _globals['_GETLOADSREQUEST']._serialized_start=1876
+  _globals['_GETLOADSREQUEST']._serialized_end=1893
+  _globals['_WORKERSTATUS']._serialized_start=1896
+  _globals['_WORKERSTATUS']._serialized_end=2058
+  _globals['_GETLOADSRESPONSE']._serialized_start=2060
+  _globals['_GETLOADSRESPONSE']._serialized_end=2174
+  _globals['_DESCRIBEREQUEST']._serialized_start=2176
+  _globals['_DESCRIBEREQUEST']._serialized_end=2193
+  _globals['_DESCRIBERESPONSE']._serialized_start=2196
+  _globals['_DESCRIBERESPONSE']._serialized_end=2351
+  _globals['_TOKENIZEREQUEST']._serialized_start=2353
+  _globals['_TOKENIZEREQUEST']._serialized_end=2426
+  _globals['_TOKENIZERESPONSE']._serialized_start=2428
+  _globals['_TOKENIZERESPONSE']._serialized_end=2481
+  _globals['_ROUTER']._serialized_start=2666
+  _globals['_ROUTER']._serialized_end=3012
 # @@protoc_insertion_point(module_scope)

@@ -359,6 +359,8 @@ class SpeculationCounts(google.protobuf.message.Message):
     VERIFIED_AT_FIELD_NUMBER: builtins.int
     ACCEPTED_AT_FIELD_NUMBER: builtins.int
     DRAFTER_FIELD_NUMBER: builtins.int
+    ALTERNATIVES_FIELD_NUMBER: builtins.int
+    TURNED_FIELD_NUMBER: builtins.int
     enabled: builtins.bool
     """false: switched off for the request"""
     rounds: builtins.int
@@ -370,6 +372,9 @@ class SpeculationCounts(google.protobuf.message.Message):
     """rounds without a proposal although speculation was on"""
     drafter: builtins.str
     """empty: decoded plainly"""
+    alternatives: builtins.int
+    """Of `drafted` and `verified`, and of `accepted`: tokens beside a draft, for where the target disagrees with it."""
+    turned: builtins.int
     @property
     def verified_at(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """[k-1]: k-th draft tokens whose predecessors were all accepted"""
@@ -390,8 +395,10 @@ class SpeculationCounts(google.protobuf.message.Message):
         verified_at: collections.abc.Iterable[builtins.int] | None = ...,
         accepted_at: collections.abc.Iterable[builtins.int] | None = ...,
         drafter: builtins.str = ...,
+        alternatives: builtins.int = ...,
+        turned: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "accepted_at", b"accepted_at", "drafted", b"drafted", "drafter", b"drafter", "enabled", b"enabled", "missed_rounds", b"missed_rounds", "rounds", b"rounds", "verified", b"verified", "verified_at", b"verified_at"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "accepted_at", b"accepted_at", "alternatives", b"alternatives", "drafted", b"drafted", "drafter", b"drafter", "enabled", b"enabled", "missed_rounds", b"missed_rounds", "rounds", b"rounds", "turned", b"turned", "verified", b"verified", "verified_at", b"verified_at"]) -> None: ...
 
 global___SpeculationCounts = SpeculationCounts
 

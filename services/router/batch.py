@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from dspark.messages import Proposal, SequenceKey, StepItem
+from dspark.messages import Alternative, Proposal, SequenceKey, StepItem
 from services.router.cohort import Cohort
 from services.router.round import Round
 from services.router.sequences import Sequence
@@ -31,7 +31,16 @@ def assemble(cohort: Cohort, round_: Round, proposals: Mapping[str, Proposal]) -
     """
     plans = zip(round_.running, round_.keys, round_.proposed, round_.held.tolist(), *round_.lengths, strict=True)
     rounds = [
-        _round(row, sequence, proposals.get(sequence.sequence_id) if proposed else None, length, keep, held, missed)
+        _round(
+            row,
+            sequence,
+            proposals.get(sequence.sequence_id) if proposed else None,
+            length,
+            keep,
+            held,
+            missed,
+            round_.places(row),
+        )
         for row, (sequence, key, proposed, held, length, keep, missed) in enumerate(plans)
         if _stays(sequence, key, cohort) and not sequence.outlet.full
     ]
@@ -55,6 +64,7 @@ def _round(
     keep: int,
     held: bool,
     missed: int,
+    places: list[int],
 ) -> Entry:
     item = StepItem(
         sequence.key,
@@ -64,6 +74,7 @@ def _round(
         block.distributions[:length] if block else (),
         keep if keep < length else None,
         hold_features=held,
+        alternatives=tuple(Alternative(place, block.alternatives[place - 1]) for place in places) if block else (),
     )
     return Entry(sequence, item, row, drafted=len(block.tokens) if block else 0, missed=bool(missed))
 
@@ -74,9 +85,9 @@ def _piece(sequence: Sequence, count: int, *, held: bool) -> Entry:
 
 def rows(batch: Iterable[Entry]) -> int:
     """Of the step."""
-    return sum(entry.item.count + len(entry.item.draft_tokens) for entry in batch)
+    return sum(entry.item.rows for entry in batch)
 
 
 def judged_rows(batch: Iterable[Entry]) -> int:
     """Those of them that verdicts come from: not the insides of prompts."""
-    return sum(1 + len(entry.item.draft_tokens) for entry in batch if entry.row is not None)
+    return sum(1 + entry.item.rows - entry.item.count for entry in batch if entry.row is not None)

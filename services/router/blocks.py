@@ -34,7 +34,7 @@ def fault_of(sequence: Running, item: ProposeItem, proposal: Proposal) -> str | 
         return f"for committed_len {proposal.committed_len}, asked at {item.committed_len}"
     if len(proposal.tokens) > item.max_tokens:
         return f"{len(proposal.tokens)} tokens, asked for {item.max_tokens}"
-    if any(token >= sequence.model.info.vocab_size for token in proposal.tokens):
+    if any(token >= sequence.model.info.vocab_size for token in (*proposal.tokens, *proposal.alternatives)):
         return "a token outside the vocabulary"
     sampling = sequence.request.sampling
     needs = sampling.mode is Mode.REJECTION and not sampling.greedy

@@ -13,7 +13,8 @@ class Counts:
 
     `verified_at[k-1]` counts k-th draft tokens whose predecessors were all accepted, `accepted_at[k-1]` those of them
     that were accepted too: their ratio is the conditional acceptance at k. A draft past what a round might keep counts
-    in neither, whatever it was.
+    in neither, whatever it was. Of what was verified and accepted, `alternatives` and `turned` were tokens beside
+    drafts.
     """
 
     rounds: int = 0
@@ -23,15 +24,30 @@ class Counts:
     missed_rounds: int = 0
     verified_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
+    alternatives: int = 0
+    turned: int = 0
 
     def add_round(
-        self, *, drafted: int, verified: int, accepted: int, missed: bool, matched: int | None = None
+        self,
+        *,
+        drafted: int,
+        verified: int,
+        accepted: int,
+        missed: bool,
+        matched: int | None = None,
+        alternatives: int = 0,
+        turned: bool = False,
     ) -> None:
-        """One verify step that yielded a token. `matched`: drafts that stood, where fewer might be kept."""
+        """One verify step that yielded a token. `matched`: drafts that stood, where fewer might be kept.
+
+        `verified` and `accepted` are of drafts; `alternatives` were verified beside them, one taken if `turned`.
+        """
         self.rounds += 1
-        self.drafted += drafted
-        self.verified += verified
-        self.accepted += accepted
+        self.drafted += drafted + alternatives
+        self.verified += verified + alternatives
+        self.accepted += accepted + turned
+        self.alternatives += alternatives
+        self.turned += turned
         self.missed_rounds += missed
         cut = matched is not None and matched > accepted
         judged = accepted if cut else min(verified, accepted + 1)  # the first rejected one was, later ones were not

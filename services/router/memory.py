@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dspark.messages import Mode, Sampling
+from services.router.scheduling.alternatives import Shares
 from services.router.scheduling.histories import Histories
 from services.router.scheduling.plan import Ints
 from services.router.scheduling.survival import Mode as ModeName
@@ -26,6 +27,7 @@ class Memory:
     def __init__(self, block: int) -> None:
         self.tracker = Tracker(max(1, block))
         self.histories = Histories(self.tracker, max(1, block))
+        self.shares = Shares()
 
     def rows(self, running: Sequence[Running]) -> tuple[Ints, Ints]:
         """(R,) slots and (R,) settings, as they are from now on."""

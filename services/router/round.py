@@ -45,6 +45,7 @@ class Round:
         following: (R,) how much of the blocks after this round's is to come unasked.
         joining: (R,) wanted, but their blocks are to come unasked with the others', from the next round on.
         proposed: (R,) whether a block came. confidences: (R, n) as they came; corrected: as they are believed.
+        alternatives: (R, n) what alternatives to drafts would bring.
         outcome: the lengths.
         tokens: expected of the round.
         kind: how most of the running sequences choose their tokens: "greedy", "coupled" or "rejection".
@@ -82,6 +83,7 @@ class Round:
     proposed: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     confidences: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     corrected: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+    alternatives: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     outcome: Outcome | None = None
     tokens: float = 0.0
     kind: str = ""
@@ -122,8 +124,16 @@ class Round:
 
     @property
     def drafts(self) -> int:
-        """Rows of drafts in the step."""
-        return int(self.outcome.verify.sum()) if self.outcome is not None else 0
+        """Rows of drafts, and of alternatives to them, in the step."""
+        if self.outcome is None:
+            return 0
+        beside = self.outcome.alternatives
+        return int(self.outcome.verify.sum()) + (0 if beside is None else int(np.count_nonzero(beside)))
+
+    def places(self, row: int) -> list[int]:
+        """Of a request's drafts, from 1, those to which an alternative is verified."""
+        beside = self.outcome.alternatives if self.outcome is not None else None
+        return [] if beside is None else (np.flatnonzero(beside[row]) + 1).tolist()
 
     @property
     def capped(self) -> bool:
@@ -144,6 +154,7 @@ class Took:
 
     Attributes:
         matched: (R,) draft tokens accepted, before anything cut them; -1 for a sequence without a verdict.
+        turned: (R,) whether an alternative to the next one was.
         tokens: emitted in all.
         seconds: of the whole round, deciding included, without those behind other routers' steps.
         other_rows: that other routers had in the step.
@@ -158,6 +169,7 @@ class Took:
     others: int = 0
     step_seconds: float = 0.0
     expected_seconds: float = 0.0
+    turned: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     @property
     def company(self) -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "kind_of",
     "most_of",
     "most_promising",
+    "offered",
     "shortening",
     "standing",
     "unattached",
@@ -95,6 +96,16 @@ def confidences(blocks: Sequence[Proposal | None], width: int) -> Floats:
             count = min(width, len(block.tokens))
             known = block.confidences[:count]
             table[row, :count] = np.maximum(known, 1e-6) if len(known) == count else np.nan
+    return table
+
+
+def offered(blocks: Sequence[Proposal | None], width: int) -> Bools:
+    """(R, width) where a drafter named another token beside its draft."""
+    table = np.zeros((len(blocks), width), np.bool_)
+    for row, block in enumerate(blocks):
+        if block is not None and block.alternatives:
+            pairs = list(zip(block.tokens, block.alternatives, strict=True))[:width]
+            table[row, : len(pairs)] = [token != other for token, other in pairs]
     return table
 
 

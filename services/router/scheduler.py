@@ -28,10 +28,12 @@ from services.router.rows import (
     kind_of,
     most_of,
     most_promising,
+    offered,
     shortening,
     standing,
     unattached,
 )
+from services.router.scheduling.alternatives import worth
 from services.router.scheduling.looks import Looks
 from services.router.scheduling.payoff import Payoff
 from services.router.scheduling.plan import FREE, Bools, Floats, Ints, survival_of
@@ -264,6 +266,8 @@ class Scheduler:
         histories, tracker = self._memory.histories, self._memory.tracker
         nudge = histories.nudge(round_.slots)
         round_.corrected = tracker.corrected(round_.settings, round_.confidences, nudge)
+        shares = self._memory.shares.of(round_.settings)
+        round_.alternatives = worth(round_.corrected, round_.most, offered(blocks, width), shares)
         facts = Facts(
             confidences=round_.corrected,
             most=round_.most,
@@ -274,10 +278,12 @@ class Scheduler:
             before=np.where(round_.asked[:, None], round_.before, 0.0) if round_.before.shape[1] == width else None,
             explored=round_.explored,
             base_tokens=round_.base_tokens,
+            alternatives=round_.alternatives if round_.alternatives.any() else None,
         )
         round_.outcome = mixed(round_.policies, facts)
-        survival = survival_of(round_.corrected, round_.outcome.verify)
-        round_.tokens = len(round_.running) + float(survival.sum())
+        survival, beside = survival_of(round_.corrected, round_.outcome.verify), round_.outcome.alternatives
+        more = 0.0 if beside is None else float(round_.alternatives[beside].sum())
+        round_.tokens = len(round_.running) + float(survival.sum()) + more
 
     # ------------------------------------------------------------ once the verdicts are there
 
@@ -302,7 +308,16 @@ class Scheduler:
             )
             self._memory.histories.observe(round_.slots[rows], round_.corrected[rows], verified, matched, asked=asked)
             self._see_reach(round_, rows)
+            self._see_alternatives(round_, rows, took)
         self.weighing.learn(round_, took, int(np.count_nonzero(judged)))
+
+    def _see_alternatives(self, round_: Round, rows: Ints, took: Took) -> None:
+        """Of first wrong drafts, those beside which another token was verified."""
+        beside = round_.outcome.alternatives if round_.outcome is not None else None
+        if beside is not None:
+            wrong = np.minimum(took.matched[rows], beside.shape[1] - 1)
+            rows = rows[beside[rows, wrong] & (took.matched[rows] < beside.shape[1])]
+            self._memory.shares.observe(round_.settings[rows], took.turned[rows])
 
     def _see_reach(self, round_: Round, rows: Ints) -> None:
         """Of those whose blocks it may shorten."""

@@ -222,6 +222,8 @@ def _speculation(event: Finished) -> pb.SpeculationCounts:
         verified_at=counts.verified_at,
         accepted_at=counts.accepted_at,
         drafter=event.drafter,
+        alternatives=counts.alternatives,
+        turned=counts.turned,
     )
 
 

@@ -89,7 +89,7 @@ class Rounds:
         _check(batch, result)
         news: list[Published] = []
         counts: list[tuple[int, int]] = []
-        matched = np.full(len(round_.running), -1)
+        matched, turned = np.full(len(round_.running), -1), np.zeros(len(round_.running), np.bool_)
         for entry, verdict in zip(batch, result.verdicts, strict=True):
             sequence = entry.sequence
             if sequence.cohort is not cohort or sequence.key != verdict.key:
@@ -99,29 +99,31 @@ class Rounds:
             elif verdict.token is None:
                 sequence.computed_len = verdict.computed_len
             else:
-                news.append(self._accept(entry, verdict, verdict.token))
+                news.append(self._accept(entry, verdict))
                 if entry.row is not None:
-                    matched[entry.row] = verdict.matched
-                    counts.append((len(entry.item.draft_tokens), verdict.accepted))
+                    matched[entry.row], turned[entry.row] = verdict.matched, verdict.turned
+                    counts.append((entry.item.rows - entry.item.count, verdict.accepted + verdict.turned))
         later(self._owner.publish, news)  # before anything that may fail: what is committed must reach its client
         self._count(cohort, result, news, counts)
         gained = sum(accepted + 1 for _, accepted in counts)
         apart = result.queue_seconds if not result.other_tokens else 0.0  # behind a step of others, whose tokens it had
         seconds = time.perf_counter() - began - apart
-        return Took(matched, gained, seconds, result.other_tokens, cohort.link.others)
+        return Took(matched, gained, seconds, result.other_tokens, cohort.link.others, turned=turned)
 
-    def _accept(self, entry: Entry, verdict: Verdict, token: int) -> Published:
-        """Commits accepted drafts and the token after them, as far as the request goes."""
-        sequence, verified = entry.sequence, len(entry.item.draft_tokens)
+    def _accept(self, entry: Entry, verdict: Verdict) -> Published:
+        """Commits accepted drafts and what comes after them, as far as the request goes."""
+        sequence = entry.sequence
         if entry.row is not None:
             sequence.counts.add_round(
                 drafted=entry.drafted,
-                verified=verified,
+                verified=len(entry.item.draft_tokens),
                 accepted=verdict.accepted,
                 missed=entry.missed,
                 matched=verdict.matched,
+                alternatives=len(entry.item.alternatives),
+                turned=verdict.turned,
             )
-        tokens = [*entry.item.draft_tokens[: verdict.accepted], token]
+        tokens = list(entry.item.committed(verdict))
         kept, reason = cut(tokens, sequence.left, sequence.request)
         sequence.commit(tokens[:kept], verdict.computed_len)
         if reason is not None:
@@ -205,3 +207,5 @@ def _check(batch: list[Entry], result: StepResult) -> None:
             raise InternalError(f"verdict: {verdict.accepted} accepted of {kept}, token {verdict.token} of {vocab}")
         if not verdict.accepted <= verdict.matched <= verified:
             raise InternalError(f"verdict: {verdict.matched} drafts match of {verified}, {verdict.accepted} accepted")
+        if verdict.turned and verdict.accepted + 1 not in {one.place for one in entry.item.alternatives}:
+            raise InternalError(f"verdict: an alternative to draft {verdict.accepted + 1}, where there was none")

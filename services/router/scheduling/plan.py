@@ -21,7 +21,7 @@ Ties are broken by position, then by request, never by a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -60,12 +60,14 @@ class Plan:
         tokens: expected tokens of the step, τ.
         seconds: predicted for it, unhidden draft time included.
         cut: survival of the least certain draft that the search admitted; infinite where it admitted none.
+        alternatives: (R, n) to which drafts an alternative is verified; None: to none.
     """
 
     lengths: Ints
     tokens: float
     seconds: float
     cut: float = np.inf
+    alternatives: Bools | None = None
 
     @property
     def goodput(self) -> float:
@@ -147,16 +149,23 @@ def early_stop(
 
 
 def freshest(
-    survival: Floats, seconds: Floats, base_rows: int, unhidden: float = 0.0, *, base_tokens: float | None = None
+    survival: Floats,
+    seconds: Floats,
+    base_rows: int,
+    unhidden: float = 0.0,
+    *,
+    base_tokens: float | None = None,
+    alternatives: Floats | None = None,
 ) -> Plan:
     """The best plan by the present survivals, wherever on the cost table it lies. Biases rejection sampling.
 
-    Arguments as of `early_stop`.
+    Arguments as of `early_stop`; `alternatives` (R, n) from `alternatives.worth`, ranked among the drafts.
     """
     tokens = len(survival) if base_tokens is None else base_tokens
-    ordered = descending(survival, len(seconds) - 1 - base_rows)
+    both = survival if alternatives is None else np.concatenate([survival, alternatives], axis=1)
+    ordered = descending(both, len(seconds) - 1 - base_rows)
     gained, taken = curve(ordered, seconds, base_rows, tokens, unhidden)
-    return _planned(survival, ordered, int(np.argmax(gained / taken)), gained, taken)
+    return _planned(both, ordered, int(np.argmax(gained / taken)), gained, taken, survival.shape[1])
 
 
 def asynchronous(
@@ -192,22 +201,31 @@ def asynchronous(
     cut = float(np.partition(flat, len(flat) - count)[len(flat) - count])
     above = flat[flat > cut]
     gained = tokens + float(above.sum()) + (count - len(above)) * cut
-    return Plan(_admitted(survival, cut, count), gained, float(taken[count]), cut)
+    return Plan(_lengths(_admitted(survival, cut, count)), gained, float(taken[count]), cut)
 
 
-def _planned(survival: Floats, ordered: Floats, count: int, gained: Floats, taken: Floats) -> Plan:
-    """The plan of the first `count` drafts."""
+def _planned(
+    both: Floats, ordered: Floats, count: int, gained: Floats, taken: Floats, width: int | None = None
+) -> Plan:
+    """The plan of the first `count` drafts and alternatives; these are behind the first `width` columns."""
     if not count:
-        return Plan(np.zeros(len(survival), np.int64), float(gained[0]), float(taken[0]))
+        return Plan(np.zeros(len(both), np.int64), float(gained[0]), float(taken[0]))
     cut = float(ordered[count - 1])
-    return Plan(_admitted(survival, cut, count), float(gained[count]), float(taken[count]), cut)
+    admitted = _admitted(both, cut, count)
+    beside = admitted[:, width:] if width is not None and width < both.shape[1] else None
+    return Plan(_lengths(admitted[:, :width]), float(gained[count]), float(taken[count]), cut, beside)
 
 
-def _admitted(survival: Floats, cut: float, count: int) -> Ints:
-    """Lengths with the first `count` drafts by falling survival, of which `cut` is the last, position and request."""
-    lengths = np.count_nonzero(survival > cut, axis=1)
-    tied = np.flatnonzero((survival == cut).T)[: count - int(lengths.sum())]  # position by position
-    return np.asarray(lengths + np.bincount(tied % len(survival), minlength=len(survival)))
+def _admitted(survival: Floats, cut: float, count: int) -> Bools:
+    """The first `count` by falling survival, of which `cut` is the last, then column by column, then by request."""
+    admitted = survival > cut
+    tied = np.flatnonzero((survival == cut).T)[: count - int(np.count_nonzero(admitted))]
+    admitted[tied % len(survival), tied // len(survival)] = True
+    return admitted
+
+
+def _lengths(admitted: Bools) -> Ints:
+    return np.asarray(np.count_nonzero(admitted, axis=1), np.int64)
 
 
 def trim(lengths: Ints, room: int) -> Ints:
@@ -233,6 +251,7 @@ def choose(
     before: Floats | None = None,
     forced: Ints | None = None,
     base_tokens: float | None = None,
+    alternatives: Floats | None = None,
 ) -> Plan:
     """The best plan that the batch's sampling modes allow.
 
@@ -250,9 +269,12 @@ def choose(
         forced: (R,) lengths settled already, `FREE` elsewhere: requests explored this round or under a static rule.
             They take rows first and count in Θ, and must themselves be non-anticipating.
         base_tokens: without drafts.
+        alternatives: as of `freshest`; never where the batch is under the rule of rejection, nor to settled lengths.
     """
+    if rejection:
+        alternatives = None
     if forced is None or not (forced >= 0).any():
-        return _search(survival, seconds, base_rows, unhidden, rejection, before, base_tokens)
+        return _search(survival, seconds, base_rows, unhidden, rejection, before, base_tokens, alternatives)
     settled = _settled(survival, forced, len(seconds) - 1 - base_rows)
     free = forced < 0
     tokens = len(survival) if base_tokens is None else base_tokens
@@ -264,8 +286,9 @@ def choose(
         rejection,
         None if before is None else np.where(free[:, None], before, 0.0),
         tokens + _prefix_sum(survival, settled),
+        None if alternatives is None else np.where(free[:, None], alternatives, 0.0),
     )
-    return Plan(found.lengths + settled, found.tokens, found.seconds, found.cut)
+    return replace(found, lengths=found.lengths + settled)
 
 
 def _search(
@@ -276,9 +299,10 @@ def _search(
     rejection: bool,
     before: Floats | None,
     tokens: float | None,
+    alternatives: Floats | None,
 ) -> Plan:
     if not rejection:
-        return freshest(survival, seconds, rows, unhidden, base_tokens=tokens)
+        return freshest(survival, seconds, rows, unhidden, base_tokens=tokens, alternatives=alternatives)
     if before is None:
         return early_stop(survival, seconds, rows, unhidden, base_tokens=tokens)
     return asynchronous(survival, before, seconds, rows, unhidden, base_tokens=tokens)

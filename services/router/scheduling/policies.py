@@ -48,6 +48,7 @@ class Facts:
         explored: (R,) from `survival.explore`.
         static: (R,) lengths settled by requests' own policies, `FREE` elsewhere.
         base_tokens: tokens of the step without drafts; R unless given.
+        alternatives: (R, n) from `alternatives.worth`; None where nothing is known of any.
     """
 
     confidences: Floats
@@ -60,6 +61,7 @@ class Facts:
     explored: Ints | None = None
     static: Ints | None = None
     base_tokens: float | None = None
+    alternatives: Floats | None = None
 
     @property
     def proposed(self) -> Ints:
@@ -82,12 +84,14 @@ class Outcome:
             verified ones are: the token after them is the target's, whether it came as an accepted draft or not.
         planned: (R,) lengths as they would have been without exploring.
         plan: expectations, where costs were looked at.
+        alternatives: (R, n) to which drafts an alternative is verified; None: to none.
     """
 
     verify: Ints
     commit: Ints
     planned: Ints
     plan: Plan | None = None
+    alternatives: Bools | None = None
 
 
 class Policy(Protocol):
@@ -235,12 +239,13 @@ class Adaptive(_Scheduled):
             before=before,
             forced=forced,
             base_tokens=facts.base_tokens,
+            alternatives=facts.alternatives,
         )
         planned = plan.lengths
         if facts.explored is not None:
             counterfactual = np.count_nonzero(survival >= plan.cut, axis=1)
             planned = np.where(_exploring(facts), np.minimum(counterfactual, planned), planned)
-        return Outcome(plan.lengths, plan.lengths, planned, plan)
+        return Outcome(plan.lengths, plan.lengths, planned, plan, plan.alternatives)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +266,7 @@ class CapAccept(_Scheduled):
 
     def outcome(self, facts: Facts) -> Outcome:
         """The round's lengths."""
-        window = Adaptive().outcome(facts)
+        window = Adaptive().outcome(replace(facts, alternatives=None))
         whole = np.where(_exploring(facts) | _free(facts), facts.proposed, window.verify)
         verify = window.verify + trim(whole - window.verify, facts.room - int(window.verify.sum()))
         return Outcome(verify, window.verify, window.planned, window.plan)

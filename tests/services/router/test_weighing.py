@@ -138,7 +138,7 @@ def scheduler() -> Scheduler:
     return Scheduler(costs, Memory(BLOCK), {}, lambda _: True, Options(verify_length=BLOCK), attach=lambda: None)
 
 
-def took(seconds: float, tokens: int = STREAMS, **others: int) -> Took:
+def took(seconds: float, tokens: int = STREAMS, **others: Any) -> Took:
     return Took(np.zeros(STREAMS, np.int64), tokens, seconds, **others)
 
 
