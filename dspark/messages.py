@@ -8,7 +8,7 @@ K/V and features exist for positions 0 … N - 2, and the k-th draft token (k = 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dspark.errors import DSparkError
 
@@ -302,6 +302,16 @@ class Proposal:
     error: DSparkError | None = None
     stays: bool = False
     alternatives: tuple[int, ...] = ()
+
+    def cut(self, count: int) -> Proposal:
+        """Its first `count` tokens, and what belongs to them."""
+        return replace(
+            self,
+            tokens=self.tokens[:count],
+            confidences=self.confidences[:count],
+            distributions=self.distributions[:count],
+            alternatives=self.alternatives[:count],
+        )
 
 
 @dataclass(frozen=True, slots=True)

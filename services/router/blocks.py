@@ -34,6 +34,8 @@ def fault_of(sequence: Running, item: ProposeItem, proposal: Proposal) -> str | 
         return f"for committed_len {proposal.committed_len}, asked at {item.committed_len}"
     if len(proposal.tokens) > item.max_tokens:
         return f"{len(proposal.tokens)} tokens, asked for {item.max_tokens}"
+    if proposal.alternatives and len(proposal.alternatives) != len(proposal.tokens):
+        return f"{len(proposal.alternatives)} alternatives to {len(proposal.tokens)} tokens"
     if any(token >= sequence.model.info.vocab_size for token in (*proposal.tokens, *proposal.alternatives)):
         return "a token outside the vocabulary"
     sampling = sequence.request.sampling

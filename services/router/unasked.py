@@ -25,18 +25,7 @@ class Came:
 
     def cut(self, tokens: int) -> Came:
         """No more than so many of its tokens."""
-        own = self.proposal
-        if len(own.tokens) <= tokens:
-            return self
-        return replace(
-            self,
-            proposal=replace(
-                own,
-                tokens=own.tokens[:tokens],
-                confidences=own.confidences[:tokens],
-                distributions=own.distributions[:tokens],
-            ),
-        )
+        return self if len(self.proposal.tokens) <= tokens else replace(self, proposal=self.proposal.cut(tokens))
 
 
 class Unasked:
