@@ -14,7 +14,9 @@ Layers = Callable[[Tensor, Mapping[str, Any]], Sequence[Tensor]]
 
 
 class Repeated(Protocol):
-    """Runs layers. One for each model, used from one thread."""
+    """Runs layers. One for each model, used from one thread. `remembers`: the first call of a kind takes longer."""
+
+    remembers: bool
 
     def __call__(self, layers: Layers, x: Tensor, steps: Mapping[str, Any], key: Hashable) -> Sequence[Tensor]:
         """`layers(x, steps)`.
@@ -26,6 +28,8 @@ class Repeated(Protocol):
 
 class AtOnce:
     """Remembers nothing."""
+
+    remembers = False
 
     def __call__(self, layers: Layers, x: Tensor, steps: Mapping[str, Any], key: Hashable) -> Sequence[Tensor]:  # noqa: ARG002 - the protocol's
         """As `Repeated`."""

@@ -43,7 +43,7 @@ _PAGES = 9  # of a kind's inputs
 _TILES = range(5, 8)  # what has an entry a tile
 _COPIES = range(10, 12)  # what has an entry a copy, where there are any
 _LOOSE_COPIES = 128
-_LOOSE = 64  # pages; what grows with the context has room for a power of two of them at least
+_LOOSE = 256  # pages; what grows with the context has room for a power of two of them at least
 _LOOSE_ROOM = 1024  # positions, for scores
 _APART = 32  # more of them, so that rows of scores do not meet in the same places of a cache
 
@@ -56,6 +56,8 @@ _NEW: dict[Any, Callable[..., Sequence[int]]] = {
 
 class Programs:
     """Implements `dspark.kernels.repeated.Repeated`."""
+
+    remembers = True
 
     def __init__(self) -> None:
         self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()

@@ -114,6 +114,11 @@ class TargetModel:
         return whole
 
     @property
+    def remembers(self) -> bool:
+        """Whether a batch of so many rows takes longer when the first of its kind comes."""
+        return self._repeat.remembers
+
+    @property
     def kept_dtype(self) -> torch.dtype:
         """Of the keys and values that these layers write and read."""
         return self.kernels.kept or self.dtype

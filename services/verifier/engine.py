@@ -214,7 +214,10 @@ class VerifyEngine:
         self.publish()
         check_info(info, self.info)
         tap = Tap(info, tensors, self._kernels, self._cache.device)
+        fresh = info.tap_id not in self.tap_ids
         self._features.add(tap, in_use=self._feed.taps_in_use)
+        if fresh:
+            self._stepper.rehearse()
 
     def subscribe(self, stream: FeatureStream, key: SequenceKey, tap_id: str, position: int) -> None:
         """Send a sequence's features from a position on, held ones later; what is wrong is sent to the stream."""

@@ -34,6 +34,8 @@ SAMPLED_BYTES = {
     "cuda": 128 << 20,
 }
 
+_FEW = 16  # rows of a step that should not be slow when it first comes
+
 T = TypeVar("T")
 
 
@@ -93,6 +95,25 @@ class Stepper:
             for forked in forks.values():
                 for fork in forked:
                     self._cache.join(fork)
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Steps of few rows, with the present taps' layers, each once: where the first of a kind takes longer.
+
+        With and without an alternative. Nothing stays behind; where there is no room, nothing is done.
+        """
+        size = self._cache.page_size
+        if not self._model.remembers or self._cache.free_pages < 2:
+            return
+        sequence = self._cache.open([0] * size, 2 * size, reuse=False)
+        fork = self._cache.fork(sequence, 1)
+        for count in range(1, _FEW):
+            for beside in [[], [(fork, [0], 1)]] if fork is not None else [[]]:
+                batch = RaggedBatch.build([(sequence, [0] * count, 0), *beside])
+                self._model.forward(batch, self._cache, capture=self._features.layers)
+        if fork is not None:
+            self._cache.join(fork)
+        self._cache.close(sequence)
 
     def _sample(self, hidden: Tensor, work: Sequence[Work]) -> dict[Work, Outcome]:
         """What the items that reach their anchor came to."""

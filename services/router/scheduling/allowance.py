@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 __all__ = ["Allowance"]
 
 SHARE = 0.01  # of a round, that a plain one adds
-FIRST = 2.0  # rounds, at first, and as far as plain ones fill it up
+BEGIN = 6.0  # rounds, at first: some of the first rounds' luck, and costs that are not known yet
+FULL = 2.0  # as far as plain ones fill it up
 MOST = 8.0  # as far as rounds with drafts do that win: no single slow one of them closes it
 LEAST = -2.0  # what was lost beyond is forgiven
 REOPEN = 1.0  # has to be there before anybody is drafted for again
@@ -31,7 +32,7 @@ TREND_PACE = 1 / 4  # of what a round wins, one at most here: so a single slow o
 class _Account:
     """At one size of load."""
 
-    left: float = FIRST
+    left: float = BEGIN
     open: bool = True
     trend: float = HOPE  # won by a round, lately
     indebted: int = 0  # rounds
@@ -57,7 +58,7 @@ class Allowance:
 
     def plain(self, load: int) -> None:
         """A round went by that had nothing to do with drafts."""
-        self._at(load).add(SHARE, FIRST)
+        self._at(load).add(SHARE, FULL)
 
     def tried(self, load: int, *, gained: float, took: float, usual: bool = True) -> None:
         """A round with drafts went by, or one before or after them whose features were sent.
