@@ -193,8 +193,9 @@ class Scheduler:
         usual = np.where(shortening(round_), np.minimum(round_.most, self._reach.usual(block)), round_.most)
         open_ = np.arange(block) < np.where(scheduled & able, usual, 0)[:, None]
         predicted = np.where(open_, self._memory.histories.predicted(round_.slots)[:, :block], 0.0)
+        beside = np.where(open_, worth(predicted, self._memory.shares.of(round_.settings)), 0.0)
         chosen = whom_to_draft(
-            predicted,
+            np.concatenate([predicted, beside], axis=1),
             round_.decode_seconds,
             self._draft_seconds(len(round_.running), round_.context, int(usual.max(initial=0))),
             round_.base_rows,
@@ -266,8 +267,10 @@ class Scheduler:
         histories, tracker = self._memory.histories, self._memory.tracker
         nudge = histories.nudge(round_.slots)
         round_.corrected = tracker.corrected(round_.settings, round_.confidences, nudge)
-        shares = self._memory.shares.of(round_.settings)
-        round_.alternatives = worth(round_.corrected, round_.most, offered(blocks, width), shares)
+        others, shares = offered(blocks, width), self._memory.shares
+        shares.offered(round_.settings[others.any(axis=1)])
+        value = worth(survival_of(round_.corrected, round_.most), shares.of(round_.settings))
+        round_.alternatives = np.where(others, value, 0.0)
         facts = Facts(
             confidences=round_.corrected,
             most=round_.most,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from services.router.scheduling.plan import Bools, Floats, Ints, survival_of
+from services.router.scheduling.plan import Bools, Floats, Ints
 
 __all__ = ["Shares", "worth"]
 
@@ -19,26 +19,24 @@ PRIOR = 50.0  # cases that speak for it
 HALF_LIFE = 1000.0  # cases
 
 
-def worth(confidences: Floats, most: Ints, offered: Bools, shares: Floats) -> Floats:
-    """(R, n) tokens that each alternative brings on average, 0 where there is none; at most what its draft brings.
+def worth(survival: Floats, shares: Floats) -> Floats:
+    """(R, n) tokens that an alternative to each draft brings on average; at most what the draft brings.
 
     So an alternative is never verified without its draft, nor without those before that.
 
     Args:
-        confidences: (R, n) c_{r,j}, 0 where nothing was proposed.
-        most: (R,) from `plan.limits`.
-        offered: (R, n) where the drafter named another token.
+        survival: (R, n) of the drafts, from `plan.survival_of`.
         shares: (R,) of wrong drafts whose alternative is right.
     """
-    survival = survival_of(confidences, most)
     before = np.concatenate([np.ones((len(survival), 1)), survival[:, :-1]], axis=1)
-    return np.where(offered, np.minimum(shares[:, None] * (before - survival), survival), 0.0)
+    return np.minimum(shares[:, None] * (before - survival), survival)
 
 
 class Shares:
-    """How often alternatives to wrong drafts were right, by number of a setting."""
+    """How often alternatives to wrong drafts were right, by number of a setting; 0 where none was ever offered."""
 
     def __init__(self) -> None:
+        self._offered: set[int] = set()
         self._cases: dict[int, float] = {}
         self._right: dict[int, float] = {}
 
@@ -46,7 +44,13 @@ class Shares:
         """(R,) of these settings."""
         return np.array([self._of(int(setting)) for setting in settings], np.float64)
 
+    def offered(self, settings: Ints) -> None:
+        """Blocks came, (n,) of these settings, that name other tokens."""
+        self._offered.update(settings.tolist())
+
     def _of(self, setting: int) -> float:
+        if setting not in self._offered:
+            return 0.0
         cases, right = self._cases.get(setting, 0.0), self._right.get(setting, 0.0)
         return (PRIOR * SHARE + right) / (PRIOR + cases)
 

@@ -33,7 +33,8 @@ def whom_to_draft(
     count is searched globally. With each count the verify lengths are the best ones by the predictions.
 
     Args:
-        predicted: (R, n) prefix survivals expected of each request's next block, bounded by `limits`.
+        predicted: (R, any) what each draft of the requests' next blocks is expected to bring, prefix survivals bounded
+            by `limits`, the first one first, and behind them what alternatives to these are.
         verify_seconds: T over the step's rows, as for `plan`.
         draft_seconds: T_draft over the number of requests drafted for; its last value holds beyond its end.
         base_rows: rows of the step without drafts.
