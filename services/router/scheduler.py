@@ -33,7 +33,6 @@ from services.router.rows import (
     standing,
     unattached,
 )
-from services.router.scheduling.alternatives import worth
 from services.router.scheduling.looks import Looks
 from services.router.scheduling.payoff import Payoff
 from services.router.scheduling.plan import FREE, Bools, Floats, Ints, survival_of
@@ -193,7 +192,7 @@ class Scheduler:
         usual = np.where(shortening(round_), np.minimum(round_.most, self._reach.usual(block)), round_.most)
         open_ = np.arange(block) < np.where(scheduled & able, usual, 0)[:, None]
         predicted = np.where(open_, self._memory.histories.predicted(round_.slots)[:, :block], 0.0)
-        beside = np.where(open_, worth(predicted, self._memory.shares.of(round_.settings)), 0.0)
+        beside = np.where(open_, self._memory.expected(round_, predicted), 0.0)
         chosen = whom_to_draft(
             np.concatenate([predicted, beside], axis=1),
             round_.decode_seconds,
@@ -229,10 +228,10 @@ class Scheduler:
         here, short = standing(round_), shortening(round_)
         staying = here * (not probe)  # a probe tries longer blocks than come unasked
         free = short & (round_.explored < 0)
-        worth = self._reach.of(block)
-        round_.reach = np.where(free, np.where(staying > 0, staying, worth), 0)
+        usual = self._reach.of(block)
+        round_.reach = np.where(free, np.where(staying > 0, staying, usual), 0)
         leaving = np.array([s.spared >= SPARED for s in round_.running], np.bool_)
-        longest = np.where(short, np.minimum(worth, round_.most), round_.most)
+        longest = np.where(short, np.minimum(usual, round_.most), round_.most)
         round_.following = np.where(leaving | round_.once | (probe & (here == 0)), 0, longest)
         bound = np.where(free, round_.reach, np.where(short & (staying > 0), staying, block))
         round_.most = np.minimum(round_.most, bound)
@@ -264,13 +263,8 @@ class Scheduler:
         blocks = [fresh(s, proposals) for s in round_.running]
         round_.proposed = np.array([block is not None for block in blocks], np.bool_)
         round_.confidences = confidences(blocks, width)
-        histories, tracker = self._memory.histories, self._memory.tracker
-        nudge = histories.nudge(round_.slots)
-        round_.corrected = tracker.corrected(round_.settings, round_.confidences, nudge)
-        others, shares = offered(blocks, width), self._memory.shares
-        shares.offered(round_.settings[others.any(axis=1)])
-        value = worth(survival_of(round_.corrected, round_.most), shares.of(round_.settings))
-        round_.alternatives = np.where(others, value, 0.0)
+        round_.corrected = self._memory.corrected(round_)
+        round_.alternatives = self._memory.worth(round_, offered(blocks, width))
         facts = Facts(
             confidences=round_.corrected,
             most=round_.most,
@@ -292,35 +286,10 @@ class Scheduler:
 
     def learn(self, round_: Round, took: Took) -> None:
         """What the round came to, for the rounds to come."""
-        assert round_.outcome is not None
-        judged = took.matched >= 0
-        stayed = np.array(
-            [
-                [s.slot, s.setting] == own
-                for s, *own in zip(round_.running, round_.slots.tolist(), round_.settings.tolist(), strict=True)
-            ],
-            np.bool_,
-        )  # a slot may have another owner by now, or its owner another drafter
-        self._memory.histories.skipped(round_.slots[stayed & ~round_.proposed])
-        rows = np.flatnonzero(judged & stayed & round_.proposed)
+        rows = self._memory.learn(round_, took)
         if len(rows):
-            verified, matched = round_.outcome.verify[rows], took.matched[rows]
-            planned, asked = round_.outcome.planned[rows], round_.most[rows]
-            self._memory.tracker.observe(
-                round_.settings[rows], round_.confidences[rows], verified, matched, planned=planned, asked=asked
-            )
-            self._memory.histories.observe(round_.slots[rows], round_.corrected[rows], verified, matched, asked=asked)
             self._see_reach(round_, rows)
-            self._see_alternatives(round_, rows, took)
-        self.weighing.learn(round_, took, int(np.count_nonzero(judged)))
-
-    def _see_alternatives(self, round_: Round, rows: Ints, took: Took) -> None:
-        """Of first wrong drafts, those beside which another token was verified."""
-        beside = round_.outcome.alternatives if round_.outcome is not None else None
-        if beside is not None:
-            wrong = np.minimum(took.matched[rows], beside.shape[1] - 1)
-            rows = rows[beside[rows, wrong] & (took.matched[rows] < beside.shape[1])]
-            self._memory.shares.observe(round_.settings[rows], took.turned[rows])
+        self.weighing.learn(round_, took, int(np.count_nonzero(took.matched >= 0)))
 
     def _see_reach(self, round_: Round, rows: Ints) -> None:
         """Of those whose blocks it may shorten."""

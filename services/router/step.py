@@ -190,6 +190,7 @@ def _figures(round_: Round, done: Done) -> dict[str, Any]:
         "probe": decision is not None and decision.probe,
         "context": round(round_.context, 1),
         "tokens": done.took.tokens,
+        "turned": int(np.count_nonzero(done.took.turned)),
         "expected_tokens": round(round_.tokens, 4),
         "step_seconds": round(done.result.total_seconds, 6),
         "verify_seconds": round(done.seconds, 6),

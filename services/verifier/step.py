@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -79,22 +79,18 @@ class Stepper:
     def _forked(self, work: Sequence[Work]) -> Iterator[dict[Work, list[CachedSequence]]]:
         """The work with a fork of its sequence for each alternative; without those for which there is no page."""
         forks: dict[Work, list[CachedSequence]] = {}
-        try:
+        with ExitStack() as given_back:
             for own in work:
-                before = own.state.committed_len - 1
-                own_forks = forks[own] = []
-                for place in (alternative.place for alternative in own.alternatives):
-                    if (fork := self._cache.fork(own.state.cached, before + place)) is None:
+                made: list[CachedSequence] = []
+                for alternative in own.alternatives:
+                    position = own.state.committed_len - 1 + alternative.place
+                    if (fork := self._cache.fork(own.state.cached, position)) is None:
                         break
-                    own_forks.append(fork)
-                if len(own_forks) < len(own.alternatives):
-                    del forks[own]
-                    forks[replace(own, alternatives=own.alternatives[: len(own_forks)])] = own_forks
+                    given_back.callback(self._cache.join, fork)
+                    made.append(fork)
+                whole = len(made) == len(own.alternatives)
+                forks[own if whole else replace(own, alternatives=own.alternatives[: len(made)])] = made
             yield forks
-        finally:
-            for forked in forks.values():
-                for fork in forked:
-                    self._cache.join(fork)
 
     @torch.inference_mode()
     def rehearse(self) -> None:

@@ -90,6 +90,7 @@ async def test_what_the_scheduler_decides_changes_no_token(cluster_of: ClusterOf
         assert [runs[0][0].token_ids, runs[1][0].token_ids] == own[:2]
         assert ids(runs[2]) == ids(mixed) == own
         counts = Speculation.total(run.speculation for several in (*runs, mixed) for run in several)
+        assert counts.turned < counts.alternatives
         assert (await client.describe()).policy == "adaptive"
         assert ids([await complete(client, i, mode="rejection", policy="fixed:7") for i in range(4)]) != own[:4]
     assert counts.accepted > 20

@@ -69,7 +69,7 @@ def knowing(target: TargetModel, **changes: Any) -> DSparkDrafter:
 
 def decode(path: Path, drafter: DSparkDrafter, kernels: Kernels, device: torch.device, sampling: Sampling) -> Decoded:
     target = load_target(path, dtype=torch.float32, device=device, kernels=kernels)
-    return Decoder(target, drafter.to(device), draft_top_k=16).decode(PROMPT, sampling, NEW)
+    return Decoder(target, drafter.to(device), draft_top_k=16, alternatives=True).decode(PROMPT, sampling, NEW)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3"])
@@ -77,19 +77,20 @@ def test_the_same_tokens_as_torch(device: torch.device, kind: str, tmp_path: Pat
     path, cpu = save_target(kind, tmp_path), torch.device("cpu")
     ours: dict[str, Any] = {"hint_lengths": (1, 2), "cut_lengths": (1,)} if kind == "gemma3" else {}
     drafter = knowing(load_target(path, dtype=torch.float32, device=cpu, kernels=TORCH), **ours)
-    proposed = accepted = 0
+    proposed = accepted = offered = 0
     for name, sampling in SAMPLINGS.items():
         expected = decode(path, drafter, TORCH, cpu, sampling)
         found = decode(path, drafter, TRITON, device, sampling)
-        assert (found.token_ids, found.drafts, found.accepted) == (
-            expected.token_ids, expected.drafts, expected.accepted
-        ), name  # fmt: skip
+        figures = ("token_ids", "drafts", "accepted", "offered", "turned")
+        assert [getattr(found, one) for one in figures] == [getattr(expected, one) for one in figures], name
+        offered += found.offered
         proposed += sum(map(len, found.drafts))
         accepted += sum(found.accepted)
         if sampling.mode is Mode.COUPLED:  # and what was drafted did not matter
             plain = Decoder(load_target(path, dtype=torch.float32, device=cpu, kernels=TORCH), drafter.to(cpu))
             assert plain.decode(PROMPT, sampling, NEW, verify_length=0).token_ids == found.token_ids
     assert 0 < accepted < proposed
+    assert offered
 
 
 def test_workers_load_them(device: torch.device, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dspark.messages import (
+    Alternative,
     AttachSequence,
     FeatureBlock,
     OpenSequence,
@@ -23,7 +24,10 @@ from services.verifier.engine import VerifyEngine
 
 @dataclass
 class Decoded:
-    """Ids, prompt included; of every round the committed length before it, its drafts and how many stood."""
+    """Ids, prompt included; of every round the committed length before it, its drafts and how many stood.
+
+    `turned` rounds took an alternative, of `offered`.
+    """
 
     token_ids: list[int]
     committed: list[int] = field(default_factory=list)
@@ -31,12 +35,17 @@ class Decoded:
     distributions: list[tuple[SparseDistribution, ...]] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     features: bytes = b""
+    offered: int = 0
+    turned: int = 0
 
 
 class Decoder:
     """A target with its drafter."""
 
-    def __init__(self, target: TargetModel, drafter: Drafter, *, draft_top_k: int = 64) -> None:
+    def __init__(
+        self, target: TargetModel, drafter: Drafter, *, draft_top_k: int = 64, alternatives: bool = False
+    ) -> None:
+        self._with_alternatives = alternatives
         cache = KVCache(target.config, pages=256, dtype=target.kept_dtype, device=target.device)
         self._verifier = VerifyEngine(target, cache)
         self._verifier.register_tap(drafter.tap, drafter.tap_tensors())
@@ -69,10 +78,14 @@ class Decoder:
         self._drafts.append_features([FeatureBlock(key, start, n - 1 - start, data, token_ids=ids)])
         (block,) = self._drafts.propose([ProposeItem(key, n, done.token_ids[-1], wanted)]).proposals
         assert block.error is None
-        item = StepItem(key, n, 1, block.tokens, block.distributions)
+        others = tuple(Alternative(place, token) for place, token in enumerate(block.alternatives, 1))
+        others = tuple(one for one in others if one.token != block.tokens[one.place - 1] and self._with_alternatives)
+        item = StepItem(key, n, 1, block.tokens, block.distributions, alternatives=others)
         (verdict,) = self._verifier.step([item]).verdicts
         assert verdict.token is not None
-        new = [*block.tokens[: verdict.accepted], verdict.token]
+        new = item.committed(verdict)
+        done.offered += len(others)
+        done.turned += verdict.turned
         stops = [at for at, token in enumerate(new) if token in self._eos]
         done.committed.append(n)
         done.drafts.append(block.tokens)

@@ -32,6 +32,7 @@ from dspark.errors import (
     UnknownSequence,
 )
 from dspark.messages import (
+    Alternative,
     Attached,
     AttachSequence,
     DrafterInfo,
@@ -304,7 +305,7 @@ class ToyVerifier(Worker, verifier_pb2_grpc.VerifierServicer):
             self.closed_at[entry.request.request_id] = time.monotonic()
 
     async def _step(self, items: tuple[StepItem, ...]) -> StepResult | DSparkError:
-        rows = sum(item.count + len(item.draft_tokens) for item in items)
+        rows = sum(item.rows for item in items)
         if rows > self.max_step_tokens or len({item.key for item in items}) != len(items):
             return InvalidRequest(f"{rows} rows, the limit is {self.max_step_tokens}")
         self.steps.append(list(items))
@@ -342,6 +343,10 @@ class ToyVerifier(Worker, verifier_pb2_grpc.VerifierServicer):
         sampling = entry.request.sampling
         if sampling.mode is Mode.REJECTION and len(item.draft_distributions) != len(item.draft_tokens):
             raise InvalidRequest("rejection mode needs distributions")
+        if item.alternatives and (sampling.mode is Mode.REJECTION or item.keep is not None):
+            raise InvalidRequest("alternatives are for coupled mode alone")
+        if any(one.place > len(item.draft_tokens) for one in item.alternatives):
+            raise InvalidRequest(f"{item.alternatives} to {len(item.draft_tokens)} drafts")
         new: list[int] = []
         for draft in (*item.draft_tokens, None):
             new.append(self.rule((entry.ids + new)[-1], len(entry.ids) + len(new), sampling.seed))
@@ -349,11 +354,15 @@ class ToyVerifier(Worker, verifier_pb2_grpc.VerifierServicer):
                 break
         matched = len(new) - 1
         del new[(matched if item.keep is None else item.keep) + 1 :]
+        accepted = len(new) - 1
+        if turned := Alternative(accepted + 1, new[-1]) in item.alternatives:
+            new.append(self.rule(new[-1], len(entry.ids) + len(new), sampling.seed))
         entry.ids += new
         entry.computed = len(entry.ids) - 1
-        accepted, logprobs = len(new) - 1, self._logprobs(new, sampling)
+        logprobs = self._logprobs(new, sampling)
         self.on_commit(item.key, len(entry.ids), new[-1])
-        return Verdict(item.key, item.committed_len, entry.computed, accepted, new[-1], logprobs, matched=matched)
+        told = item.key, item.committed_len, entry.computed, accepted, new[-1], logprobs
+        return Verdict(*told, matched=matched, turned=turned)
 
     def _logprobs(self, tokens: list[int], sampling: Sampling) -> tuple[PositionLogprobs, ...]:
         if sampling.logprobs is None:
@@ -374,11 +383,13 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
         rule: Rule = letters,
         drafter: DrafterInfo = DRAFTER,
         spoil: Callable[[int], bool] = lambda position: mix(position, 7) % 3 == 0,
+        second: Callable[[int], bool] | None = None,
     ) -> None:
+        """`second`: where the token beside a spoilt one is right; None: nothing is named beside any."""
         super().__init__(worker_id)
         self.rule = rule
         self.drafter = drafter
-        self.spoil = spoil
+        self.spoil, self.second = spoil, second
         self.attached: dict[str, AttachSequence] = {}
         self.proposals = 0
         self.wanted: list[int] = []
@@ -485,9 +496,12 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
             self.refusals += 1
             return Proposal(item.key, item.committed_len, error=FeaturesMissing("not yet"))
         tokens: list[int] = []
+        others: list[int] = []
         for position in range(item.committed_len, item.committed_len + min(item.max_tokens, self.drafter.block_size)):
             token = self.rule(tokens[-1] if tokens else item.anchor, position, message.sampling.seed)
             tokens.append((token + 1) % VOCAB if self.spoil(position) else token)
+            if self.second is not None and message.sampling.mode is not Mode.REJECTION:
+                others.append(token if self.spoil(position) and self.second(position) else (token + 2) % VOCAB)
         stays = item.stay and self.stays
         if stays:
             self.staying[item.key] = (item.max_tokens, outbox)
@@ -503,6 +517,7 @@ class ToyDraft(Worker, draft_pb2_grpc.DraftServicer):
                 if message.sampling.mode is Mode.REJECTION
                 else (),
                 stays=stays,
+                alternatives=tuple(others),
             )
         )
 

@@ -42,16 +42,24 @@ VERDICTS = st.builds(
     st.none() | UINT32,
     st.lists(POSITIONS, max_size=2).map(tuple),
     error=st.none(),
+    turned=st.booleans(),
 )
+ALTERNATIVES = st.lists(st.builds(m.Alternative, UINT32, UINT32), max_size=3).map(tuple)
 DRAFTED = st.lists(st.tuples(UINT32, FLOAT32), max_size=4)
 PROPOSALS = st.builds(
-    lambda key, length, drafted, distributions: m.Proposal(
-        key, length, tuple(t for t, _ in drafted), tuple(c for _, c in drafted), distributions
+    lambda key, length, drafted, distributions, other: m.Proposal(
+        key,
+        length,
+        tuple(t for t, _ in drafted),
+        tuple(c for _, c in drafted),
+        distributions,
+        alternatives=(other,) * len(drafted),
     ),
     KEYS,
     UINT32,
     DRAFTED,
     SOME_DISTRIBUTIONS,
+    UINT32,
 )
 SECONDS = st.floats()
 MESSAGES: dict[type, st.SearchStrategy[Any]] = {
@@ -87,7 +95,9 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     ),
     verifier_pb2.OpenSequence: st.builds(m.OpenSequence, KEYS, IDS, SAMPLING, UINT32, st.booleans(), TEXT),
     verifier_pb2.Opened: st.builds(m.Opened, KEYS, UINT32, error=st.none()),
-    verifier_pb2.StepItem: st.builds(m.StepItem, KEYS, UINT32, UINT32, IDS, SOME_DISTRIBUTIONS),
+    verifier_pb2.StepItem: st.builds(
+        m.StepItem, KEYS, UINT32, UINT32, IDS, SOME_DISTRIBUTIONS, alternatives=ALTERNATIVES
+    ),
     verifier_pb2.Verdict: VERDICTS,
     verifier_pb2.StepResult: st.builds(
         m.StepResult,
@@ -191,6 +201,8 @@ def test_contradicting_fields_are_refused() -> None:
         codec.decode(types_pb2.SparseDistribution(token_ids=[1]))
     with pytest.raises(errors.InvalidRequest, match="0 tokens but 1 confidences"):
         codec.decode(draft_pb2.Proposal(confidences=[0.5]))
+    with pytest.raises(errors.InvalidRequest, match="2 tokens but 1 alternatives"):
+        codec.decode(draft_pb2.Proposal(tokens=[1, 2], alternatives=[3]))
     with pytest.raises(errors.InvalidRequest, match="mode 9"):
         codec.decode(types_pb2.Sampling(mode=9))  # type: ignore[arg-type]
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +43,7 @@ def seconds(rows: int) -> float:
 
 
 def rows_of(items: Iterable[StepItem]) -> int:
-    return sum(item.count + len(item.draft_tokens) for item in items)
+    return sum(item.rows for item in items)
 
 
 class PricedVerifier(ToyVerifier):
@@ -94,9 +94,9 @@ class CountingDraft(ToyDraft):
         return super()._attach(message, mine)
 
 
-def drafter() -> ToyDraft:
+def drafter(second: Callable[[int], bool] | None = None) -> ToyDraft:
     """Right two times in three, and says so."""
-    toy = ToyDraft()
+    toy = ToyDraft(second=second)
     toy.costs = CostProfile("draft", "toy-draft-costs", tuple(Point(n, 64, 0.0005) for n in (1, 64)), 0.0)
     return toy
 
@@ -130,6 +130,29 @@ async def test_verify_lengths_fall_as_the_verifier_fills_and_no_token_changes() 
     assert lengths[0] > 3  # rows are free there
     assert lengths[0] > lengths[1] > lengths[2]
     assert lengths[2] < 1.5
+
+
+async def test_alternatives_are_verified_where_rows_are_free_and_change_no_token() -> None:
+    rounds, counts = [], []
+    for second in (None, lambda position: position % 2 == 0):
+        verifier = PricedVerifier()
+        async with cluster(verifier, drafter(second), options=by_fives(policy=Adaptive())) as toys:
+            (result,) = await crowd(toys, 1, 200)
+            assert_right([result], 200)
+            counts.append(result.finished.speculation)
+            crowded = await crowd(toys, 40, 30)
+            assert_right(crowded, 30)
+            rejection = await toys.generate("hello", sampling={"mode": "REJECTION"}, max_tokens=40)
+            assert rejection.ids == expected(letters, PROMPT, 5, 40)
+        rounds.append(counts[-1].rounds)
+    assert (counts[0].alternatives, counts[0].turned) == (0, 0)
+    assert 0 < counts[1].turned < counts[1].alternatives < counts[1].verified
+    assert counts[1].accepted + counts[1].rounds >= 199
+    assert rounds[1] < 0.95 * rounds[0]
+    busy = [result.finished.speculation for result in crowded]
+    alone = counts[1].alternatives / counts[1].rounds
+    assert sum(c.alternatives for c in busy) / sum(c.rounds for c in busy) < 0.5 * alone
+    assert rejection.finished.speculation.alternatives == 0
 
 
 async def test_adaptive_takes_less_of_the_verifier_than_whole_blocks_where_rows_are_paid_for() -> None:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from services.router.scheduling.allowance import FIRST, GRACE, REOPEN, SHARE, Allowance
+from services.router.scheduling.allowance import BEGIN, GRACE, REOPEN, SHARE, Allowance
 
 BEGINNING = 4.0  # plain rounds' time that drafters' first round takes more
 
@@ -79,7 +79,7 @@ def test_plain_rounds_never_save_up_more_than_is_there_at_first() -> None:
     while allowance.open(4):
         allowance.tried(4, gained=1.0, took=1.5)
         rounds += 1
-    assert rounds == FIRST / 0.5 + 1
+    assert rounds == BEGIN / 0.5 + 1
 
 
 def test_once_closed_it_takes_time_to_be_open_again_and_other_sizes_of_load_stay_open() -> None:
