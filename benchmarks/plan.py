@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from services.router.scheduling.alternatives import worth
 from services.router.scheduling.plan import Floats, asynchronous, early_stop, freshest, survival_of
 from services.router.scheduling.whom import whom_to_draft
 
@@ -50,6 +51,7 @@ def measure(requests: int, block: int, repeats: int) -> dict[str, float]:
     """One batch size: times, and Θ as a share of the freshest plan's over 30 rounds."""
     generator = np.random.default_rng(0)
     seconds, drafting = cost_table(requests, block), 0.004 + 4e-5 * np.arange(requests + 1)
+    shares = np.full(requests, 0.28)
     rounds = [survival_of(blocks(generator, requests, block)) for _ in range(31)]
     confidences, now, before = blocks(generator, requests, block), rounds[1], rounds[0]
     best = [freshest(now, seconds, requests).goodput for now in rounds[1:]]
@@ -60,6 +62,9 @@ def measure(requests: int, block: int, repeats: int) -> dict[str, float]:
         "early_stop_ms": milliseconds(lambda: early_stop(now, seconds, requests), repeats),
         "asynchronous_ms": milliseconds(lambda: asynchronous(now, before, seconds, requests), repeats),
         "freshest_ms": milliseconds(lambda: freshest(now, seconds, requests), repeats),
+        "with_alternatives_ms": milliseconds(
+            lambda: freshest(now, seconds, requests, alternatives=worth(now, shares)), repeats
+        ),
         "whom_to_draft_ms": milliseconds(lambda: whom_to_draft(before, seconds, drafting, requests), repeats),
         "early_stop_share": sum(stopped) / sum(best),
         "asynchronous_share": sum(filled) / sum(best),

@@ -1,8 +1,9 @@
-"""Where nobody is drafted for, a decision stands for some rounds of the same sequences: deciding takes time as well.
+"""Where nobody is drafted for, or everybody and their blocks come unasked, a decision stands for some rounds.
 
-A few tenths of a millisecond a round, on cores that a verify worker shares, are worth more than to hear the same answer
-again. A sequence that comes or goes, or a prompt, ends the rest at once; drafters, costs and other routers' loads are
-looked at again with the next decision. Decides nothing itself; those who count rounds are told how many went by.
+Deciding takes time as well: a few tenths of a millisecond a round, on cores that a verify worker shares, are worth more
+than to hear the same answer again. A sequence that comes or goes, nears its end or loses its drafter, or a prompt, ends
+the rest at once; costs and other routers' loads are looked at again with the next decision. How much of each block is
+verified is decided every round (`plan`). Decides nothing itself; those who count rounds are told how many went by.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from services.router.proposing import SLACK
 from services.router.round import Round
+from services.router.rows import standing
+from services.router.scheduling.plan import Ints
 from services.router.sequences import Sequence as Running
 
 __all__ = ["RESTED", "Rest"]
@@ -24,19 +28,39 @@ class Rest:
 
     rounds: int = 1
     _stands: Round | None = None
+    _standing: Ints | None = None  # of blocks that come unasked; None where there are to be none
 
     def again(self, running: Sequence[Running], prompts: Sequence[Running]) -> Round | None:
         """The next round, as decided before; None where it is to be decided."""
         stands = self._stands
         if not running or stands is None or prompts or self.rounds > RESTED or [s.key for s in running] != stands.keys:
             return None
+        if self._standing is not None and not self._goes_on(running, stands, self._standing):
+            return None
         self.rounds += 1
         return replace(stands, context=sum(s.committed_len for s in running) / len(running))
 
     def decided(self, round_: Round) -> None:
-        """What was decided anew: it stands if it was that nothing is to be done, for nobody."""
+        """What was decided anew: it stands if it was that nothing is to be done, or nothing else than before."""
         probe = round_.decision is not None and round_.decision.probe
-        idle = bool(round_.running) and round_.plain and not probe and not round_.prompts
+        usual = bool(round_.running) and not probe and not round_.prompts
         wanted = bool(round_.asked.any()) or any(s.chosen for s in round_.running)
-        self._stands = round_ if idle and not wanted else None
+        self._standing = standing(round_) if wanted else None
+        same = round_.plain if self._standing is None else _everybody(round_, self._standing)
+        self._stands = round_ if usual and same else None
         self.rounds = 1
+
+    @staticmethod
+    def _goes_on(running: Sequence[Running], stands: Round, before: Ints) -> bool:
+        """Whether the same comes unasked as before, and nobody is so near the end that less is wanted."""
+        now = [s.standing for s in running]
+        return now == before.tolist() and all(s.left - 1 > most for s, most in zip(running, stands.most, strict=True))
+
+
+def _everybody(round_: Round, here: Ints) -> bool:
+    """Whether all of the scheduler's blocks come unasked, and will, as long as they are; nothing is tried out."""
+    if not round_.asked.all():
+        return False
+    settled = round_.scheduled & (round_.explored < 0) & ~round_.once & (here > 0)
+    kept = (round_.most == here) & (round_.following <= here) & (here <= round_.following + SLACK)
+    return bool((settled & kept).all()) and round_.kind != "rejection"

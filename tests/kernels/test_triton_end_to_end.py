@@ -39,6 +39,7 @@ PROMPT, NEW = [2, 7, 9, 30, 11, 5, 6], 6
 SAMPLINGS = {
     "greedy": Sampling(temperature=0.0),
     "coupled": Sampling(temperature=0.8, top_p=0.95, seed=3),
+    "warm": Sampling(temperature=1.5, seed=5),
     "rejection": Sampling(temperature=0.8, top_k=20, seed=4, mode=Mode.REJECTION),
 }
 

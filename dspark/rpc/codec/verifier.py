@@ -93,6 +93,16 @@ def _(message: pb.OpenedSequences) -> tuple[m.Opened, ...]:
 
 
 @encode.register
+def _(message: m.Alternative) -> pb.Alternative:
+    return pb.Alternative(place=message.place, token=message.token)
+
+
+@decode.register
+def _(message: pb.Alternative) -> m.Alternative:
+    return m.Alternative(message.place, message.token)
+
+
+@encode.register
 def _(message: m.StepItem) -> pb.StepItem:
     return pb.StepItem(
         sequence_id=message.key.sequence_id,
@@ -103,7 +113,7 @@ def _(message: m.StepItem) -> pb.StepItem:
         draft_distributions=[encode(distribution) for distribution in message.draft_distributions],
         keep=message.keep,
         hold_features=message.hold_features,
-        alternatives=[pb.Alternative(place=one.place, token=one.token) for one in message.alternatives],
+        alternatives=[encode(alternative) for alternative in message.alternatives],
     )
 
 
@@ -117,7 +127,7 @@ def _(message: pb.StepItem) -> m.StepItem:
         draft_distributions=tuple(decode(distribution) for distribution in message.draft_distributions),
         keep=message.keep if message.HasField("keep") else None,
         hold_features=message.hold_features,
-        alternatives=tuple(m.Alternative(one.place, one.token) for one in message.alternatives),
+        alternatives=tuple(decode(alternative) for alternative in message.alternatives),
     )
 
 

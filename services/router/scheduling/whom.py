@@ -16,6 +16,7 @@ __all__ = ["whom_to_draft"]
 EXHAUSTIVE = 12  # counts of requests up to which every one is tried
 COARSE = 10  # counts tried above, evenly in ratio
 FINE = 4  # and between the neighbours of the best
+NEAR = 0.02  # of the best: as many as come so close are drafted for, since who comes and goes costs rounds of its own
 
 
 def whom_to_draft(
@@ -66,7 +67,10 @@ def whom_to_draft(
     if len(able) > EXHAUSTIVE:
         best = max(tried, key=tried.__getitem__)
         tried |= {count: goodput(place, count)[0] for count in _between(sorted(tried), best)}
-    chosen[able[order[: max(tried, key=lambda count: (tried[count], -count))]]] = True
+    best = max(tried, key=lambda count: (tried[count], -count))
+    if best:
+        best = max(count for count in tried if tried[count] >= (1 - NEAR) * tried[best])
+    chosen[able[order[:best]]] = True
     return chosen
 
 

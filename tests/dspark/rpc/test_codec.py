@@ -44,7 +44,8 @@ VERDICTS = st.builds(
     error=st.none(),
     turned=st.booleans(),
 )
-ALTERNATIVES = st.lists(st.builds(m.Alternative, UINT32, UINT32), max_size=3).map(tuple)
+ALTERNATIVE = st.builds(m.Alternative, UINT32, UINT32)
+ALTERNATIVES = st.lists(ALTERNATIVE, max_size=3).map(tuple)
 DRAFTED = st.lists(st.tuples(UINT32, FLOAT32), max_size=4)
 PROPOSALS = st.builds(
     lambda key, length, drafted, distributions, other: m.Proposal(
@@ -95,6 +96,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     ),
     verifier_pb2.OpenSequence: st.builds(m.OpenSequence, KEYS, IDS, SAMPLING, UINT32, st.booleans(), TEXT),
     verifier_pb2.Opened: st.builds(m.Opened, KEYS, UINT32, error=st.none()),
+    verifier_pb2.Alternative: ALTERNATIVE,
     verifier_pb2.StepItem: st.builds(
         m.StepItem, KEYS, UINT32, UINT32, IDS, SOME_DISTRIBUTIONS, alternatives=ALTERNATIVES
     ),

@@ -142,7 +142,7 @@ async def test_alternatives_are_verified_where_rows_are_free_and_change_no_token
             counts.append(result.finished.speculation)
             crowded = await crowd(toys, 40, 30)
             assert_right(crowded, 30)
-            rejection = await toys.generate("hello", sampling={"mode": "REJECTION"}, max_tokens=40)
+            rejection = await toys.generate("hello", sampling={"mode": "SAMPLING_MODE_REJECTION"}, max_tokens=40)
             assert rejection.ids == expected(letters, PROMPT, 5, 40)
         rounds.append(counts[-1].rounds)
     assert (counts[0].alternatives, counts[0].turned) == (0, 0)

@@ -23,7 +23,9 @@ STREAMS, BLOCK = 4, 5
 
 def sequences(count: int = STREAMS) -> list[Any]:
     return [
-        SimpleNamespace(key=SequenceKey(f"s{n}", 0), chosen=0, committed_len=100 + n, slot=n, setting=0)
+        SimpleNamespace(
+            key=SequenceKey(f"s{n}", 0), chosen=0, committed_len=100 + n, slot=n, setting=0, standing=0, left=100
+        )
         for n in range(count)
     ]
 
@@ -55,6 +57,8 @@ def a_round(running: list[Any], *, drafted: bool = False, **changed: Any) -> Rou
         plain=not drafted,
         drafting=flags,
         proposed=np.zeros(count, np.bool_),
+        following=lengths,
+        once=np.zeros(count, np.bool_),
         outcome=Outcome(lengths, lengths, lengths),
     )
     return replace(made, **changed)
@@ -105,6 +109,58 @@ def test_whatever_goes_on_is_decided_every_round(busy: dict[str, Any]) -> None:
     rest, running = Rest(), sequences()
     rest.decided(a_round(running, **busy))
     assert rest.again(running, []) is None
+
+
+def unasked(count: int = STREAMS) -> list[Any]:
+    """Everybody's blocks come unasked."""
+    running = sequences(count)
+    for sequence in running:
+        sequence.standing = sequence.chosen = BLOCK
+    return running
+
+
+def drafting(running: list[Any], **changed: Any) -> Round:
+    """A round that goes on drafting for them as before."""
+    own: dict[str, Any] = {"following": np.full(len(running), BLOCK), "kind": "coupled"}
+    return a_round(running, drafted=True, **(own | changed))
+
+
+def test_a_decision_to_go_on_drafting_for_everybody_stands_for_some_rounds() -> None:
+    rest, running = Rest(), unasked()
+    rest.decided(drafting(running))
+    for _ in range(RESTED):
+        round_ = rest.again(running, [])
+        assert round_ is not None
+        assert round_.asked.all()
+    assert rest.again(running, []) is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"kind": "rejection"},
+        {"explored": np.array([FREE, 3, FREE, FREE])},
+        {"once": np.arange(STREAMS) == 1},
+        {"asked": np.arange(STREAMS) != 1},
+        {"scheduled": np.arange(STREAMS) != 1},
+        {"most": np.full(STREAMS, 2)},
+        {"following": np.full(STREAMS, 2)},
+        {"decision": Decision(BLOCK, probe=True)},
+    ],
+)
+def test_drafts_that_are_to_change_are_decided_every_round(changed: dict[str, Any]) -> None:
+    rest, running = Rest(), unasked()
+    rest.decided(drafting(running, **changed))
+    assert rest.again(running, []) is None
+
+
+@pytest.mark.parametrize("change", [{"standing": 0}, {"standing": 2}, {"left": BLOCK + 1}])
+def test_who_loses_a_drafter_or_nears_the_end_is_decided_for_at_once(change: dict[str, int]) -> None:
+    rest, running = Rest(), unasked()
+    rest.decided(drafting(running))
+    running[2] = SimpleNamespace(**(vars(running[2]) | change))
+    assert rest.again(running, []) is None
+    assert rest.again(unasked(), []) is not None
 
 
 def test_a_round_without_sequences_never_stands() -> None:
@@ -184,7 +240,7 @@ def learned(made: Scheduler, *, rounds: int, seconds: float, step: float = 0.028
 def test_rounds_that_lose_end_drafting_before_any_evidence_does() -> None:
     assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.040) == BLOCK
     made = scheduler()
-    assert learned(made, rounds=ENOUGH - 2, seconds=0.050) == 0
+    assert learned(made, rounds=ENOUGH - 2, seconds=0.062) == 0
     assert made.payoff.limit == BLOCK
 
 
@@ -197,7 +253,7 @@ def test_what_a_drafters_first_rounds_take_is_counted_and_is_no_evidence() -> No
 
 def test_what_one_kind_of_batch_loses_ends_no_other_kinds_drafts() -> None:
     made = scheduler()
-    assert learned(made, rounds=ENOUGH - 2, seconds=0.050, kind="coupled") == BLOCK  # asked for another kind
+    assert learned(made, rounds=ENOUGH - 2, seconds=0.062, kind="coupled") == BLOCK  # asked for another kind
     assert made.weighing.decide(BLOCK, 1, 1, kind="coupled").limit == 0
     assert made.weighing.decide(BLOCK, 1, 1, kind="greedy").limit == BLOCK
 
@@ -213,7 +269,7 @@ def test_beside_another_router_drafts_go_by_evidence_alone() -> None:
         made.learn(a_round(sequences(), drafted=True), took(0.060, 7, **beside))
     assert made.weighing.decide(BLOCK, 1, 1).limit == BLOCK
     lost = scheduler()
-    assert learned(lost, rounds=ENOUGH - 2, seconds=0.050) == 0
+    assert learned(lost, rounds=ENOUGH - 2, seconds=0.062) == 0
     lost.costs.other_rows = 4  # type: ignore[misc]
     assert lost.weighing.decide(BLOCK, 1, 1).limit == BLOCK
 
@@ -224,7 +280,7 @@ def test_drafts_of_a_policy_of_their_own_are_on_nobodys_account() -> None:
         made.learn(a_round(sequences(), drafted=True, drafting=~mixed, scheduled=mixed), took(0.100, 7))
     assert made.weighing.decide(BLOCK, 1, 1).limit == BLOCK
     lost = scheduler()
-    assert learned(lost, rounds=ENOUGH - 2, seconds=0.050) == 0
+    assert learned(lost, rounds=ENOUGH - 2, seconds=0.062) == 0
     assert lost.weighing.decide(BLOCK, 1, 1, bounded=False).limit == BLOCK
 
 
@@ -236,7 +292,7 @@ def test_whole_blocks_verified_for_measuring_are_not_charged() -> None:
 
 def test_plain_rounds_pay_off_what_was_lost() -> None:
     made = scheduler()
-    assert learned(made, rounds=ENOUGH - 2, seconds=0.050) == 0
+    assert learned(made, rounds=ENOUGH - 2, seconds=0.062) == 0
     limits = []
     for _ in range(400):
         made.learn(a_round(sequences()), took(0.024))

@@ -58,7 +58,7 @@ def test_none_is_verified_without_its_draft_and_all_fit(seed: int) -> None:
 
 def test_ties_go_to_drafts() -> None:
     survival = np.array([[0.5, 0.25]])
-    plan = freshest(survival, np.array([1.0, 1.0, 1.0, 9.0]), 1, alternatives=survival.copy())
+    plan = freshest(survival, np.array([1.0, 1.0, 1.0, 1.0, 9.0]), 1, alternatives=survival.copy())
     assert plan.lengths.tolist() == [1]
     assert plan.alternatives is not None
     assert plan.alternatives.tolist() == [[True, False]]
