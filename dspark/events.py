@@ -96,7 +96,7 @@ class Speculation:
 
     @property
     def rejected(self) -> int:
-        """Draft tokens that the target did not keep: wrong ones, and those behind a wrong one."""
+        """Draft tokens that the target did not keep: wrong ones, those behind a wrong one, unneeded alternatives."""
         return self.verified - self.accepted
 
     @property
@@ -106,7 +106,7 @@ class Speculation:
 
     @property
     def verify_length(self) -> float:
-        """Draft tokens verified a round, on average."""
+        """Draft tokens verified a round, alternatives included, on average."""
         return self.verified / self.rounds if self.rounds else 0.0
 
     @property

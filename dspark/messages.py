@@ -215,7 +215,8 @@ class Verdict:
     """What one StepItem came to: accepted drafts, then the next anchor; token is None inside the prompt.
 
     `matched` drafts were accepted before the item's `keep` cut them. `turned`: behind the accepted drafts comes the
-    alternative for that place, and `token` behind it.
+    alternative for that place, and `token` behind it. `alternatives` were verified, the item's first ones: there may be
+    no room for all.
     """
 
     key: SequenceKey
@@ -227,6 +228,7 @@ class Verdict:
     error: DSparkError | None = None
     matched: int = 0
     turned: bool = False
+    alternatives: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ class Figures:
             have or exceed, and what nine of ten do.
         first_token_p50, first_token_p99: seconds from asking to the first token, of requests made once another had
             ended; of all where there are no such.
-        tau: tokens a round, the bonus token included. verify_length: drafts verified a request and round.
+        tau: tokens a round, the bonus token included. verify_length: drafts and alternatives verified a request
+            and round.
         wasted: drafts verified and not kept, a round. missed_share: share of the rounds that had to do without a
             proposal although they wanted one.
         rounds, drafted, verified, accepted, missed_rounds: of all requests, added up.

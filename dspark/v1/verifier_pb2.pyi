@@ -357,6 +357,7 @@ class Verdict(google.protobuf.message.Message):
     LOGPROBS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     MATCHED_FIELD_NUMBER: builtins.int
+    ALTERNATIVES_FIELD_NUMBER: builtins.int
     TURNED_FIELD_NUMBER: builtins.int
     sequence_id: builtins.str
     epoch: builtins.int
@@ -369,6 +370,8 @@ class Verdict(google.protobuf.message.Message):
     """the next anchor; unset while the prompt is still being computed"""
     matched: builtins.int
     """draft tokens accepted before `keep` cut them; at least `accepted`"""
+    alternatives: builtins.int
+    """verified, the first ones of the item: a row for each may not be had"""
     turned: builtins.bool
     """behind the accepted drafts comes the alternative for that place, and `token` behind it"""
     @property
@@ -389,10 +392,11 @@ class Verdict(google.protobuf.message.Message):
         logprobs: collections.abc.Iterable[dspark.v1.types_pb2.PositionLogprobs] | None = ...,
         error: dspark.v1.types_pb2.ItemError | None = ...,
         matched: builtins.int = ...,
+        alternatives: builtins.int = ...,
         turned: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_token", b"_token", "error", b"error", "token", b"token"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_token", b"_token", "accepted", b"accepted", "committed_len", b"committed_len", "computed_len", b"computed_len", "epoch", b"epoch", "error", b"error", "logprobs", b"logprobs", "matched", b"matched", "sequence_id", b"sequence_id", "token", b"token", "turned", b"turned"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_token", b"_token", "accepted", b"accepted", "alternatives", b"alternatives", "committed_len", b"committed_len", "computed_len", b"computed_len", "epoch", b"epoch", "error", b"error", "logprobs", b"logprobs", "matched", b"matched", "sequence_id", b"sequence_id", "token", b"token", "turned", b"turned"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_token", b"_token"]) -> typing.Literal["token"] | None: ...
 
 global___Verdict = Verdict

@@ -54,8 +54,8 @@ class Memory:
         nudge = self.histories.nudge(round_.slots)
         return self.tracker.corrected(round_.settings, round_.confidences, nudge)
 
-    def worth(self, round_: Round, offered: Bools) -> Floats:
-        """(R, n) what the alternatives that were offered would bring."""
+    def alternatives(self, round_: Round, offered: Bools) -> Floats:
+        """(R, n) what the alternatives that were offered would bring; where some were is remembered."""
         self.shares.offered(round_.settings[offered.any(axis=1)])
         survival = survival_of(round_.corrected, round_.most)
         return np.where(offered, worth(survival, self.shares.of(round_.settings)), 0.0)
@@ -85,6 +85,7 @@ class Memory:
         """Of first wrong drafts, those beside which another token was verified."""
         beside = round_.outcome.alternatives if round_.outcome is not None else None
         if beside is not None:
+            beside = beside & (np.cumsum(beside, axis=1) <= took.alternatives[:, None])  # there may have been no room
             wrong = np.minimum(took.matched[rows], beside.shape[1] - 1)
             rows = rows[beside[rows, wrong] & (took.matched[rows] < beside.shape[1])]
             self.shares.observe(round_.settings[rows], took.turned[rows])

@@ -59,8 +59,9 @@ class Rest:
 
 def _everybody(round_: Round, here: Ints) -> bool:
     """Whether all of the scheduler's blocks come unasked, and will, as long as they are; nothing is tried out."""
-    if not round_.asked.all():
+    if not (round_.asked.all() and all(s.chosen for s in round_.running)):  # else some are to leave, or it is a look
         return False
     settled = round_.scheduled & (round_.explored < 0) & ~round_.once & (here > 0)
-    kept = (round_.most == here) & (round_.following <= here) & (here <= round_.following + SLACK)
+    kept = (round_.most == here) & (round_.following > 0)
+    kept &= (round_.following <= here) & (here <= round_.following + SLACK)
     return bool((settled & kept).all()) and round_.kind != "rejection"

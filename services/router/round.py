@@ -154,7 +154,8 @@ class Took:
 
     Attributes:
         matched: (R,) draft tokens accepted, before anything cut them; -1 for a sequence without a verdict.
-        turned: (R,) whether an alternative to the next one was.
+        alternatives: (R,) verified, the first ones of each request's.
+        turned: (R,) whether the one to the first wrong draft was right.
         tokens: emitted in all.
         seconds: of the whole round, deciding included, without those behind other routers' steps.
         other_rows: that other routers had in the step.
@@ -169,6 +170,7 @@ class Took:
     others: int = 0
     step_seconds: float = 0.0
     expected_seconds: float = 0.0
+    alternatives: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     turned: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     @property

@@ -192,7 +192,8 @@ class Scheduler:
         usual = np.where(shortening(round_), np.minimum(round_.most, self._reach.usual(block)), round_.most)
         open_ = np.arange(block) < np.where(scheduled & able, usual, 0)[:, None]
         predicted = np.where(open_, self._memory.histories.predicted(round_.slots)[:, :block], 0.0)
-        beside = np.where(open_, self._memory.expected(round_, predicted), 0.0)
+        takes = shortening(round_)[:, None] & (not any(map(by_rejection, round_.running)))  # as `policies` has it
+        beside = np.where(open_ & takes, self._memory.expected(round_, predicted), 0.0)
         chosen = whom_to_draft(
             np.concatenate([predicted, beside], axis=1),
             round_.decode_seconds,
@@ -264,7 +265,7 @@ class Scheduler:
         round_.proposed = np.array([block is not None for block in blocks], np.bool_)
         round_.confidences = confidences(blocks, width)
         round_.corrected = self._memory.corrected(round_)
-        round_.alternatives = self._memory.worth(round_, offered(blocks, width))
+        round_.alternatives = self._memory.alternatives(round_, offered(blocks, width))
         facts = Facts(
             confidences=round_.corrected,
             most=round_.most,

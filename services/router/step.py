@@ -89,7 +89,7 @@ class Rounds:
         _check(batch, result)
         news: list[Published] = []
         counts: list[tuple[int, int]] = []
-        matched, turned = np.full(len(round_.running), -1), np.zeros(len(round_.running), np.bool_)
+        matched, verified, turned = np.full(len(round_.running), -1), *np.zeros((2, len(round_.running)), np.int64)
         for entry, verdict in zip(batch, result.verdicts, strict=True):
             sequence = entry.sequence
             if sequence.cohort is not cohort or sequence.key != verdict.key:
@@ -102,13 +102,17 @@ class Rounds:
                 news.append(self._accept(entry, verdict))
                 if entry.row is not None:
                     matched[entry.row], turned[entry.row] = verdict.matched, verdict.turned
-                    counts.append((entry.item.rows - entry.item.count, verdict.accepted + verdict.turned))
+                    verified[entry.row] = verdict.alternatives
+                    drafts = len(entry.item.draft_tokens) + verdict.alternatives
+                    counts.append((drafts, verdict.accepted + verdict.turned))
         later(self._owner.publish, news)  # before anything that may fail: what is committed must reach its client
         self._count(cohort, result, news, counts)
         gained = sum(accepted + 1 for _, accepted in counts)
         apart = result.queue_seconds if not result.other_tokens else 0.0  # behind a step of others, whose tokens it had
         seconds = time.perf_counter() - began - apart
-        return Took(matched, gained, seconds, result.other_tokens, cohort.link.others, turned=turned)
+        return Took(
+            matched, gained, seconds, result.other_tokens, cohort.link.others, alternatives=verified, turned=turned > 0
+        )
 
     def _accept(self, entry: Entry, verdict: Verdict) -> Published:
         """Commits accepted drafts and what comes after them, as far as the request goes."""
@@ -120,7 +124,7 @@ class Rounds:
                 accepted=verdict.accepted,
                 missed=entry.missed,
                 matched=verdict.matched,
-                alternatives=len(entry.item.alternatives),
+                alternatives=verdict.alternatives,
                 turned=verdict.turned,
             )
         tokens = list(entry.item.committed(verdict))
@@ -208,5 +212,7 @@ def _check(batch: list[Entry], result: StepResult) -> None:
             raise InternalError(f"verdict: {verdict.accepted} accepted of {kept}, token {verdict.token} of {vocab}")
         if not verdict.accepted <= verdict.matched <= verified:
             raise InternalError(f"verdict: {verdict.matched} drafts match of {verified}, {verdict.accepted} accepted")
+        if verdict.alternatives > len(entry.item.alternatives):
+            raise InternalError(f"verdict: {verdict.alternatives} of {len(entry.item.alternatives)} alternatives")
         if verdict.turned and verdict.accepted + 1 not in {one.place for one in entry.item.alternatives}:
             raise InternalError(f"verdict: an alternative to draft {verdict.accepted + 1}, where there was none")

@@ -76,7 +76,7 @@ class Weighing:
         self.row_yield += (took.tokens / (judged + round_.drafts) - self.row_yield) * YIELD_PACE
         if round_.decision is None or not self._costs.known:
             return
-        if took.other_rows > took.others * (1 + round_.before.shape[1]):
+        if took.other_rows > took.others * (1 + 2 * round_.before.shape[1]):  # an anchor, drafts, alternatives to them
             return  # others' prompts, beside which neither drafts nor plain decoding show what they take
         plain_seconds = self._costs.joined(round_.base_rows + took.company, round_.context)
         if plain_seconds > 0:

@@ -216,7 +216,7 @@ class VerifyEngine:
         tap = Tap(info, tensors, self._kernels, self._cache.device)
         fresh = info.tap_id not in self.tap_ids
         self._features.add(tap, in_use=self._feed.taps_in_use)
-        if fresh:
+        if fresh and not self._sequences:  # nobody waits
             self._stepper.rehearse()
 
     def subscribe(self, stream: FeatureStream, key: SequenceKey, tap_id: str, position: int) -> None:

@@ -76,9 +76,8 @@ class SequenceState:
         self.token_ids += [*work.draft_tokens[:accepted], *turned, token]
         self.computed_len = self.committed_len - 1
         logprobs = outcome.logprobs[: self.committed_len - before]
-        self.answered = Verdict(
-            self.key, before, self.computed_len, accepted, token, logprobs, matched=matched, turned=outcome.turned
-        )
+        told = self.key, before, self.computed_len, accepted, token, logprobs
+        self.answered = Verdict(*told, matched=matched, turned=outcome.turned, alternatives=len(work.alternatives))
         return self.answered
 
     def refuse(self, error: DSparkError) -> Verdict:

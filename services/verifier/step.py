@@ -6,6 +6,7 @@ what becomes of the hidden states is `held.py`'s business.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,7 @@ SAMPLED_BYTES = {
 }
 
 _FEW = 16  # rows of a step that should not be slow when it first comes
+_REHEARSED = 0.5  # seconds
 
 T = TypeVar("T")
 
@@ -78,38 +80,46 @@ class Stepper:
     @contextmanager
     def _forked(self, work: Sequence[Work]) -> Iterator[dict[Work, list[CachedSequence]]]:
         """The work with a fork of its sequence for each alternative; without those for which there is no page."""
-        forks: dict[Work, list[CachedSequence]] = {}
         with ExitStack() as given_back:
+            forks = {}
             for own in work:
-                made: list[CachedSequence] = []
-                for alternative in own.alternatives:
-                    position = own.state.committed_len - 1 + alternative.place
-                    if (fork := self._cache.fork(own.state.cached, position)) is None:
-                        break
-                    given_back.callback(self._cache.join, fork)
-                    made.append(fork)
+                made = self._forks(own, given_back)
                 whole = len(made) == len(own.alternatives)
                 forks[own if whole else replace(own, alternatives=own.alternatives[: len(made)])] = made
             yield forks
+
+    def _forks(self, own: Work, given_back: ExitStack) -> list[CachedSequence]:
+        made: list[CachedSequence] = []
+        for alternative in own.alternatives:
+            fork = self._cache.fork(own.state.cached, own.state.committed_len - 1 + alternative.place)
+            if fork is None:
+                break
+            given_back.callback(self._cache.join, fork)
+            made.append(fork)
+        return made
 
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Steps of few rows, with the present taps' layers, each once: where the first of a kind takes longer.
 
-        With and without an alternative. Nothing stays behind; where there is no room, nothing is done.
+        With and without an alternative, for half a second at most. Where there is no room, nothing is done.
         """
         size = self._cache.page_size
         if not self._model.remembers or self._cache.free_pages < 2:
             return
+        until = time.perf_counter() + _REHEARSED
         sequence = self._cache.open([0] * size, 2 * size, reuse=False)
         fork = self._cache.fork(sequence, 1)
-        for count in range(1, _FEW):
-            for beside in [[], [(fork, [0], 1)]] if fork is not None else [[]]:
-                batch = RaggedBatch.build([(sequence, [0] * count, 0), *beside])
-                self._model.forward(batch, self._cache, capture=self._features.layers)
-        if fork is not None:
-            self._cache.join(fork)
-        self._cache.close(sequence)
+        kinds = [[], [(fork, [0], 1)]] if fork is not None else [[]]
+        try:
+            for count, beside in itertools.product(range(1, _FEW), kinds):
+                if time.perf_counter() < until:
+                    batch = RaggedBatch.build([(sequence, [0] * count, 0), *beside])
+                    self._model.forward(batch, self._cache, capture=self._features.layers)
+        finally:
+            if fork is not None:
+                self._cache.join(fork)
+            self._cache.close(sequence)
 
     def _sample(self, hidden: Tensor, work: Sequence[Work]) -> dict[Work, Outcome]:
         """What the items that reach their anchor came to."""

@@ -362,7 +362,7 @@ class ToyVerifier(Worker, verifier_pb2_grpc.VerifierServicer):
         logprobs = self._logprobs(new, sampling)
         self.on_commit(item.key, len(entry.ids), new[-1])
         told = item.key, item.committed_len, entry.computed, accepted, new[-1], logprobs
-        return Verdict(*told, matched=matched, turned=turned)
+        return Verdict(*told, matched=matched, turned=turned, alternatives=len(item.alternatives))
 
     def _logprobs(self, tokens: list[int], sampling: Sampling) -> tuple[PositionLogprobs, ...]:
         if sampling.logprobs is None:

@@ -149,6 +149,7 @@ def _(message: m.Verdict) -> pb.Verdict:
         error=encode_error(message.error),
         matched=message.matched,
         turned=message.turned,
+        alternatives=message.alternatives,
     )
 
 
@@ -164,6 +165,7 @@ def _(message: pb.Verdict) -> m.Verdict:
         error=decode_error(message),
         matched=message.matched,
         turned=message.turned,
+        alternatives=message.alternatives,
     )
 
 

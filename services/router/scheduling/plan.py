@@ -59,7 +59,7 @@ class Plan:
         lengths: (R,) draft tokens of each request.
         tokens: expected tokens of the step, τ.
         seconds: predicted for it, unhidden draft time included.
-        cut: survival of the least certain draft that the search admitted; infinite where it admitted none.
+        cut: the least that a row brings which the search admitted; infinite where it admitted none.
         alternatives: (R, n) to which drafts an alternative is verified; None: to none.
     """
 

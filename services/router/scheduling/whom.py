@@ -28,7 +28,7 @@ def whom_to_draft(
     *,
     base_tokens: float | None = None,
 ) -> Bools:
-    """(R,) which requests to draft for, maximising τ / (T_verify + unhidden T_draft).
+    """(R,) which requests to draft for, maximising τ / (T_verify + unhidden T_draft) but for what `NEAR` leaves.
 
     Requests are ordered by what their drafts would add over the price of a row in the plan that drafts for all, and the
     count is searched globally. With each count the verify lengths are the best ones by the predictions.
@@ -69,7 +69,8 @@ def whom_to_draft(
         tried |= {count: goodput(place, count)[0] for count in _between(sorted(tried), best)}
     best = max(tried, key=lambda count: (tried[count], -count))
     if best:
-        best = max(count for count in tried if tried[count] >= (1 - NEAR) * tried[best])
+        least = max((1 - NEAR) * tried[best], tried[0])
+        best = max(count for count in tried if count and tried[count] >= least)
     chosen[able[order[:best]]] = True
     return chosen
 

@@ -43,6 +43,7 @@ VERDICTS = st.builds(
     st.lists(POSITIONS, max_size=2).map(tuple),
     error=st.none(),
     turned=st.booleans(),
+    alternatives=UINT32,
 )
 ALTERNATIVE = st.builds(m.Alternative, UINT32, UINT32)
 ALTERNATIVES = st.lists(ALTERNATIVE, max_size=3).map(tuple)

@@ -145,12 +145,20 @@ def test_a_decision_to_go_on_drafting_for_everybody_stands_for_some_rounds() -> 
         {"scheduled": np.arange(STREAMS) != 1},
         {"most": np.full(STREAMS, 2)},
         {"following": np.full(STREAMS, 2)},
+        {"following": np.zeros(STREAMS, np.int64)},
         {"decision": Decision(BLOCK, probe=True)},
     ],
 )
 def test_drafts_that_are_to_change_are_decided_every_round(changed: dict[str, Any]) -> None:
     rest, running = Rest(), unasked()
     rest.decided(drafting(running, **changed))
+    assert rest.again(running, []) is None
+
+
+def test_a_look_and_who_is_to_be_let_go_are_decided_every_round() -> None:
+    rest, running = Rest(), unasked()
+    running[1].chosen = 0  # not by costs: a look, or a block that comes unasked for the last time
+    rest.decided(drafting(running))
     assert rest.again(running, []) is None
 
 

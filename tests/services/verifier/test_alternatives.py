@@ -9,7 +9,7 @@ from support.reading import Reader
 from support.verifying import GREEDY, Drafts, Others, Stream, drive, garbage, make_engine, make_tap, oracle
 
 from dspark.errors import InvalidRequest
-from dspark.messages import Alternative, Mode, PositionLogprobs, Sampling, StepItem
+from dspark.messages import Alternative, Mode, PositionLogprobs, Sampling, StepItem, Verdict
 from dspark.models.kv_cache import CachedSequence, KVCache
 from services.verifier.engine import VerifyEngine
 
@@ -134,8 +134,14 @@ def test_where_there_is_no_page_there_is_no_alternative(tiny_gemma: Path) -> Non
     output = plain(engine, GREEDY)
     stream = Stream(engine, "full", PROMPT, drafts=drafts(output), others=second_thoughts(output))
     assert engine.load().free_pages == 0
-    assert stream.run() == output
+    verdicts: list[Verdict] = []
+    while not stream.done:
+        verdicts += engine.step([stream.item()]).verdicts
+        stream.take(verdicts[-1])
+    assert stream.output == output
+    assert stream.offered
     assert stream.turned == 0
+    assert not any(verdict.alternatives for verdict in verdicts)
 
 
 def test_pages_of_alternatives_come_back(engine: VerifyEngine) -> None:

@@ -8,6 +8,7 @@ import pytest
 from services.router.scheduling.alternatives import SHARE, Shares, worth
 from services.router.scheduling.plan import FREE, Floats, choose, freshest, survival_of
 from services.router.scheduling.policies import Adaptive, CapAccept, Facts, Fixed, mixed
+from services.router.scheduling.whom import NEAR, whom_to_draft
 
 
 def blocks(seed: int, requests: int = 3, width: int = 3) -> tuple[Floats, Floats, np.random.Generator]:
@@ -98,3 +99,21 @@ def test_shares_follow_what_was_seen_of_settings_that_have_any() -> None:
     for _ in range(3000):
         shares.observe(np.array([1]), generator.random(1) < 0.1)
     assert shares.of(settings)[1] == pytest.approx(0.1, abs=0.03)
+
+
+def test_what_comes_near_the_best_is_drafted_for_but_never_where_nobody_is_better() -> None:
+    predicted = np.array([[0.6, 0.3], [0.55, 0.3], [0.5, 0.2]])
+    seconds, drafting = 1 + 0.1 * np.arange(20), np.array([0.0, 0.10, 0.15, 0.25])
+    theta = {
+        count: max(
+            (3 + float(np.sort(predicted[:count].ravel())[::-1][:rows].sum())) / (seconds[3 + rows] + drafting[count])
+            for rows in range(2 * count + 1)
+        )
+        for count in range(4)
+    }
+    best = max(theta, key=lambda count: theta[count])
+    near = max(count for count in range(1, 4) if theta[count] >= max((1 - NEAR) * theta[best], theta[0]))
+    assert int(whom_to_draft(predicted, seconds, drafting, 3).sum()) == near
+    dear = np.array([0.0, 0.15, 0.19, 0.60])  # one or two a little better than nobody, all of them worse
+    chosen = int(whom_to_draft(predicted, seconds, dear, 3).sum())
+    assert chosen < 3
