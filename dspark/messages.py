@@ -198,16 +198,12 @@ class StepItem:
         return self.count + len(self.draft_tokens) + len(self.alternatives)
 
     def committed(self, verdict: Verdict) -> tuple[int, ...]:
-        """Tokens that a verdict on the item commits; none inside the prompt. `ValueError` for one that cannot be."""
-        accepted = verdict.accepted
+        """Tokens that a verdict on the item commits; none inside the prompt."""
         if verdict.token is None:
             return ()
-        turned = (self.alternatives[self.place(accepted + 1)].token,) if verdict.turned else ()
-        return (*self.draft_tokens[:accepted], *turned, verdict.token)
-
-    def place(self, place: int) -> int:
-        """Which alternative is for a place; `ValueError` where none is."""
-        return [alternative.place for alternative in self.alternatives].index(place)
+        taken = verdict.accepted + 1 if verdict.turned else 0
+        turned = (alternative.token for alternative in self.alternatives if alternative.place == taken)
+        return (*self.draft_tokens[: verdict.accepted], *turned, verdict.token)
 
 
 @dataclass(frozen=True, slots=True)

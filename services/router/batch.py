@@ -29,19 +29,10 @@ def assemble(cohort: Cohort, round_: Round, proposals: Mapping[str, Proposal]) -
 
     Who was cancelled, has moved or rests since the round began is left out.
     """
-    plans = zip(round_.running, round_.keys, round_.proposed, round_.held.tolist(), *round_.lengths, strict=True)
+    plans = zip(round_.running, round_.keys, round_.proposed, *round_.lengths, strict=True)
     rounds = [
-        _round(
-            row,
-            sequence,
-            proposals.get(sequence.sequence_id) if proposed else None,
-            length,
-            keep,
-            held,
-            missed,
-            round_.places(row),
-        )
-        for row, (sequence, key, proposed, held, length, keep, missed) in enumerate(plans)
+        _round(round_, row, proposals.get(sequence.sequence_id) if proposed else None, length, keep, missed)
+        for row, (sequence, key, proposed, length, keep, missed) in enumerate(plans)
         if _stays(sequence, key, cohort) and not sequence.outlet.full
     ]
     pieces = zip(round_.prompts, round_.prompt_keys, round_.pieces, strict=True)
@@ -56,16 +47,8 @@ def _stays(sequence: Sequence, key: SequenceKey, cohort: Cohort) -> bool:
     return sequence.cohort is cohort and sequence.key == key
 
 
-def _round(
-    row: int,
-    sequence: Sequence,
-    block: Proposal | None,
-    length: int,
-    keep: int,
-    held: bool,
-    missed: int,
-    places: list[int],
-) -> Entry:
+def _round(round_: Round, row: int, block: Proposal | None, length: int, keep: int, missed: int) -> Entry:
+    sequence, others = round_.running[row], block.alternatives if block else ()
     item = StepItem(
         sequence.key,
         sequence.committed_len,
@@ -73,8 +56,8 @@ def _round(
         block.tokens[:length] if block else (),
         block.distributions[:length] if block else (),
         keep if keep < length else None,
-        hold_features=held,
-        alternatives=tuple(Alternative(place, block.alternatives[place - 1]) for place in places) if block else (),
+        hold_features=bool(round_.held[row]),
+        alternatives=tuple(Alternative(place, others[place - 1]) for place in round_.places(row) if others),
     )
     return Entry(sequence, item, row, drafted=len(block.tokens) if block else 0, missed=bool(missed))
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from services.router.proposing import SLACK
 from services.router.round import Round
 from services.router.rows import standing
-from services.router.scheduling.plan import Ints
 from services.router.sequences import Sequence as Running
 
 __all__ = ["RESTED", "Rest"]
@@ -28,14 +27,13 @@ class Rest:
 
     rounds: int = 1
     _stands: Round | None = None
-    _standing: Ints | None = None  # of blocks that come unasked; None where there are to be none
 
     def again(self, running: Sequence[Running], prompts: Sequence[Running]) -> Round | None:
         """The next round, as decided before; None where it is to be decided."""
         stands = self._stands
         if not running or stands is None or prompts or self.rounds > RESTED or [s.key for s in running] != stands.keys:
             return None
-        if self._standing is not None and not self._goes_on(running, stands, self._standing):
+        if stands.asked.any() and not _goes_on(running, stands.most.tolist()):
             return None
         self.rounds += 1
         return replace(stands, context=sum(s.committed_len for s in running) / len(running))
@@ -45,20 +43,19 @@ class Rest:
         probe = round_.decision is not None and round_.decision.probe
         usual = bool(round_.running) and not probe and not round_.prompts
         wanted = bool(round_.asked.any()) or any(s.chosen for s in round_.running)
-        self._standing = standing(round_) if wanted else None
-        same = round_.plain if self._standing is None else _everybody(round_, self._standing)
+        same = _everybody(round_) if wanted else round_.plain
         self._stands = round_ if usual and same else None
         self.rounds = 1
 
-    @staticmethod
-    def _goes_on(running: Sequence[Running], stands: Round, before: Ints) -> bool:
-        """Whether the same comes unasked as before, and nobody is so near the end that less is wanted."""
-        now = [s.standing for s in running]
-        return now == before.tolist() and all(s.left - 1 > most for s, most in zip(running, stands.most, strict=True))
+
+def _goes_on(running: Sequence[Running], most: Sequence[int]) -> bool:
+    """Whether as much comes unasked as before, and nobody is so near the end that less is wanted."""
+    return all(s.standing == own < s.left - 1 for s, own in zip(running, most, strict=True))
 
 
-def _everybody(round_: Round, here: Ints) -> bool:
+def _everybody(round_: Round) -> bool:
     """Whether all of the scheduler's blocks come unasked, and will, as long as they are; nothing is tried out."""
+    here = standing(round_)
     if not (round_.asked.all() and all(s.chosen for s in round_.running)):  # else some are to leave, or it is a look
         return False
     settled = round_.scheduled & (round_.explored < 0) & ~round_.once & (here > 0)

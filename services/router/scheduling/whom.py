@@ -7,6 +7,8 @@ there is `plan`'s affair.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from services.router.scheduling.plan import Bools, Floats, Ints, curve
@@ -67,12 +69,15 @@ def whom_to_draft(
     if len(able) > EXHAUSTIVE:
         best = max(tried, key=tried.__getitem__)
         tried |= {count: goodput(place, count)[0] for count in _between(sorted(tried), best)}
-    best = max(tried, key=lambda count: (tried[count], -count))
-    if best:
-        least = max((1 - NEAR) * tried[best], tried[0])
-        best = max(count for count in tried if count and tried[count] >= least)
-    chosen[able[order[:best]]] = True
+    chosen[able[order[: _as_many(tried)]]] = True
     return chosen
+
+
+def _as_many(tried: Mapping[int, float]) -> int:
+    """The greatest count whose Θ is near the best and no worse than nobody's; 0 where that is the best."""
+    best = max(tried, key=lambda count: (tried[count], -count))
+    least = max((1 - NEAR) * tried[best], tried[0])
+    return max(count for count in tried if count and tried[count] >= least) if best else 0
 
 
 def _unhidden(draft_seconds: Floats, count: int, hidden: float) -> float:
