@@ -19,11 +19,13 @@ class Form(Protocol):
     """A step takes `inputs` inputs: `vectors` vectors `stored` of a panel, and one `element` of each row.
 
     `behind`: vectors at the end of a panel that are no step's. `figures`: float32s of a row beside its elements.
-    `peaked`: the greatest of a panel's outputs is kept beside them.
+    `peaked`: the greatest of a panel's outputs is kept beside them. `alone`: the first tile is of one panel, however
+    few rows it has.
     """
 
     name: str
     peaked: bool
+    alone: bool
     inputs: int
     vectors: int
     behind: int
@@ -37,7 +39,10 @@ class Form(Protocol):
     def start(self, write: Writer, behind: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Sums of both halves of a panel's outputs before the first step, given where its steps end."""
 
-    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def tables(self, write: Writer, behind: ir.Value) -> Sequence[ir.Value]:
+        """What all steps of a weight need to be read, given where the steps of some panel end."""
+
+    def load(self, write: Writer, at: ir.Value, tables: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
         """A step's weights of outputs 0 to lanes - 1 of a panel, and of the others."""
 
     def add(self, write: Writer, one: ir.Value, half: ir.Value, total: ir.Value) -> ir.Value:
@@ -63,13 +68,23 @@ class _Summed:
         return list(totals)
 
 
-class _Beside:
+class _Plain:
+    """Weights that lie as they are added."""
+
+    alone = False
+
+    def tables(self, write: Writer, behind: ir.Value) -> Sequence[ir.Value]:  # noqa: ARG002 - `Short` needs it
+        """None."""
+        return ()
+
+
+class _Beside(_Plain):
     """A step has a vector of outputs n to n + lanes of a panel, then one of the other half."""
 
     vectors = 2
     stored: ir.VectorType
 
-    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def load(self, write: Writer, at: ir.Value, tables: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:  # noqa: ARG002
         """Both halves of the panel's outputs."""
         return write.load(at, self.stored), write.load(write.at(at, number(1)), self.stored)
 
@@ -89,7 +104,7 @@ class _AsTheyAre(_Summed):
         return write.fma(one, half, total)
 
 
-class Bfloat16(_AsTheyAre):
+class Bfloat16(_Plain, _AsTheyAre):
     """Outputs n and n + lanes of a panel in the lower and upper half of 32 bits, widened by a shift and by a mask."""
 
     name = "bfloat16"
@@ -98,7 +113,7 @@ class Bfloat16(_AsTheyAre):
     def __init__(self, lanes: int) -> None:
         self.stored = ir.VectorType(INT32, lanes)
 
-    def load(self, write: Writer, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def load(self, write: Writer, at: ir.Value, tables: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:  # noqa: ARG002
         """Both halves of the panel's outputs, widened."""
         pair = write.load(at, self.stored)
         low = write.build.shl(pair, ir.Constant(self.stored, [16] * self.stored.count))
@@ -118,10 +133,12 @@ class Float32(_Beside, _AsTheyAre):
 class Dots(_Beside, _Summed):
     """Two inputs a step, in bfloat16 (AVX512-BF16).
 
-    Each thread rounds all rows to bfloat16 for itself, once.
+    Each thread rounds all rows to bfloat16 for itself, once. One panel after another comes sooner from memory than
+    several side by side.
     """
 
     name = "dots"
+    alone = True
     inputs = 2
     element = INT32
 
@@ -151,6 +168,7 @@ class Codes(_Beside):
     """
 
     name = "codes"
+    alone = True
     inputs = 4
     behind = 4
     figures = 1
@@ -166,7 +184,7 @@ class Codes(_Beside):
 
     def start(self, write: Writer, behind: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Minus 128 times the weights' sums, so that codes count from 0."""
-        return self.load(write, behind)
+        return self.load(write, behind, ())
 
     def add(self, write: Writer, one: ir.Value, half: ir.Value, total: ir.Value) -> ir.Value:
         """Four products are added to the sum."""

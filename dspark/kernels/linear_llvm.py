@@ -17,6 +17,7 @@ from dspark.kernels.linear import Activation, Linear
 from dspark.kernels.linear import gated as plain_gated
 from dspark.kernels.linear import linear as plain_linear
 from dspark.kernels.rowwise_llvm import activated
+from dspark.kernels.short_llvm import shortened
 from dspark.kernels.tiles_llvm import GROUP, Product, ProductArguments, Tiling, compiled
 
 __all__ = [
@@ -34,6 +35,7 @@ _SHARES = 8  # that a thread takes of a product one by one, so that a disturbed 
 _ALONE = 16 << 20  # rows times bytes of weights that one thread has done before a sleeping team would begin
 _PART = 1 << 14  # outputs looked at together
 _TILE = 12  # rows, a multiple of which is taken where there are too many
+_ALIGNED = 64
 _MOST_ROOM = 32 << 20  # bytes of rounded rows at a time
 
 
@@ -72,6 +74,7 @@ class Streamed:
         self._outputs, self._inputs = shape
         self._groups = len(weight) // GROUP
         self._padded = self._groups * tiling.group_outputs
+        self._panel_room = 2 * self._inputs * tiling.group_outputs // GROUP + _ALIGNED if rounds else 0
 
     @property
     def one_row(self) -> tuple[int, Mapping[str, int]]:
@@ -123,8 +126,9 @@ class Streamed:
         most = max(_TILE, _MOST_ROOM // (threads * row) // _TILE * _TILE)
         for first in range(0, x.shape[0], most):
             part, count = slice(first, first + most), min(most, x.shape[0] - first)
-            rooms = x.new_empty(threads, count * self._inputs // 2)
-            self._run(x[part].data_ptr(), 0, at[2], out[part].data_ptr(), 0, count, rooms.data_ptr(), count * row)
+            room = count * row + (self._panel_room if count > _TILE else 0)
+            rooms = x.new_empty(threads, room // 4)
+            self._run(x[part].data_ptr(), 0, at[2], out[part].data_ptr(), 0, count, rooms.data_ptr(), room)
         return out
 
     def _run(self, x: int, scales: int, weight: int, out: int, peaks: int, rows: int, rooms: int, room: int) -> None:
@@ -147,7 +151,8 @@ class StreamedLinear(Streamed):
         inputs = weight.shape[1]
         rounded = rounded and not inputs % product.tiling.lanes
         function, panels = _arranged(weight, product, rounded=rounded)
-        super().__init__(function, panels, weight.shape, product.tiling, rounds=function == product.dots)
+        rounds = function in {product.dots, product.short4, product.short5}
+        super().__init__(function, panels, weight.shape, product.tiling, rounds=rounds)
 
 
 class StreamedGated:
@@ -168,8 +173,15 @@ def _arranged(weight: torch.Tensor, product: Product, *, rounded: bool) -> tuple
     if narrow is None:
         return product.float32, _float32_panels(weight, lanes)
     if rounded and product.dots is not None:
-        return product.dots, _paired_panels(narrow, lanes)
+        return _rounded_arranged(_paired_panels(narrow, lanes), product, product.dots)
     return product.bfloat16, _bfloat16_panels(narrow, lanes)
+
+
+def _rounded_arranged(panels: torch.Tensor, product: Product, dots: int) -> tuple[int, torch.Tensor]:
+    """The product over pairs of inputs, in fewer bits where that is possible."""
+    short, five = (product.short4 is not None and shortened(panels)) or (None, False)
+    function = product.short5 if five else product.short4
+    return (dots, panels) if short is None or function is None else (function, short)
 
 
 def _bfloat16(weight: torch.Tensor) -> torch.Tensor | None:
