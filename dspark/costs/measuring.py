@@ -3,8 +3,9 @@
 Points are timed in rounds, each once a round, and not five times in a row: a neighbour's burst of a second or two then
 falls on one sample of many points instead of all samples of one, and the median drops it. The first round warms up,
 tells what each point costs and leaves out those that would go over the budget. What tells most comes first: powers of
-four at the shortest context, then by and by longer contexts and sizes between. Measured from the smallest size on, a
-busy machine's budget ended at 8 rows of Gemma 3 270M, on a step of the curve whose slope says nothing of 64.
+four up to 64 at the shortest context, then by and by longer contexts and sizes between, and larger ones. Measured from
+the smallest size on, a busy machine's budget ended at 8 rows of Gemma 3 270M, on a step of the curve whose slope says
+nothing of 64; with 256 rows before 8, a burst of other work left 5 points of 25.
 
 A few sizes are timed whatever they take: without them a slow machine's curve would be flat, and a scheduler would
 verify everything.
@@ -46,13 +47,15 @@ def obtain(
     """The profile of this fingerprint: kept, or measured and kept. None where nothing can be or is to be measured.
 
     `choice`: "auto" takes the kept one and checks it at two points; "measure" measures in any case; "off" does without.
-    A kept one that is far above what steps take now was measured beside other work, and is replaced.
+    A kept one that is far above what steps take now was measured beside other work, and is replaced; so is one that
+    was cut short.
     """
     if choice == "off" or not shapes:
         return None
     kept = read_profile(fingerprint) if choice == "auto" else None
     with alone(3.0 * budget_seconds):
-        if kept is not None and check(kept, shapes, timer) * CHECK_TOLERANCE >= 1.0:
+        whole = kept is not None and not _cut_short(kept, shapes, budget_seconds)
+        if kept is not None and whole and check(kept, shapes, timer) * CHECK_TOLERANCE >= 1.0:
             return kept
         began = time.perf_counter()
         points = measure(shapes, timer, budget_seconds=budget_seconds)
@@ -60,6 +63,15 @@ def obtain(
     write_profile(profile)
     _log.info("costs measured", kind=kind, points=len(points), seconds=round(time.perf_counter() - began, 2))
     return profile
+
+
+def _cut_short(kept: CostProfile, shapes: Sequence[Shape], seconds: float) -> bool:
+    """Whether small sizes are missing at the shortest context that, by its own word, would have taken little time."""
+    known = {(point.tokens, point.context) for point in kept.points}
+    shortest = min(context for _, context in shapes)
+    missing = {shape for shape in shapes if shape[1] == shortest and shape[0] <= _NEEDED} - known
+    predict = CostModel(kept).predict
+    return bool(missing) and sum(predict(*shape) for shape in missing) < seconds / (REPEATS + 1) * _SHARE
 
 
 def measure(
@@ -118,7 +130,7 @@ def _telling(shapes: Sequence[Shape]) -> list[Shape]:
     def rank(shape: Shape) -> tuple[int, Shape]:
         tokens, context = shape
         between = 0 if _power_of_four(tokens) else 1 if tokens & (tokens - 1) == 0 else 2
-        return between + contexts.index(context), shape
+        return between + contexts.index(context) + 2 * (tokens > _NEEDED), shape
 
     return sorted(shapes, key=rank)
 

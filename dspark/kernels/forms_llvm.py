@@ -1,6 +1,6 @@
 """What one step of a product is: how weights lie, what is broadcast of a row, and how both are added to a sum.
 
-Knows nothing of tiles and threads, which are `tiles_llvm`'s.
+Knows nothing of tiles (`tiles_llvm`) and threads (`product_llvm`).
 """
 
 from __future__ import annotations

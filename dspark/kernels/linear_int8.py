@@ -11,8 +11,8 @@ import torch
 
 from dspark.kernels.linear import Activation, Linear
 from dspark.kernels.linear_llvm import Streamed, in_panels, rounded_gated, rounded_linear
+from dspark.kernels.product_llvm import compiled
 from dspark.kernels.rowwise_llvm import activated, codes
-from dspark.kernels.tiles_llvm import compiled
 
 __all__ = ["ZERO_POINT", "Int8Gated", "Int8Linear", "code_panels", "gated", "linear"]
 

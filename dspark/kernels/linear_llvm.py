@@ -3,7 +3,8 @@
 Weights mostly are bfloat16, and stay so in memory, whatever is computed in. What a step of a few rows takes is reading
 them, so half the bytes are half the time. Weights that bfloat16 would round (of quantised or float32 files) stay
 float32. `rounded_linear` and `rounded_gated` round rows to bfloat16, too, for processors that multiply it: twice as
-many products at once, and sums in float32. Rows keep their bits by construction: see `tiles_llvm`.
+many products at once, sums in float32, and weights in fewer bits still where they can be (`short_llvm`). Rows keep
+their bits by construction: see `tiles_llvm`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dspark.kernels import team
 from dspark.kernels.linear import Activation, Linear
 from dspark.kernels.linear import gated as plain_gated
 from dspark.kernels.linear import linear as plain_linear
+from dspark.kernels.product_llvm import FEW_ROWS, Product, ProductArguments, compiled, plain_bytes
 from dspark.kernels.rowwise_llvm import activated
 from dspark.kernels.short_llvm import shortened
-from dspark.kernels.tiles_llvm import GROUP, Product, ProductArguments, Tiling, compiled
+from dspark.kernels.tiles_llvm import GROUP, Tiling
 
 __all__ = [
     "Streamed",
@@ -35,7 +37,6 @@ _SHARES = 8  # that a thread takes of a product one by one, so that a disturbed 
 _ALONE = 16 << 20  # rows times bytes of weights that one thread has done before a sleeping team would begin
 _PART = 1 << 14  # outputs looked at together
 _TILE = 12  # rows, a multiple of which is taken where there are too many
-_ALIGNED = 64
 _MOST_ROOM = 32 << 20  # bytes of rounded rows at a time
 
 
@@ -67,14 +68,21 @@ class Streamed:
     """x (rows, in) ↦ (rows, out), both float32, by one of the compiled products over a weight in its panels."""
 
     def __init__(
-        self, function: int, weight: torch.Tensor, shape: Sequence[int], tiling: Tiling, *, rounds: bool = False
+        self,
+        function: int,
+        weight: torch.Tensor,
+        shape: Sequence[int],
+        tiling: Tiling,
+        *,
+        rounds: bool = False,
+        beside: int = 0,
     ) -> None:
-        """`rounds`: threads round rows to bfloat16 for themselves."""
+        """`rounds`: threads round rows to bfloat16 for themselves. `beside`: bytes that each needs beside many."""
         self._function, self._weight, self._rounds = function, weight, rounds
         self._outputs, self._inputs = shape
         self._groups = len(weight) // GROUP
         self._padded = self._groups * tiling.group_outputs
-        self._panel_room = 2 * self._inputs * tiling.group_outputs // GROUP + _ALIGNED if rounds else 0
+        self._beside = beside
 
     @property
     def one_row(self) -> tuple[int, Mapping[str, int]]:
@@ -126,7 +134,7 @@ class Streamed:
         most = max(_TILE, _MOST_ROOM // (threads * row) // _TILE * _TILE)
         for first in range(0, x.shape[0], most):
             part, count = slice(first, first + most), min(most, x.shape[0] - first)
-            room = count * row + (self._panel_room if count > _TILE else 0)
+            room = count * row + (self._beside if count > FEW_ROWS else 0)
             rooms = x.new_empty(threads, room // 4)
             self._run(x[part].data_ptr(), 0, at[2], out[part].data_ptr(), 0, count, rooms.data_ptr(), room)
         return out
@@ -151,8 +159,9 @@ class StreamedLinear(Streamed):
         inputs = weight.shape[1]
         rounded = rounded and not inputs % product.tiling.lanes
         function, panels = _arranged(weight, product, rounded=rounded)
-        rounds = function in {product.dots, product.short4, product.short5}
-        super().__init__(function, panels, weight.shape, product.tiling, rounds=rounds)
+        short = function in {product.short4, product.short5}
+        rounds, beside = short or function == product.dots, plain_bytes(inputs) if short else 0
+        super().__init__(function, panels, weight.shape, product.tiling, rounds=rounds, beside=beside)
 
 
 class StreamedGated:

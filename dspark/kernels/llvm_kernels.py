@@ -17,10 +17,10 @@ from dspark.kernels.attention_llvm import paged_attention, plan_attention
 from dspark.kernels.linear_llvm import gated, linear, rounded_gated, rounded_linear
 from dspark.kernels.logits_llvm import LLVM_LOGITS
 from dspark.kernels.noise_llvm import keyed_bits
+from dspark.kernels.product_llvm import compiled
 from dspark.kernels.repeated_llvm import Programs
 from dspark.kernels.rowwise_llvm import add_norm, norm_rotary, norm_rotary_write, rms_norm
 from dspark.kernels.screen_llvm import screen
-from dspark.kernels.tiles_llvm import compiled
 
 __all__ = ["INT8", "LLVM", "ROUNDED", "multiplies_bfloat16", "multiplies_int8"]
 

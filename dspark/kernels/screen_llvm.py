@@ -10,9 +10,9 @@ import torch
 
 from dspark.kernels.linear_int8 import ZERO_POINT, code_panels
 from dspark.kernels.linear_llvm import Streamed, StreamedLinear
+from dspark.kernels.product_llvm import compiled
 from dspark.kernels.rowwise_llvm import bounded_codes
 from dspark.kernels.screen import LEAST_OUTPUTS, PEAKED, block_of, hadamard, slack, strided
-from dspark.kernels.tiles_llvm import compiled
 
 __all__ = ["ScreenedHead", "screen"]
 

@@ -20,6 +20,7 @@ __all__ = ["MOST_UPPER", "Short", "shortened"]
 
 MOST_UPPER = 32
 _FOUR = 16  # that four bits tell apart
+_PART = 1 << 22  # weights looked at together: what that takes beside them is several times as much
 _BYTE, _WORD = ir.IntType(8), ir.IntType(16)
 
 
@@ -82,23 +83,41 @@ def shortened(panels: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
 
     With it, whether codes have five bits. None where there are too many different upper bytes.
     """
-    count, steps = panels.shape[:2]
-    ordered = panels.view(torch.uint8).view(count, steps, 2, 4, 8, 2).transpose(2, 3)  # 8 words of each half in turn
-    lower, upper = (ordered[..., place].reshape(count, steps, 64) for place in (0, 1))
-    occurring = torch.bincount(upper.flatten(), minlength=256).nonzero().flatten()
+    count = max(1, _PART // panels[0].numel())
+    parts = [panels[first : first + count] for first in range(0, len(panels), count)]
+    occurring = torch.stack([_counts(part) for part in parts]).sum(0).nonzero().flatten()
     if len(occurring) > MOST_UPPER:
         return None
-    five = len(occurring) > _FOUR
-    code = torch.zeros(256, dtype=torch.uint8)
+    five, code = len(occurring) > _FOUR, torch.zeros(256, dtype=torch.uint8)
     code[occurring] = torch.arange(len(occurring), dtype=torch.uint8)
+    table = torch.zeros(2, _FOUR, dtype=torch.uint8)
+    table.view(-1)[: len(occurring)] = occurring
+    tables = table.repeat(1, 4)[: 1 + five].flatten()
+    own = [torch.cat((_steps(part, code, five=five), tables.expand(len(part), -1)), 1) for part in parts]
+    return torch.cat(own), five
+
+
+def _counts(panels: torch.Tensor) -> torch.Tensor:
+    """How often each upper byte occurs."""
+    return torch.bincount(_bytes(panels)[1].flatten(), minlength=256)
+
+
+def _bytes(panels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower and upper bytes of a step's 64 weights (panels, steps, 64): eight of each half of outputs in turn."""
+    count, steps = panels.shape[:2]
+    ordered = panels.view(torch.uint8).view(count, steps, 2, 4, 8, 2).transpose(2, 3)
+    lower, upper = (ordered[..., place].reshape(count, steps, 64) for place in (0, 1))
+    return lower, upper
+
+
+def _steps(panels: torch.Tensor, code: torch.Tensor, *, five: bool) -> torch.Tensor:
+    """Their bytes (panels, any)."""
+    lower, upper = _bytes(panels)
     codes = code.index_select(0, upper.flatten().int()).view_as(upper)
     parts = [lower, (codes[..., :32] & 15) | (codes[..., 32:] << 4)]
     if five:
         parts.append(_bits(codes >> 4))
-    table = torch.zeros(2, _FOUR, dtype=torch.uint8)
-    table.view(-1)[: len(occurring)] = occurring
-    tables = table.repeat(1, 4)[: 1 + five].reshape(1, -1)
-    return torch.cat((torch.cat(parts, 2).flatten(1), tables.expand(count, -1)), 1), five
+    return torch.cat(parts, 2).flatten(1)
 
 
 def _bits(ones: torch.Tensor) -> torch.Tensor:

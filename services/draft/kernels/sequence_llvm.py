@@ -25,9 +25,9 @@ from dspark.kernels import team
 from dspark.kernels.linear_int8 import Int8Linear
 from dspark.kernels.linear_llvm import Streamed
 from dspark.kernels.parts_llvm import INT, compile_module, kernel, number
+from dspark.kernels.product_llvm import ProductArguments
 from dspark.kernels.rows_llvm import CodeArguments
 from dspark.kernels.rowwise_llvm import code_row
-from dspark.kernels.tiles_llvm import ProductArguments
 from services.draft.kernels.choice_llvm import ChoiceArguments
 from services.draft.kernels.choice_llvm import compiled as choosing
 

@@ -79,6 +79,13 @@ def test_what_tells_most_comes_first() -> None:
     assert sorted(first) == sorted(shapes)
 
 
+def test_large_sizes_come_after_small_ones() -> None:
+    machine = Machine()
+    shapes = [(tokens, 64) for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    measure(shapes, machine.step, budget_seconds=1000, clock=machine.clock)
+    assert machine.calls[1 : 1 + len(shapes)] == [(t, 64) for t in (1, 4, 16, 64, 2, 8, 32, 256, 128)]
+
+
 def test_a_machine_that_slows_down_meanwhile_bounds_the_time_all_the_same() -> None:
     machine = Machine()
 
@@ -135,3 +142,17 @@ def test_a_kept_profile_that_was_measured_beside_other_work_is_replaced(
     assert again is not None
     assert again.made_at > 0
     assert read_profile("f") == again
+
+
+@pytest.mark.parametrize(("seconds", "whole"), [(9.0, True), (0.1, False)])
+def test_a_kept_profile_that_was_cut_short_is_replaced_where_the_rest_would_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, whole: bool
+) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    machine = Machine()
+    points = tuple(Point(t, c, 0.01 * t + 1e-5 * c) for t, c in SHAPES if (t, c) not in {(2, 64), (8, 64)})
+    write_profile(CostProfile("verify", "f", points, 0.0))
+    found = obtain("verify", "f", "auto", SHAPES, machine.step, budget_seconds=seconds)
+    assert found is not None
+    assert (len(found.points) == len(SHAPES)) == whole
+    assert (found.made_at > 0.0) == whole

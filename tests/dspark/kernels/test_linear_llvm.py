@@ -7,7 +7,8 @@ from torch.nn import functional
 from dspark.kernels import linear_llvm, team
 from dspark.kernels.linear import PackedLinear, PlainGated, fast_bf16
 from dspark.kernels.linear_llvm import StreamedLinear, gated, linear, rounded_gated, rounded_linear
-from dspark.kernels.tiles_llvm import NARROW, WIDE, Tiling, compiled
+from dspark.kernels.product_llvm import compiled
+from dspark.kernels.tiles_llvm import NARROW, WIDE, Tiling
 
 pytestmark = pytest.mark.skipif(not team.available(), reason="this torch has no OpenMP that can be called")
 

@@ -21,11 +21,11 @@ from services.draft.kernels.sequential import ConfidenceRow, SequentialHead
 if not team.available():
     pytest.skip("this torch has no OpenMP that can be called", allow_module_level=True)
 
-from dspark.kernels import linear_int8, linear_llvm, tiles_llvm
+from dspark.kernels import linear_int8, linear_llvm, product_llvm
 from services.draft.kernels import sequential_llvm
 
 LAYERS = {"float32": linear_llvm.linear, "bfloat16": linear_llvm.rounded_linear}
-if tiles_llvm.compiled().codes is not None:
+if product_llvm.compiled().codes is not None:
     LAYERS["int8"] = linear_int8.linear
 VOCAB, RANK, HIDDEN = 128, 8, 16
 GREEDY, COUPLED, REJECTION = Sampling(temperature=0.0), Sampling(), Sampling(mode=Mode.REJECTION)
