@@ -115,7 +115,6 @@ def _write_product(tiles: Tiles, plain: Tiles | None) -> str:
     given["elements"] = form.rows(write, given["x"], numbers, room)
     behind = write.build.add(room, write.build.add(write.times(numbers, 2), number(LINE - 1)))
     given["panel_room"] = write.build.and_(behind, number(-LINE))
-    widening = None if plain is None else tiles.widening()
     halved = write.build.icmp_signed("==", given["halved"], number(1))
     with (
         write.taking(fields["next"], given["share"], given["pieces"]) as share,
@@ -125,11 +124,11 @@ def _write_product(tiles: Tiles, plain: Tiles | None) -> str:
         for branch, size in ((half, _HALF), (whole, GROUP)):
             with branch:
                 first = write.times(piece, size)
-                if plain is None or widening is None:
+                if plain is None:
                     _Panels(write, tiles, given, first, size).write()
-                else:
-                    with write.counting(number(0), number(size)) as panel:
-                        _Panels(write, tiles, given, write.build.add(first, panel), 1).widen(widening, plain)
+                    continue
+                with write.counting(number(0), number(size)) as panel:
+                    _Panels(write, tiles, given, write.build.add(first, panel), 1).write_widened(plain)
     write.build.ret_void()
     name: str = write.function.name
     return name
@@ -150,7 +149,7 @@ class _Panels:
         """From the weights where they lie."""
         self._rows(self._tiles, self._weight, number(0))
 
-    def widen(self, widening: ir.Function, plain: Tiles) -> None:
+    def write_widened(self, plain: Tiles) -> None:
         """Of one panel: up to so many rows as it lies. Of more the first tile leaves it in the room for the others."""
         build = self._build
         few = build.icmp_signed("<=", self._given["rows"], number(FEW_ROWS))
@@ -159,7 +158,7 @@ class _Panels:
                 self.write()
             with many:
                 room = build.inttoptr(self._given["panel_room"], plain.form.stored.as_pointer())
-                build.call(widening, [*self._places(self._tiles, self._weight, number(0), 0), room])
+                build.call(self._tiles.widening(), [*self._places(self._tiles, self._weight, number(0), 0), room])
                 self._rows(plain, room, number(plain.most))
 
     def _rows(self, tiles: Tiles, weight: ir.Value, begin: ir.Value) -> None:
