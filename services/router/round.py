@@ -39,8 +39,8 @@ class Round:
         held: (R,) whose features may wait at the verify worker; prompts_held: whether those of prompts may.
         plain: nothing of it has to do with drafts: all features wait, and did in the round before.
         catches_up: some are drafted for whose features or drafter it had to be waited for: their contexts are computed.
-        reach: (R,) how much of a block is asked for at most, or comes unasked, where its policy lets plans of late say
-            so; 0 elsewhere.
+        reach: (R,) how much of a block is asked for at most, or comes unasked, where its policy leaves that to what
+            blocks were worth lately; 0 elsewhere.
         once: (R,) drafted for in this round only, if at all: nobody is to stay with them.
         following: (R,) how much of the blocks after this round's is to come unasked.
         joining: (R,) wanted, but their blocks are to come unasked with the others', from the next round on.
@@ -161,6 +161,7 @@ class Took:
         other_rows: that other routers had in the step.
         others: sequences of theirs on the worker.
         step_seconds, expected_seconds: of the step in the worker's engine.
+        draft_seconds: that the round waited for its blocks.
     """
 
     matched: Ints
@@ -170,6 +171,7 @@ class Took:
     others: int = 0
     step_seconds: float = 0.0
     expected_seconds: float = 0.0
+    draft_seconds: float = 0.0
     alternatives: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     turned: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
 

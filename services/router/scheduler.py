@@ -7,6 +7,7 @@ what decides about verifying follows the batch's strictest sampling mode (DSpark
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -85,7 +86,7 @@ class Scheduler:
         self.weighing = Weighing(costs, self._longest)
         self._looks = Looks()
         self._holding = Holding()
-        self._reach = Reach()
+        self._reaches: dict[str, Reach] = defaultdict(Reach)  # by kind of batch
         self._rest = Rest()
 
     @property
@@ -189,7 +190,9 @@ class Scheduler:
         if self._holding.all_postponed:
             self._holding.resume(round_, scheduled & able)
             return
-        usual = np.where(shortening(round_), np.minimum(round_.most, self._reach.usual(block)), round_.most)
+        usual = np.where(
+            shortening(round_), np.minimum(round_.most, self._reaches[round_.kind].usual(block)), round_.most
+        )
         open_ = np.arange(block) < np.where(scheduled & able, usual, 0)[:, None]
         predicted = np.where(open_, self._memory.histories.predicted(round_.slots)[:, :block], 0.0)
         takes = shortening(round_)[:, None] & (not any(map(by_rejection, round_.running)))  # as `policies` has it
@@ -229,7 +232,7 @@ class Scheduler:
         here, short = standing(round_), shortening(round_)
         staying = here * (not probe)  # a probe tries longer blocks than come unasked
         free = short & (round_.explored < 0)
-        usual = self._reach.of(block)
+        usual = self._reaches[round_.kind].of(block)
         round_.reach = np.where(free, np.where(staying > 0, staying, usual), 0)
         leaving = np.array([s.spared >= SPARED for s in round_.running], np.bool_)
         longest = np.where(short, np.minimum(usual, round_.most), round_.most)
@@ -289,16 +292,17 @@ class Scheduler:
         """What the round came to, for the rounds to come."""
         rows = self._memory.learn(round_, took)
         if len(rows):
-            self._see_reach(round_, rows)
+            self._see_reach(round_, rows, took)
         self.weighing.learn(round_, took, int(np.count_nonzero(took.matched >= 0)))
 
-    def _see_reach(self, round_: Round, rows: Ints) -> None:
+    def _see_reach(self, round_: Round, rows: Ints, took: Took) -> None:
         """Of those whose blocks it may shorten."""
         assert round_.outcome is not None
-        planned = np.where(round_.reach > 0, round_.outcome.planned, -1)[rows]
-        if (planned >= 0).any():
-            bound = round_.most[rows] == round_.reach[rows]
-            self._reach.observe(int(planned.max()), capped=bool((bound & (planned >= round_.reach[rows])).any()))
+        rows = rows[round_.reach[rows] > 0]
+        if len(rows) and round_.decodes and not round_.begins and not round_.catches_up:
+            taken = survival_of(round_.corrected[rows], round_.outcome.planned[rows])
+            seconds = {"drafting": took.draft_seconds, "beside": took.seconds - took.draft_seconds}
+            self._reaches[round_.kind].observe(taken, round_.most[rows], **seconds)
 
 
 def _wish_nothing(round_: Round) -> None:

@@ -158,7 +158,13 @@ class Rounds:
         if not round_.catches_up:
             scheduler.costs.drafted(done.drafts, round_.unhidden)
         scheduler.costs.verified(size, judged, context, done.seconds, done.result)
-        scheduler.learn(round_, replace(done.took, step_seconds=done.result.total_seconds, expected_seconds=expected))
+        took = replace(
+            done.took,
+            step_seconds=done.result.total_seconds,
+            expected_seconds=expected,
+            draft_seconds=done.drafts.seconds,
+        )
+        scheduler.learn(round_, took)
         self._metrics.expected(expected, done.result.total_seconds)
         if self._trace.on:
             self._trace.write(

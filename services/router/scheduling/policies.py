@@ -103,7 +103,7 @@ class Policy(Protocol):
 
     @property
     def shortens(self) -> bool:
-        """Whether only so much of a block is asked for as was verified lately (`reach`)."""
+        """Whether only so much of a block is asked for as is worth it (`reach`)."""
 
     def ask(self, block: int) -> int:
         """Draft tokens worth asking for, of a block."""

@@ -1,49 +1,93 @@
-"""Blocks are asked for as long as plans take them, and what was not asked for is no block that ended."""
+"""Blocks are as long as their places are worth, and what was not asked for is no block that ended."""
+
+import random
+import statistics
 
 import numpy as np
 import pytest
 
 from services.router.scheduling.histories import Histories
-from services.router.scheduling.reach import WHOLE_EVERY, WINDOW, Reach
+from services.router.scheduling.reach import FIRST, SETTLED_EVERY, WHOLE_EVERY, Reach
 from services.router.scheduling.survival import Tracker, continued
 
 N = 7
 
 
-def test_whole_blocks_until_plans_have_been_shorter_for_a_while() -> None:
-    reach = Reach()
-    for planned in [2] * (WINDOW - 1):
-        reach.observe(planned, capped=False)
-        assert reach.of(N) == N
-    reach.observe(1, capped=False)
-    assert reach.of(N) == 3
-    assert reach.of(2) == 2
-    for _ in range(WINDOW - 1):
-        reach.observe(1, capped=False)
-    assert reach.of(N) == 2  # the last 2 has left the window
+def play(
+    reach: Reach,
+    chance: float,
+    rounds: int,
+    *,
+    requests: int = 4,
+    token: float = 0.001,
+    plans: int = N,
+    noise: float = 0.0,
+) -> list[int]:
+    """Rounds of 10 ms and 1 ms more for a forward and so much for a draft token; what was asked for in each."""
+    drawn, lengths = random.Random(1), []
+    for _ in range(rounds):
+        length = reach.of(N)
+        survival = np.where(np.arange(N) < min(length, plans), chance ** np.arange(1, N + 1), 0.0)
+        factor = 1 + noise * drawn.uniform(-1, 1)
+        asked = np.full(requests, length)
+        reach.observe(np.tile(survival, (requests, 1)), asked, drafting=factor * (0.001 + token * length), beside=0.01)
+        lengths.append(length)
+    return lengths
 
 
-def test_a_plan_that_takes_all_it_can_get_is_given_twice_as_much() -> None:
+def rate(length: int, chance: float, token: float) -> float:
+    """Tokens a second, by the definition."""
+    return sum(chance**k for k in range(length + 1)) / (0.011 + token * length)
+
+
+@pytest.mark.parametrize(("chance", "token"), [(0.9, 1e-4), (0.9, 1e-3), (0.6, 1e-3), (0.6, 3e-3), (0.3, 1e-3)])
+def test_the_length_of_most_tokens_a_second_is_found(chance: float, token: float) -> None:
+    lengths = play(Reach(), chance, 300, token=token, noise=0.2)
+    assert lengths[:FIRST] == [N] * FIRST
+    usual = statistics.mode(lengths[-WHOLE_EVERY:])
+    assert rate(usual, chance, token) > 0.96 * max(rate(length, chance, token) for length in range(1, N + 1))
+    assert (usual == N) is (chance == 0.9)
+
+
+def test_where_lengths_cost_the_same_blocks_stay_whole() -> None:
+    assert set(play(Reach(), 0.6, 200, token=0.0)) == {N}
+
+
+def test_places_that_plans_do_not_take_are_worth_nothing() -> None:
+    assert set(play(Reach(), 0.9, 200, plans=2, token=1e-4)[40:60]) == {2}
+
+
+def test_longer_blocks_are_asked_for_again_as_the_text_gets_easier() -> None:
     reach = Reach()
-    for _ in range(WINDOW):
-        reach.observe(0, capped=False)
-    lengths = []
-    for _ in range(4):
-        lengths.append(reach.of(N))
-        reach.observe(lengths[-1], capped=True)
-    assert lengths == [1, 3, 7, 7]
+    assert play(reach, 0.3, 100, plans=1, token=1e-4)[-1] == 1
+    assert play(reach, 0.95, 200, token=1e-4)[-1] == N
+
+
+def test_a_number_of_requests_that_was_never_timed_changes_nothing_at_first() -> None:
+    reach = Reach()
+    assert play(reach, 0.3, 100, plans=1)[-1] == 1
+    assert play(reach, 0.95, 2, requests=5) == [1, 1]
+
+
+def test_requests_of_other_lengths_tell_what_their_places_bring_and_not_what_drafting_takes() -> None:
+    reach = Reach()
+    for _ in range(4 * SETTLED_EVERY):
+        reach.observe(np.tile(0.5 ** np.arange(1, N + 1), (2, 1)), np.array([N, 3]), drafting=0.1, beside=0.01)
+    assert reach.of(N) == N
+
+
+def test_a_drafter_with_other_blocks_begins_anew() -> None:
+    reach = Reach()
+    assert play(reach, 0.3, 100, plans=1)[-1] == 1
+    reach.observe(np.full((1, 4), 0.5), np.array([4]), drafting=0.002, beside=0.01)
+    assert reach.of(4) == 4
 
 
 def test_now_and_then_a_round_of_whole_blocks_that_is_not_what_is_usual() -> None:
     reach = Reach()
-    whole = 0
-    for _ in range(10 * WHOLE_EVERY):
-        whole += reach.of(N) == N
-        reach.observe(1, capped=False)
-    assert 9 <= whole - WINDOW <= 10
-    for _ in range(WHOLE_EVERY):
-        assert reach.usual(N) == 2
-        reach.observe(1, capped=False)
+    lengths = play(reach, 0.3, 10 * WHOLE_EVERY, plans=1)
+    assert 9 <= lengths[2 * FIRST :].count(N) <= 10
+    assert reach.usual(N) == 1
 
 
 def test_places_behind_what_was_asked_for_are_as_expected() -> None:
@@ -62,19 +106,19 @@ def test_averages_do_not_sink_because_less_is_asked_for() -> None:
     whole = np.full((1, N), 0.8)
     short = np.where(np.arange(N) < 2, whole, 0.0)
 
-    def play(confidences: np.ndarray, asked: int) -> None:
+    def look(confidences: np.ndarray, asked: int) -> None:
         one, settings = np.array([1]), np.array([number])
         lengths = np.array([asked])
         tracker.observe(settings, confidences, one, one, asked=lengths)
         histories.observe(slots, confidences, one, one, asked=lengths)
 
     for _ in range(40):
-        play(whole, N)
+        look(whole, N)
     before = histories.predicted(slots).copy(), tracker.average(np.array([number])).copy()
     for _ in range(200):
-        play(short, 2)
+        look(short, 2)
     assert histories.predicted(slots) == pytest.approx(before[0], rel=0.1)
     assert tracker.average(np.array([number])) == pytest.approx(before[1], rel=0.25)
     for _ in range(200):
-        play(short, N)  # blocks that end are another thing
+        look(short, N)  # blocks that end are another thing
     assert histories.predicted(slots)[0, 2:].max() < 0.01
