@@ -53,7 +53,7 @@ def most_of(
 
 
 def shortening(round_: Round) -> Bools:
-    """(R,) whose policy asks for no more than plans take."""
+    """(R,) whose policy asks for no more of a block than is worth it."""
     return np.array([policy.shortens for policy in round_.policies], np.bool_)
 
 

@@ -38,7 +38,7 @@ from services.router.scheduling.looks import Looks
 from services.router.scheduling.payoff import Payoff
 from services.router.scheduling.plan import FREE, Bools, Floats, Ints, survival_of
 from services.router.scheduling.policies import Facts, Outcome, mixed
-from services.router.scheduling.reach import Reach
+from services.router.scheduling.reach import Blocks, Reach
 from services.router.scheduling.survival import explore
 from services.router.scheduling.whom import whom_to_draft
 from services.router.sequences import Sequence as Running
@@ -227,12 +227,12 @@ class Scheduler:
             sequence.spared = 0 if own else sequence.spared + 1
 
     def _shorten(self, round_: Round, block: int) -> None:
-        """Ask for no more than plans take lately, but of those whose whole block is explored; what stays, stays."""
+        """Ask for no more than is worth it, but of those whose whole block is explored; what stays, stays."""
         probe = round_.decision is not None and round_.decision.probe
         here, short = standing(round_), shortening(round_)
         staying = here * (not probe)  # a probe tries longer blocks than come unasked
         free = short & (round_.explored < 0)
-        usual = self._reaches[round_.kind].of(block)
+        usual = self._reaches[round_.kind].next(block)
         round_.reach = np.where(free, np.where(staying > 0, staying, usual), 0)
         leaving = np.array([s.spared >= SPARED for s in round_.running], np.bool_)
         longest = np.where(short, np.minimum(usual, round_.most), round_.most)
@@ -299,10 +299,21 @@ class Scheduler:
         """Of those whose blocks it may shorten."""
         assert round_.outcome is not None
         rows = rows[round_.reach[rows] > 0]
-        if len(rows) and round_.decodes and not round_.begins and not round_.catches_up:
-            taken = survival_of(round_.corrected[rows], round_.outcome.planned[rows])
-            seconds = {"drafting": took.draft_seconds, "beside": took.seconds - took.draft_seconds}
-            self._reaches[round_.kind].observe(taken, round_.most[rows], **seconds)
+        if not len(rows) or not round_.decodes or round_.begins or round_.catches_up:
+            return
+        drafts, last = round_.drafts, len(round_.seconds) - 1
+        base = min(round_.base_rows, last)
+        more = float(round_.seconds[min(base + drafts, last)] - round_.seconds[base])
+        self._reaches[round_.kind].observe(
+            Blocks(
+                taken=survival_of(round_.corrected[rows], round_.outcome.planned[rows]),
+                asked=round_.most[rows],
+                requests=int(np.count_nonzero(round_.proposed)),
+                drafting=took.draft_seconds,
+                row=more / max(1, drafts),
+                beside=took.seconds - took.draft_seconds - more,
+            )
+        )
 
 
 def _wish_nothing(round_: Round) -> None:

@@ -2,15 +2,26 @@
 
 import random
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from services.router.scheduling.histories import Histories
-from services.router.scheduling.reach import FIRST, SETTLED_EVERY, WHOLE_EVERY, Reach
+from services.router.scheduling.reach import ENOUGH, FIRST, KEPT, SETTLED_EVERY, WHOLE_EVERY, Blocks, Reach
 from services.router.scheduling.survival import Tracker, continued
 
 N = 7
+
+
+def seen(
+    chance: float, asked: Sequence[int], *, plans: int = N, requests: int | None = None, drafting: float = 0.002
+) -> Blocks:
+    """A round of such blocks, whose drafts each stand with the same chance; 10 ms beside drafting."""
+    lengths = np.array(asked)
+    taken = np.arange(N) < np.minimum(lengths, plans)[:, None]
+    survival = np.where(taken, chance ** np.arange(1, N + 1), 0.0)
+    return Blocks(survival, lengths, requests or len(lengths), drafting, row=0.0, beside=0.01)
 
 
 def play(
@@ -22,15 +33,15 @@ def play(
     token: float = 0.001,
     plans: int = N,
     noise: float = 0.0,
+    row: float = 0.0,
 ) -> list[int]:
-    """Rounds of 10 ms and 1 ms more for a forward and so much for a draft token; what was asked for in each."""
+    """Rounds with 1 ms for a draft's forward, and so much for a token and for its row; what was asked for in each."""
     drawn, lengths = random.Random(1), []
     for _ in range(rounds):
-        length = reach.of(N)
-        survival = np.where(np.arange(N) < min(length, plans), chance ** np.arange(1, N + 1), 0.0)
+        length = reach.next(N)
         factor = 1 + noise * drawn.uniform(-1, 1)
-        asked = np.full(requests, length)
-        reach.observe(np.tile(survival, (requests, 1)), asked, drafting=factor * (0.001 + token * length), beside=0.01)
+        round_ = seen(chance, [length] * requests, plans=plans, drafting=factor * (0.001 + token * length))
+        reach.observe(round_._replace(row=row))
         lengths.append(length)
     return lengths
 
@@ -49,6 +60,12 @@ def test_the_length_of_most_tokens_a_second_is_found(chance: float, token: float
     assert (usual == N) is (chance == 0.9)
 
 
+def test_drafts_rows_count_as_far_as_plans_take_them() -> None:
+    assert statistics.mode(play(Reach(), 0.7, 200, token=1e-5)) == N
+    assert statistics.mode(play(Reach(), 0.7, 200, token=1e-5, row=1e-3)[100:]) < N
+    assert statistics.mode(play(Reach(), 0.7, 200, token=1e-4, row=1e-3, plans=2)[100:]) == 2
+
+
 def test_where_lengths_cost_the_same_blocks_stay_whole() -> None:
     assert set(play(Reach(), 0.6, 200, token=0.0)) == {N}
 
@@ -60,27 +77,51 @@ def test_places_that_plans_do_not_take_are_worth_nothing() -> None:
 def test_longer_blocks_are_asked_for_again_as_the_text_gets_easier() -> None:
     reach = Reach()
     assert play(reach, 0.3, 100, plans=1, token=1e-4)[-1] == 1
-    assert play(reach, 0.95, 200, token=1e-4)[-1] == N
+    assert play(reach, 0.95, 8 * WHOLE_EVERY, token=1e-4)[-1] == N
+
+
+def test_what_a_length_took_is_forgotten_in_time() -> None:
+    """Else one that met other work when it was tried would never be tried again."""
+    reach = Reach()
+    play(reach, 0.6, FIRST + 4)
+    for _ in range(ENOUGH):
+        reach.observe(seen(0.6, [2] * 4, drafting=1.0))
+    lengths = play(reach, 0.6, KEPT + 2 * WHOLE_EVERY)
+    assert 2 not in lengths[: KEPT // 2]
+    assert lengths[-1] in {2, 4}
 
 
 def test_a_number_of_requests_that_was_never_timed_changes_nothing_at_first() -> None:
     reach = Reach()
-    assert play(reach, 0.3, 100, plans=1)[-1] == 1
-    assert play(reach, 0.95, 2, requests=5) == [1, 1]
+    assert play(reach, 0.3, 101, plans=1)[-1] == 1  # the next time is due after three more
+    for requests in (5, 6, 7, 8):
+        reach.observe(seen(0.95, [1] * requests, drafting=1e-4))
+    assert reach.next(N) == 1
 
 
-def test_requests_of_other_lengths_tell_what_their_places_bring_and_not_what_drafting_takes() -> None:
+def test_a_cap_on_all_blocks_keeps_nobody_from_choosing() -> None:
     reach = Reach()
     for _ in range(4 * SETTLED_EVERY):
-        reach.observe(np.tile(0.5 ** np.arange(1, N + 1), (2, 1)), np.array([N, 3]), drafting=0.1, beside=0.01)
-    assert reach.of(N) == N
+        reach.observe(seen(0.3, [4] * 3, plans=1, drafting=0.005))
+    assert reach.next(N) == 1
+
+
+def test_blocks_of_mixed_lengths_tell_what_places_bring_as_far_as_they_were_asked() -> None:
+    reach = Reach()
+    for _ in range(4 * SETTLED_EVERY):
+        reach.observe(seen(0.5, [N, 1], drafting=0.1))
+    assert reach.next(N) == N  # what either takes is not known
+    for _ in range(4 * SETTLED_EVERY):
+        reach.observe(seen(0.5, [N, N, N, 1], requests=4, drafting=0.02))
+    assert reach.usual(N) < N
 
 
 def test_a_drafter_with_other_blocks_begins_anew() -> None:
     reach = Reach()
     assert play(reach, 0.3, 100, plans=1)[-1] == 1
-    reach.observe(np.full((1, 4), 0.5), np.array([4]), drafting=0.002, beside=0.01)
-    assert reach.of(4) == 4
+    reach.observe(Blocks(np.full((1, 4), 0.5), np.array([4]), 1, 0.002, 0.0, 0.01))
+    assert reach.next(4) == 4
+    assert play(reach, 0.9, FIRST + SETTLED_EVERY, token=1e-5) == [N] * (FIRST + SETTLED_EVERY)
 
 
 def test_now_and_then_a_round_of_whole_blocks_that_is_not_what_is_usual() -> None:
