@@ -63,6 +63,11 @@ class RoundCosts:
         """Rows that other routers have in the steps with ours, lately."""
         return round(self._others)
 
+    @property
+    def company(self) -> int:
+        """Other routers' sequences in the steps with ours, lately."""
+        return min(self.other_rows, self._link.others)
+
     def price(self, prompt_rows: int) -> int:
         """Judged rows that take as long as so many rows inside prompts, which go through the layers only."""
         return round(prompt_rows * self._prompt_row)

@@ -121,7 +121,7 @@ class Scheduler:
         if scheduled.any():
             bounded = bool(scheduled.all())
             decision = self._holding.decision or self.weighing.decide(
-                block, len(running) + price, self._rest.rounds, kind=kind, bounded=bounded
+                block, self._load(running, price), self._rest.rounds, kind=kind, bounded=bounded
             )
         context = sum(s.committed_len for s in running) / max(1, len(running))
         slots, settings = self._memory.rows(running)
@@ -158,6 +158,10 @@ class Scheduler:
             self._attach()
         round_.unhidden = self._unhidden(round_)
         return round_
+
+    def _load(self, running: list[Running], price: int) -> int:
+        """Rows before any drafts: what drafts win is a matter of everybody's in the step."""
+        return len(running) + price + self.costs.company
 
     def _block(self) -> int:
         """Draft tokens of the longest block at hand, or that was: a round without its drafter counts as missed."""
@@ -211,7 +215,7 @@ class Scheduler:
         if round_.decision is None or not round_.decision.probe:
             chosen = self._holding.lasting(round_, chosen)
         share = self._rest.rounds * (EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS)
-        load = len(round_.running) + round_.prompt_price
+        load = self._load(round_.running, round_.prompt_price)
         if may.any() and round_.decodes and self._looks.due(load, self._rest.rounds, pays=pays):
             chosen = most_promising(round_, predicted, may, LOOKED)
         room = np.where(scheduled & able, round_.most, 0)

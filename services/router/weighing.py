@@ -48,14 +48,11 @@ class Weighing:
         return self._of(self._kind).payoffs.now
 
     def decide(self, block: int, load: int, rounds: int, *, kind: str = "", bounded: bool = True) -> Decision:
-        """What the next round may do, of `load` rows before any drafts.
-
-        Beside other routers' rows only evidence bounds drafting: what one of them tries alone loses what all of them
-        together would win, so that accounts would keep all from it.
+        """What the next round may do.
 
         Args:
             block: draft tokens of a whole block.
-            load: rows.
+            load: rows before any drafts, other routers' included.
             rounds: since it was last asked.
             kind: of the batch, as `Round.kind`.
             bounded: everybody's drafts are the scheduler's; beside others' it does not show what these lose.
@@ -63,8 +60,7 @@ class Weighing:
         if self._block != block:
             self._block, self._kinds = block, {}
         self._kind, scales = kind, self._of(kind)
-        free = not bounded or self._costs.other_rows > 0
-        return scales.payoffs.decide(load, rounds, allowed=free or scales.allowance.open(load))
+        return scales.payoffs.decide(load, rounds, allowed=not bounded or scales.allowance.open(load))
 
     def _of(self, kind: str) -> _Scales:
         return self._kinds.setdefault(kind, _Scales(Payoffs(self._block)))
@@ -88,7 +84,7 @@ class Weighing:
         drafted = bool((round_.drafting & round_.scheduled).any())
         plain = round_.plain and took.other_rows in (0, took.others)  # nor do others draft
         usual = not round_.begins and not round_.catches_up
-        if not took.other_rows and round_.scheduled.all():
+        if round_.scheduled.all() and (plain or not round_.plain):  # beside others' drafts nothing is paid off
             seconds = (took.seconds - _surprise(took)) / (plain_seconds * payoff.plain)
             self._account(round_, tokens / plain_tokens, seconds, usual=usual and drafted)
         if (drafted or plain) and usual:
@@ -102,7 +98,10 @@ class Weighing:
             )
 
     def _account(self, round_: Round, gained: float, took: float, *, usual: bool) -> None:
-        """Of a round of ours alone, all of whose drafts were the scheduler's; over a plain one's tokens and seconds."""
+        """Of a round all of whose drafts were the scheduler's. `gained`, `took`: over a plain one's tokens and seconds.
+
+        Beside other routers' rows they are everybody's.
+        """
         assert round_.decision is not None
         load, allowance = round_.decision.load, self._of(round_.kind).allowance
         if round_.plain:

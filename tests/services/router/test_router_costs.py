@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dspark.messages import Proposal, SequenceKey
+from dspark.messages import Proposal, SequenceKey, StepResult
 from services.router.costs import RoundCosts
 from services.router.links import DraftLink, VerifierLink
 from services.router.parts import Parts
@@ -61,3 +61,15 @@ def test_rounds_without_blocks_teach_nothing() -> None:
     own = costs()
     own.drafted(Drafts({}, 0.5, 0.0), 0.008)
     assert own.draft(1, 100.0, [link()], 7)[1] == pytest.approx(0.005)
+
+
+def test_company_is_the_sequences_of_others_not_their_drafts() -> None:
+    own = RoundCosts(cast("VerifierLink", SimpleNamespace(costs=None, others=4)))
+    for rows in (4, 12):  # without drafts, and with two of each
+        for _ in range(20):
+            own.verified(4, 4, 100.0, 0.030, StepResult((), total_seconds=0.028, other_tokens=rows))
+        assert own.other_rows == rows
+        assert own.company == 4
+    for _ in range(20):
+        own.verified(4, 4, 100.0, 0.030, StepResult((), total_seconds=0.028))
+    assert own.company == 0

@@ -191,7 +191,6 @@ class Costs:
     """Steps of 20 ms and 1 ms a row, whosever rows they are."""
 
     known = True
-    other_rows = 0
 
     def joined(self, rows: int, _context: float) -> float:
         return 0.020 + 0.001 * rows
@@ -271,15 +270,23 @@ def test_what_a_step_takes_beyond_what_was_expected_tells_of_the_machine() -> No
     assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.080, step=0.028) == 0
 
 
-def test_beside_another_router_drafts_go_by_evidence_alone() -> None:
-    made, beside = scheduler(), {"other_rows": 4, "others": 4}
-    for _ in range(ENOUGH - 2):
-        made.learn(a_round(sequences(), drafted=True), took(0.060, 7, **beside))
+@pytest.mark.parametrize(("tokens", "limit"), [(7, 0), (12, BLOCK)])
+def test_beside_another_router_drafts_are_charged_with_what_all_would_have_had(tokens: int, limit: int) -> None:
+    made = scheduler()
+    for _ in range(ENOUGH - 2):  # 11 or 16 tokens for 8, in 60 ms where plain decoding takes 28
+        made.learn(a_round(sequences(), drafted=True), took(0.060, tokens, other_rows=4, others=4))
+    assert made.weighing.decide(BLOCK, 1, 1).limit == limit
+
+
+def test_plain_rounds_beside_another_routers_drafts_pay_nothing_off() -> None:
+    made = scheduler()
+    assert learned(made, rounds=ENOUGH - 2, seconds=0.062) == 0
+    for _ in range(400):
+        made.learn(a_round(sequences()), took(0.056, other_rows=10, others=4))
+    assert made.weighing.decide(BLOCK, 1, 1).limit == 0
+    for _ in range(400):
+        made.learn(a_round(sequences()), took(0.028, other_rows=4, others=4))
     assert made.weighing.decide(BLOCK, 1, 1).limit == BLOCK
-    lost = scheduler()
-    assert learned(lost, rounds=ENOUGH - 2, seconds=0.062) == 0
-    lost.costs.other_rows = 4  # type: ignore[misc]
-    assert lost.weighing.decide(BLOCK, 1, 1).limit == BLOCK
 
 
 def test_drafts_of_a_policy_of_their_own_are_on_nobodys_account() -> None:
