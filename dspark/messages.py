@@ -231,8 +231,9 @@ class Verdict:
 class StepResult:
     """Verdicts of one step, in the order of its items, and where its time went.
 
-    The step had `other_tokens` more rows, of other callers; a step of about as many rows in all costs
-    `fixed_seconds` + rows · `marginal_seconds` (both 0 where the worker cannot say).
+    The step had `other_tokens` more rows, of other callers, `other_prompt_tokens` of them inside prompts;
+    `other_sequences` of theirs got `other_gained` tokens. A step of about as many rows in all costs `fixed_seconds` +
+    rows · `marginal_seconds` (both 0 where the worker cannot say).
     """
 
     verdicts: tuple[Verdict, ...]
@@ -243,6 +244,9 @@ class StepResult:
     fixed_seconds: float = 0.0
     marginal_seconds: float = 0.0
     other_tokens: int = 0
+    other_prompt_tokens: int = 0
+    other_sequences: int = 0
+    other_gained: int = 0
 
 
 # ---------------------------------------------------------------- router ⇄ draft

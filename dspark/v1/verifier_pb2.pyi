@@ -413,6 +413,9 @@ class StepResult(google.protobuf.message.Message):
     FIXED_SECONDS_FIELD_NUMBER: builtins.int
     MARGINAL_SECONDS_FIELD_NUMBER: builtins.int
     OTHER_TOKENS_FIELD_NUMBER: builtins.int
+    OTHER_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    OTHER_SEQUENCES_FIELD_NUMBER: builtins.int
+    OTHER_GAINED_FIELD_NUMBER: builtins.int
     forward_seconds: builtins.float
     sample_seconds: builtins.float
     total_seconds: builtins.float
@@ -423,6 +426,12 @@ class StepResult(google.protobuf.message.Message):
     marginal_seconds: builtins.float
     other_tokens: builtins.int
     """rows of the same step for other callers"""
+    other_prompt_tokens: builtins.int
+    """of these, inside prompts"""
+    other_sequences: builtins.int
+    """of theirs that got tokens"""
+    other_gained: builtins.int
+    """tokens that these got"""
     @property
     def verdicts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Verdict]: ...
     def __init__(
@@ -436,8 +445,11 @@ class StepResult(google.protobuf.message.Message):
         fixed_seconds: builtins.float = ...,
         marginal_seconds: builtins.float = ...,
         other_tokens: builtins.int = ...,
+        other_prompt_tokens: builtins.int = ...,
+        other_sequences: builtins.int = ...,
+        other_gained: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["fixed_seconds", b"fixed_seconds", "forward_seconds", b"forward_seconds", "marginal_seconds", b"marginal_seconds", "other_tokens", b"other_tokens", "queue_seconds", b"queue_seconds", "sample_seconds", b"sample_seconds", "total_seconds", b"total_seconds", "verdicts", b"verdicts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fixed_seconds", b"fixed_seconds", "forward_seconds", b"forward_seconds", "marginal_seconds", b"marginal_seconds", "other_gained", b"other_gained", "other_prompt_tokens", b"other_prompt_tokens", "other_sequences", b"other_sequences", "other_tokens", b"other_tokens", "queue_seconds", b"queue_seconds", "sample_seconds", b"sample_seconds", "total_seconds", b"total_seconds", "verdicts", b"verdicts"]) -> None: ...
 
 global___StepResult = StepResult
 

@@ -26,6 +26,7 @@ OFF_WINDOW = 13  # rounds with drafts that say how far expected drafting times a
 PRESUMED = 5  # of these, at first, presumed not to be
 JUDGED = 0.75  # of a step's rows, at least, for its time to tell what verifying costs
 OTHERS_PACE = 0.25
+COMPANY = 8  # steps, of which the one most shared says whom ours are shared with: not every one meets them
 PROMPT_PACE = 0.1
 
 
@@ -50,7 +51,8 @@ class RoundCosts:
         self._draft_hop = _Median()
         self._draft_engine = _Median()  # where a draft worker has no profile
         self._draft_off = deque([0.0] * PRESUMED, OFF_WINDOW)  # log of observed over expected
-        self._others = 0.0
+        self._others = self._gained = 0.0
+        self._company = deque([0], COMPANY)
         self._prompt_row = 1.0
 
     @property
@@ -65,8 +67,13 @@ class RoundCosts:
 
     @property
     def company(self) -> int:
-        """Other routers' sequences in the steps with ours, lately."""
-        return min(self.other_rows, self._link.others)
+        """Other routers' sequences that get tokens in the steps with ours, lately."""
+        return max(self._company)
+
+    @property
+    def other_gained(self) -> float:
+        """Tokens that these get in a step."""
+        return self._gained
 
     def price(self, prompt_rows: int) -> int:
         """Judged rows that take as long as so many rows inside prompts, which go through the layers only."""
@@ -127,6 +134,8 @@ class RoundCosts:
         """Takes in a step: our rows, those of them that verdicts came from, and what the call took."""
         self._learn_prompts(rows - judged, judged + result.other_tokens, context, result.total_seconds)
         self._others += OTHERS_PACE * (result.other_tokens - self._others)
+        self._gained += OTHERS_PACE * (result.other_gained - self._gained)
+        self._company.append(result.other_sequences)
         self._verify_hop.add(seconds - result.total_seconds - result.queue_seconds)
         if self._link.costs is not None and judged >= JUDGED * rows:
             self._link.costs.observe(rows + result.other_tokens, context, result.total_seconds)

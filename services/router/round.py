@@ -158,8 +158,8 @@ class Took:
         turned: (R,) whether the one to the first wrong draft was right.
         tokens: emitted in all.
         seconds: of the whole round, deciding included, without those behind other routers' steps.
-        other_rows: that other routers had in the step.
-        others: sequences of theirs on the worker.
+        other_rows, other_prompt_rows: that other routers had in the step; those inside prompts among them.
+        company, other_tokens: sequences of theirs that got tokens, and how many.
         step_seconds, expected_seconds: of the step in the worker's engine.
         draft_seconds: that the round waited for its blocks.
     """
@@ -168,7 +168,9 @@ class Took:
     tokens: int
     seconds: float
     other_rows: int = 0
-    others: int = 0
+    other_prompt_rows: int = 0
+    company: int = 0
+    other_tokens: int = 0
     step_seconds: float = 0.0
     expected_seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -176,6 +178,6 @@ class Took:
     turned: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     @property
-    def company(self) -> int:
-        """Others' sequences in the step, as far as the worker's load tells."""
-        return min(self.other_rows, self.others)
+    def others_draft(self) -> bool:
+        """Whether other routers had rows of drafts in the step."""
+        return self.other_rows > self.company + self.other_prompt_rows

@@ -143,7 +143,7 @@ class Scheduler:
             explored=np.full(len(running), FREE),
             before=self._memory.histories.before(slots)[:, :block],
             seconds=self.costs.verify(max(len(running) + price, rows - sum(pieces) + price), context),
-            base_tokens=len(running) + len(prompts) + self.costs.other_rows * self.weighing.row_yield,
+            base_tokens=len(running) + len(prompts) + self.costs.other_gained,
             unhidden=0.0,
             decision=decision,
             once=np.zeros(len(running), np.bool_),
@@ -307,15 +307,17 @@ class Scheduler:
             return
         drafts, last = round_.drafts, len(round_.seconds) - 1
         base = min(round_.base_rows, last)
-        more = float(round_.seconds[min(base + drafts, last)] - round_.seconds[base])
+        more = max(0.0, float(round_.seconds[min(base + drafts, last)] - round_.seconds[base]))
+        requests = int(np.count_nonzero(round_.proposed))
         self._reaches[round_.kind].observe(
             Blocks(
                 taken=survival_of(round_.corrected[rows], round_.outcome.planned[rows]),
                 asked=round_.most[rows],
-                requests=int(np.count_nonzero(round_.proposed)),
+                requests=requests,
                 drafting=took.draft_seconds,
                 row=more / max(1, drafts),
                 beside=took.seconds - took.draft_seconds - more,
+                base=round_.base_tokens / max(1, requests),
             )
         )
 

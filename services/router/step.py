@@ -111,7 +111,15 @@ class Rounds:
         apart = result.queue_seconds if not result.other_tokens else 0.0  # behind a step of others, whose tokens it had
         seconds = time.perf_counter() - began - apart
         return Took(
-            matched, gained, seconds, result.other_tokens, cohort.link.others, alternatives=verified, turned=turned > 0
+            matched,
+            gained,
+            seconds,
+            other_rows=result.other_tokens,
+            other_prompt_rows=result.other_prompt_tokens,
+            company=result.other_sequences,
+            other_tokens=result.other_gained,
+            alternatives=verified,
+            turned=turned > 0,
         )
 
     def _accept(self, entry: Entry, verdict: Verdict) -> Published:

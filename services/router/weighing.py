@@ -17,7 +17,6 @@ from services.router.scheduling.payoff import Decision, Payoff, Payoffs
 __all__ = ["Weighing"]
 
 SURPRISE = 1.25  # what a step took beyond so many times what was expected tells of the machine, not of drafts
-YIELD_PACE = 1 / 16
 
 
 @dataclass(slots=True)
@@ -29,14 +28,9 @@ class _Scales:
 
 
 class Weighing:
-    """The state of one cohort, whose blocks have up to `block` draft tokens.
-
-    Attributes:
-        row_yield: tokens a row, lately.
-    """
+    """The state of one cohort, whose blocks have up to `block` draft tokens."""
 
     def __init__(self, costs: RoundCosts, block: int) -> None:
-        self.row_yield = 1.0
         self._costs = costs
         self._block = block
         self._kinds: dict[str, _Scales] = {}
@@ -67,24 +61,22 @@ class Weighing:
 
     def learn(self, round_: Round, took: Took, judged: int) -> None:
         """What a round came to that gave verdicts on so many sequences."""
-        if not judged or not round_.decodes:
+        if not judged or not round_.decodes or round_.decision is None or not self._costs.known:
             return
-        self.row_yield += (took.tokens / (judged + round_.drafts) - self.row_yield) * YIELD_PACE
-        if round_.decision is None or not self._costs.known:
-            return
-        if took.other_rows > took.others * (1 + 2 * round_.before.shape[1]):  # an anchor, drafts, alternatives to them
-            return  # others' prompts, beside which neither drafts nor plain decoding show what they take
+        if took.other_prompt_rows > (judged + took.company) // 2:
+            return  # beside others' prompts neither drafts nor plain decoding show what they take
         plain_seconds = self._costs.joined(round_.base_rows + took.company, round_.context)
         if plain_seconds > 0:
             self._weigh(round_, took, round_.decision, judged + took.company, plain_seconds)
 
     def _weigh(self, round_: Round, took: Took, decision: Decision, plain_tokens: int, plain_seconds: float) -> None:
         payoff = self._of(round_.kind).payoffs.of(decision)
-        tokens = took.tokens + max(took.company, took.other_rows * self.row_yield)
+        tokens = took.tokens + took.other_tokens
         drafted = bool((round_.drafting & round_.scheduled).any())
-        plain = round_.plain and took.other_rows in (0, took.others)  # nor do others draft
+        plain = round_.plain and not took.others_draft
         usual = not round_.begins and not round_.catches_up
-        if round_.scheduled.all() and (plain or not round_.plain):  # beside others' drafts nothing is paid off
+        ours = drafted or round_.plain or not took.others_draft  # else it is theirs to pay for
+        if ours and round_.scheduled.all():
             seconds = (took.seconds - _surprise(took)) / (plain_seconds * payoff.plain)
             self._account(round_, tokens / plain_tokens, seconds, usual=usual and drafted)
         if (drafted or plain) and usual:

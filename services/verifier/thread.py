@@ -9,7 +9,6 @@ background work runs piece by piece; between two steps there is at most one piec
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import structlog
 
 from dspark.errors import DSparkError, InternalError, Unavailable
 from dspark.messages import StepItem, StepResult, WorkerLoad
+from services.verifier.answers import answers
 from services.verifier.calls import Call, Waiting, load_of
 from services.verifier.company import Company
 from services.verifier.engine import VerifyEngine
@@ -218,6 +218,7 @@ class EngineThread:
         began = time.perf_counter()
         try:
             result, learn = self.engine.compute([item for call in live for item in call.items or ()])
+            told = answers(result, live, began)
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault in it
             _log.exception("a step failed")
             for call in live:
@@ -225,13 +226,9 @@ class EngineThread:
             return
         finally:
             self._note_answered(calls)
-        news: list[Callable[[], None]] = []
-        verdicts, rows = iter(result.verdicts), sum(call.rows for call in live)
-        for call in live:
-            own = tuple(itertools.islice(verdicts, len(call.items or ())))
-            queued, others = max(0.0, began - call.queued_at - call.delayed), rows - call.rows
-            answer = replace(result, verdicts=own, queue_seconds=queued, other_tokens=others)
-            news.append(partial(call.answer.set_result, answer))
+        news: list[Callable[[], None]] = [
+            partial(call.answer.set_result, own) for call, own in zip(live, told, strict=True)
+        ]
         self._guard(lambda: news.append(self.engine.publish_due()))
         self._hand_over(partial(self._tell, news))
         self._lessons.append(learn)

@@ -1,4 +1,4 @@
-"""Every program in docs/client.md runs as it stands, but for the router's address."""
+"""Every program in docs/client.md that asks a router runs as it stands, but for the address."""
 
 import asyncio
 import re
@@ -9,13 +9,12 @@ import pytest
 from support.scripted_router import ScriptedRouter, running
 
 DOCS = Path(__file__).parents[2] / "docs" / "client.md"
-PROGRAMS = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.MULTILINE)
 ADDRESS = "127.0.0.1:50051"
+PROGRAMS = [p for p in re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.MULTILINE) if ADDRESS in p]
 
 
 def test_there_are_programs() -> None:
     assert len(PROGRAMS) == 4
-    assert all(ADDRESS in program for program in PROGRAMS)
 
 
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))

@@ -180,6 +180,9 @@ def _(message: m.StepResult) -> pb.StepResult:
         fixed_seconds=message.fixed_seconds,
         marginal_seconds=message.marginal_seconds,
         other_tokens=message.other_tokens,
+        other_prompt_tokens=message.other_prompt_tokens,
+        other_sequences=message.other_sequences,
+        other_gained=message.other_gained,
     )
 
 
@@ -194,6 +197,9 @@ def _(message: pb.StepResult) -> m.StepResult:
         fixed_seconds=message.fixed_seconds,
         marginal_seconds=message.marginal_seconds,
         other_tokens=message.other_tokens,
+        other_prompt_tokens=message.other_prompt_tokens,
+        other_sequences=message.other_sequences,
+        other_gained=message.other_gained,
     )
 
 

@@ -41,6 +41,7 @@ class Blocks(NamedTuple):
         drafting: seconds that the round waited for blocks.
         row: seconds that a draft's row took in the step.
         beside: seconds of the round beside drafting and drafts' rows.
+        base: tokens of the round without drafts, for each of these requests: more than 1 where others wait for them.
     """
 
     taken: Floats
@@ -49,6 +50,7 @@ class Blocks(NamedTuple):
     drafting: float
     row: float
     beside: float
+    base: float = 1.0
 
 
 @dataclass(slots=True)
@@ -65,6 +67,7 @@ class Reach:
     _rows: Floats = field(default_factory=lambda: np.zeros(0))  # of these, how many have a row there
     _row: float = 0.0
     _beside: float = 0.0
+    _base: float = 1.0
     _drafting: dict[tuple[int, int], deque[tuple[int, float]]] = field(default_factory=dict)
     _rounds: int = 0
     _shortened: int = 0
@@ -75,10 +78,7 @@ class Reach:
 
     def next(self, block: int) -> int:
         """Draft tokens to ask for in the next round."""
-        if self._shortened < WHOLE_EVERY:
-            return self.usual(block)
-        self._shortened = 0
-        return block
+        return self.usual(block) if self._shortened < WHOLE_EVERY else block
 
     def observe(self, blocks: Blocks) -> None:
         """Takes in a round, and chooses the length anew every few."""
@@ -86,11 +86,12 @@ class Reach:
         if width != len(self._taken):
             self._taken, self._before, self._rows = np.zeros((3, width))
             self._drafting, self._rounds, self.length = {}, 0, None
-        self._shortened += 1
+        self._shortened = self._shortened + 1 if self._shortened < WHOLE_EVERY else 0
         self._rounds += 1
         pace = max(PACE, 1 / self._rounds)
         self._row += pace * (blocks.row - self._row)
         self._beside += pace * (blocks.beside - self._beside)
+        self._base += pace * (blocks.base - self._base)
         self._see_places(blocks, np.where(np.arange(width) < self.usual(width), pace, max(SELDOM, pace)))
         longest = int(blocks.asked.max())
         if np.count_nonzero(blocks.asked == longest) >= ALIKE * len(blocks.asked):
@@ -115,7 +116,8 @@ class Reach:
         worth = np.cumsum(np.cumprod(self._taken / np.maximum(self._before, 1e-9)))
         beside = np.maximum(self._beside + self._row * requests * np.cumsum(self._rows), 1e-6)
         rates = {
-            length: (1 + float(worth[length - 1])) / (float(beside[length - 1]) + _expected(known, length, block))
+            length: (self._base + float(worth[length - 1]))
+            / (float(beside[length - 1]) + _expected(known, length, block))
             for length in {*(2**power for power in range(block.bit_length()) if 2**power < block), now, block}
         }
         best = max(rates, key=lambda length: (rates[length], -length))

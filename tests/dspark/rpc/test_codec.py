@@ -112,6 +112,9 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
         SECONDS,
         SECONDS,
         other_tokens=UINT32,
+        other_prompt_tokens=UINT32,
+        other_sequences=UINT32,
+        other_gained=UINT32,
     ),
     verifier_pb2.FeatureBlock: st.builds(
         m.FeatureBlock, KEYS, UINT32, UINT32, st.binary(), error=st.none(), token_ids=IDS

@@ -63,13 +63,25 @@ def test_rounds_without_blocks_teach_nothing() -> None:
     assert own.draft(1, 100.0, [link()], 7)[1] == pytest.approx(0.005)
 
 
-def test_company_is_the_sequences_of_others_not_their_drafts() -> None:
-    own = RoundCosts(cast("VerifierLink", SimpleNamespace(costs=None, others=4)))
-    for rows in (4, 12):  # without drafts, and with two of each
-        for _ in range(20):
-            own.verified(4, 4, 100.0, 0.030, StepResult((), total_seconds=0.028, other_tokens=rows))
+def shared(own: RoundCosts, steps: int, **others: int) -> None:
+    """So many steps with others' rows in them."""
+    for _ in range(steps):
+        own.verified(4, 4, 100.0, 0.030, StepResult((), total_seconds=0.028, **others))
+
+
+def test_company_is_the_sequences_of_others_and_not_their_drafts() -> None:
+    own = costs()
+    for rows, tokens in ((4, 4), (12, 7)):
+        shared(own, 20, other_tokens=rows, other_sequences=4, other_gained=tokens)
         assert own.other_rows == rows
         assert own.company == 4
-    for _ in range(20):
-        own.verified(4, 4, 100.0, 0.030, StepResult((), total_seconds=0.028))
+        assert own.other_gained == pytest.approx(tokens, abs=0.1)
+    shared(own, 20)
     assert own.company == 0
+
+
+def test_a_step_that_met_nobody_changes_no_company() -> None:
+    own = costs()
+    shared(own, 20, other_tokens=4, other_sequences=4, other_gained=4)
+    shared(own, 2)
+    assert own.company == 4

@@ -208,21 +208,23 @@ def took(seconds: float, tokens: int = STREAMS, **others: Any) -> Took:
 def test_plain_rounds_beside_another_routers_drafts_say_nothing_of_plain_decoding() -> None:
     made, running = scheduler(), sequences()
     for _ in range(20):  # it waits for the other's drafts, and for their rows
-        made.learn(a_round(running), took(0.056, other_rows=10, others=4))
+        made.learn(a_round(running), took(0.056, other_rows=10, company=4, other_tokens=7))
     assert made.payoff.plain == 1.0
-    for _ in range(20):
-        made.learn(a_round(running), took(0.056, other_rows=4, others=4))
+    for _ in range(20):  # some of theirs were not in the step
+        made.learn(a_round(running), took(0.056, other_rows=4, company=4, other_tokens=4))
     assert 1.9 < made.payoff.plain <= 2.0
 
 
 def test_rounds_beside_another_routers_prompts_say_nothing_of_drafts() -> None:
     made, running = scheduler(), sequences()
+    others = {"other_rows": 4 + 128, "other_prompt_rows": 128, "company": 4, "other_tokens": 4}
     for _ in range(3 * ENOUGH):
-        made.learn(a_round(running, drafted=True), took(0.180, 7, other_rows=4 + 128, others=4))
+        made.learn(a_round(running, drafted=True), took(0.180, 7, **others))
     assert made.payoff.advantage == 0.0
+    assert made.weighing.decide(BLOCK, 1, 1).limit == BLOCK
 
 
-@pytest.mark.parametrize(("others", "pays"), [({"other_rows": 4, "others": 4}, False), ({}, True)])
+@pytest.mark.parametrize(("others", "pays"), [({"other_rows": 4, "company": 4, "other_tokens": 4}, False), ({}, True)])
 def test_drafts_are_weighed_with_the_other_routers_sequences_that_wait_for_them(
     others: dict[str, int], *, pays: bool
 ) -> None:
@@ -270,23 +272,45 @@ def test_what_a_step_takes_beyond_what_was_expected_tells_of_the_machine() -> No
     assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.080, step=0.028) == 0
 
 
-@pytest.mark.parametrize(("tokens", "limit"), [(7, 0), (12, BLOCK)])
-def test_beside_another_router_drafts_are_charged_with_what_all_would_have_had(tokens: int, limit: int) -> None:
+PLAIN = {"other_rows": 4, "company": 4, "other_tokens": 4}
+DRAFTS = {"other_rows": 12, "company": 4, "other_tokens": 7}
+
+
+@pytest.mark.parametrize(
+    ("others", "tokens", "limit"),
+    [(PLAIN, 7, 0), (PLAIN, 15, BLOCK), (DRAFTS, 7, 0), (DRAFTS, 12, BLOCK)],
+)
+def test_beside_another_router_drafts_are_charged_with_what_all_would_have_had(
+    others: dict[str, int], tokens: int, limit: int
+) -> None:
     made = scheduler()
-    for _ in range(ENOUGH - 2):  # 11 or 16 tokens for 8, in 60 ms where plain decoding takes 28
-        made.learn(a_round(sequences(), drafted=True), took(0.060, tokens, other_rows=4, others=4))
-    assert made.weighing.decide(BLOCK, 1, 1).limit == limit
+    for _ in range(4 * ENOUGH):  # of 64 ms, where plain decoding for all eight takes 28
+        made.learn(a_round(sequences(), drafted=True, decision=Decision(BLOCK, load=8)), took(0.064, tokens, **others))
+        if not made.weighing.decide(BLOCK, 8, 1).limit:
+            break
+    assert made.weighing.decide(BLOCK, 8, 1).limit == limit
 
 
-def test_plain_rounds_beside_another_routers_drafts_pay_nothing_off() -> None:
+def test_another_routers_drafts_are_on_nobodys_account_here() -> None:
+    made = scheduler()
+    for _ in range(3 * ENOUGH):  # ours have just ended, and features are still sent
+        made.learn(a_round(sequences(), plain=False), took(0.100, **DRAFTS))
+    assert made.weighing.decide(BLOCK, 1, 1).limit == BLOCK
+
+
+def test_what_was_lost_is_paid_off_beside_another_routers_drafts_too() -> None:
+    """Else each of two would keep the other from trying again."""
     made = scheduler()
     assert learned(made, rounds=ENOUGH - 2, seconds=0.062) == 0
     for _ in range(400):
-        made.learn(a_round(sequences()), took(0.056, other_rows=10, others=4))
-    assert made.weighing.decide(BLOCK, 1, 1).limit == 0
-    for _ in range(400):
-        made.learn(a_round(sequences()), took(0.028, other_rows=4, others=4))
+        made.learn(a_round(sequences()), took(0.056, **DRAFTS))
     assert made.weighing.decide(BLOCK, 1, 1).limit == BLOCK
+
+
+def test_the_load_that_is_decided_for_is_everybodys() -> None:
+    made = scheduler()
+    made.costs.company = 4  # type: ignore[misc]
+    assert made._load(sequences(), 3) == STREAMS + 3 + 4
 
 
 def test_drafts_of_a_policy_of_their_own_are_on_nobodys_account() -> None:

@@ -34,6 +34,7 @@ def play(
     plans: int = N,
     noise: float = 0.0,
     row: float = 0.0,
+    base: float = 1.0,
 ) -> list[int]:
     """Rounds with 1 ms for a draft's forward, and so much for a token and for its row; what was asked for in each."""
     drawn, lengths = random.Random(1), []
@@ -41,7 +42,7 @@ def play(
         length = reach.next(N)
         factor = 1 + noise * drawn.uniform(-1, 1)
         round_ = seen(chance, [length] * requests, plans=plans, drafting=factor * (0.001 + token * length))
-        reach.observe(round_._replace(row=row))
+        reach.observe(round_._replace(row=row, base=base))
         lengths.append(length)
     return lengths
 
@@ -64,6 +65,21 @@ def test_drafts_rows_count_as_far_as_plans_take_them() -> None:
     assert statistics.mode(play(Reach(), 0.7, 200, token=1e-5)) == N
     assert statistics.mode(play(Reach(), 0.7, 200, token=1e-5, row=1e-3)[100:]) < N
     assert statistics.mode(play(Reach(), 0.7, 200, token=1e-4, row=1e-3, plans=2)[100:]) == 2
+
+
+def test_where_others_wait_for_them_blocks_are_shorter() -> None:
+    alone, waited_for = (statistics.mode(play(Reach(), 0.6, 300, base=base)[100:]) for base in (1.0, 4.0))
+    assert waited_for < alone
+
+
+def test_a_round_of_whole_blocks_that_nobody_saw_is_asked_for_again() -> None:
+    reach = Reach()
+    play(reach, 0.3, 2 * WHOLE_EVERY, plans=1)
+    while reach.next(N) < N:
+        reach.observe(seen(0.3, [1] * 4, plans=1))
+    assert reach.next(N) == N
+    reach.observe(seen(0.3, [N] * 4, plans=1, drafting=0.01))
+    assert reach.next(N) == 1
 
 
 def test_where_lengths_cost_the_same_blocks_stay_whole() -> None:

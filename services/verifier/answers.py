@@ -1,0 +1,58 @@
+"""What each caller of a step is told: its own verdicts, and what the others in the step came to.
+
+A router judges drafts by what everybody in its steps had of the time. Knows calls and verdicts, not how they were made.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dspark.messages import StepItem, StepResult, Verdict
+from services.verifier.calls import Call
+
+__all__ = ["answers"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One caller's share of a step: rows, those inside prompts among them, sequences that got tokens, and how many."""
+
+    rows: int = 0
+    prompt_rows: int = 0
+    sequences: int = 0
+    tokens: int = 0
+
+
+def answers(result: StepResult, calls: Sequence[Call], began: float) -> list[StepResult]:
+    """One for each call, in their order. `began`: when their step did."""
+    verdicts = iter(result.verdicts)
+    own = [tuple(itertools.islice(verdicts, len(call.items or ()))) for call in calls]
+    parts = [_part(call.items or (), mine) for call, mine in zip(calls, own, strict=True)] if len(calls) > 1 else []
+    told = []
+    for number, (call, mine) in enumerate(zip(calls, own, strict=True)):
+        others = parts[:number] + parts[number + 1 :]
+        told.append(
+            replace(
+                result,
+                verdicts=mine,
+                queue_seconds=max(0.0, began - call.queued_at - call.delayed),
+                other_tokens=sum(part.rows for part in others),
+                other_prompt_tokens=sum(part.prompt_rows for part in others),
+                other_sequences=sum(part.sequences for part in others),
+                other_gained=sum(part.tokens for part in others),
+            )
+        )
+    return told
+
+
+def _part(items: Sequence[StepItem], verdicts: Sequence[Verdict]) -> _Part:
+    rows = prompts = sequences = tokens = 0
+    for item, verdict in zip(items, verdicts, strict=True):
+        rows += item.rows
+        gained = len(item.committed(verdict))
+        prompts += item.count - (gained > 0)
+        sequences += gained > 0
+        tokens += gained
+    return _Part(rows, prompts, sequences, tokens)
