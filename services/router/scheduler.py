@@ -211,9 +211,9 @@ class Scheduler:
         may = able & scheduled & (round_.most > 0)
         if not chosen.any() and not round_.prompts and self.payoff.wins:  # rounds say otherwise than costs
             chosen = may
-        pays = bool(chosen.any())
         if round_.decision is None or not round_.decision.probe:
             chosen = self._holding.lasting(round_, chosen)
+        pays = bool(chosen.any())  # what is wished for in one round and not in the next is not seen to pay
         share = self._rest.rounds * (EXPLORED_ROWS if chosen.any() else IDLE_EXPLORED_ROWS)
         load = self._load(round_.running, round_.prompt_price)
         if may.any() and round_.decodes and self._looks.due(load, self._rest.rounds, pays=pays):

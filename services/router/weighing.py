@@ -78,7 +78,7 @@ class Weighing:
         ours = drafted or round_.plain or not took.others_draft  # else it is theirs to pay for
         if ours and round_.scheduled.all():
             seconds = (took.seconds - _surprise(took)) / (plain_seconds * payoff.plain)
-            self._account(round_, tokens / plain_tokens, seconds, usual=usual and drafted)
+            self._account(round_, payoff, tokens / plain_tokens, seconds, usual=usual and drafted)
         if (drafted or plain) and usual:
             payoff.observe(
                 decision,
@@ -89,7 +89,7 @@ class Weighing:
                 plain_seconds=plain_seconds,
             )
 
-    def _account(self, round_: Round, gained: float, took: float, *, usual: bool) -> None:
+    def _account(self, round_: Round, payoff: Payoff, gained: float, took: float, *, usual: bool) -> None:
         """Of a round all of whose drafts were the scheduler's. `gained`, `took`: over a plain one's tokens and seconds.
 
         Beside other routers' rows they are everybody's.
@@ -97,7 +97,7 @@ class Weighing:
         assert round_.decision is not None
         load, allowance = round_.decision.load, self._of(round_.kind).allowance
         if round_.plain:
-            allowance.plain(load)
+            allowance.plain(load, forgone=payoff.advantage if payoff.wins else 0.0)
         elif not round_.capped:
             allowance.tried(load, gained=gained, took=took, usual=usual)
 

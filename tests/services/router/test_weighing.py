@@ -14,6 +14,7 @@ from services.router.options import Options
 from services.router.resting import RESTED, Rest
 from services.router.round import Round, Took
 from services.router.scheduler import Scheduler
+from services.router.scheduling.allowance import GRACE
 from services.router.scheduling.payoff import ENOUGH, Decision
 from services.router.scheduling.plan import FREE
 from services.router.scheduling.policies import Adaptive, Outcome
@@ -327,6 +328,26 @@ def test_whole_blocks_verified_for_measuring_are_not_charged() -> None:
     made = scheduler()
     cut = Outcome(np.full(STREAMS, BLOCK), np.full(STREAMS, 1), np.full(STREAMS, BLOCK))
     assert learned(made, rounds=ENOUGH - 2, seconds=0.060, outcome=cut) == BLOCK
+
+
+def reopened(made: Scheduler) -> int:
+    """Plain rounds until somebody may be drafted for again."""
+    rounds = 0
+    while not made.weighing.decide(BLOCK, 1, 1).limit:
+        made.learn(a_round(sequences()), took(0.024))
+        rounds += 1
+    return rounds
+
+
+def test_what_has_won_for_long_is_soon_tried_again() -> None:
+    made = scheduler()
+    learned(made, rounds=4 * ENOUGH, seconds=0.034)
+    for _ in range(GRACE + 8):  # drafters begin again and again, which no evidence counts
+        learned(made, rounds=1, seconds=0.120, begins=True)
+    assert made.payoff.wins
+    never = scheduler()
+    assert learned(never, rounds=ENOUGH - 2, seconds=0.062) == 0
+    assert 0 < reopened(made) < reopened(never) / 2
 
 
 def test_plain_rounds_pay_off_what_was_lost() -> None:

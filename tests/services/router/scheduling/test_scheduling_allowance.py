@@ -123,3 +123,41 @@ def test_a_round_that_only_had_features_to_send_wins_nothing() -> None:
     for _ in range(50):
         allowance.tried(9, gained=1.0, took=0.8, usual=False)
     assert not allowance.open(9)
+
+
+def reopened(allowance: Allowance, forgone: float, load: int = 9) -> int:
+    """Plain rounds until drafts may be tried again."""
+    rounds = 0
+    while not allowance.open(load):
+        allowance.plain(load, forgone=forgone)
+        rounds += 1
+    return rounds
+
+
+def test_what_evidence_says_wins_is_tried_again_sooner() -> None:
+    assert reopened(closed(), 0.2) < reopened(closed(), 0.05) < reopened(closed(), 0.0) / 2
+
+
+def test_evidence_that_comes_to_nothing_is_believed_less_each_time() -> None:
+    """As where drafters' first rounds lose what the others win."""
+    allowance, waits = closed(), []
+    for _ in range(8):
+        waits.append(reopened(allowance, 0.2))
+        while allowance.open(9):
+            allowance.tried(9, gained=1.0, took=1.3, usual=False)
+    assert waits == sorted(waits)
+    assert waits[-1] > 0.8 * REOPEN / SHARE
+
+
+def test_rounds_that_win_restore_the_belief() -> None:
+    allowance = closed()
+    for _ in range(6):
+        reopened(allowance, 0.2)
+        while allowance.open(9):
+            allowance.tried(9, gained=1.0, took=1.3)
+    late = reopened(allowance, 0.2)
+    for _ in range(40):
+        allowance.tried(9, gained=1.6, took=1.4)
+    while allowance.open(9):
+        allowance.tried(9, gained=1.0, took=1.3)
+    assert reopened(allowance, 0.2) < late / 2
