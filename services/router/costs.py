@@ -132,13 +132,15 @@ class RoundCosts:
 
     def verified(self, rows: int, judged: int, context: float, seconds: float, result: StepResult) -> None:
         """Takes in a step: our rows, those of them that verdicts came from, and what the call took."""
-        self._learn_prompts(rows - judged, judged + result.other_tokens, context, result.total_seconds)
-        self._others += OTHERS_PACE * (result.other_tokens - self._others)
+        prompts = result.other_prompt_tokens
+        all_judged, all_rows = judged + result.other_tokens - prompts, rows + result.other_tokens
+        self._learn_prompts(all_rows - all_judged, all_judged, context, result.total_seconds)
+        self._others += OTHERS_PACE * (result.other_tokens - prompts + self.price(prompts) - self._others)
         self._gained += OTHERS_PACE * (result.other_gained - self._gained)
         self._company.append(result.other_sequences)
         self._verify_hop.add(seconds - result.total_seconds - result.queue_seconds)
-        if self._link.costs is not None and judged >= JUDGED * rows:
-            self._link.costs.observe(rows + result.other_tokens, context, result.total_seconds)
+        if self._link.costs is not None and all_judged >= JUDGED * all_rows:
+            self._link.costs.observe(all_rows, context, result.total_seconds)
 
     def _learn_prompts(self, prompt_rows: int, judged: int, context: float, seconds: float) -> None:
         """From steps of mostly prompt rows: how many judged rows would have taken as long."""

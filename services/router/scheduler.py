@@ -317,7 +317,7 @@ class Scheduler:
                 drafting=took.draft_seconds,
                 row=more / max(1, drafts),
                 beside=took.seconds - took.draft_seconds - more,
-                base=round_.base_tokens / max(1, requests),
+                base=round_.base_tokens,
             )
         )
 

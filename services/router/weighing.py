@@ -65,7 +65,8 @@ class Weighing:
             return
         if took.other_prompt_rows > (judged + took.company) // 2:
             return  # beside others' prompts neither drafts nor plain decoding show what they take
-        plain_seconds = self._costs.joined(round_.base_rows + took.company, round_.context)
+        prompts = self._costs.price(took.other_prompt_rows)
+        plain_seconds = self._costs.joined(round_.base_rows + took.company + prompts, round_.context)
         if plain_seconds > 0:
             self._weigh(round_, took, round_.decision, judged + took.company, plain_seconds)
 

@@ -17,7 +17,10 @@ __all__ = ["answers"]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One caller's share of a step: rows, those inside prompts among them, sequences that got tokens, and how many."""
+    """One caller's share of a step: rows, those inside prompts among them, sequences that got tokens, and how many.
+
+    What was refused had no rows.
+    """
 
     rows: int = 0
     prompt_rows: int = 0
@@ -50,9 +53,11 @@ def answers(result: StepResult, calls: Sequence[Call], began: float) -> list[Ste
 def _part(items: Sequence[StepItem], verdicts: Sequence[Verdict]) -> _Part:
     rows = prompts = sequences = tokens = 0
     for item, verdict in zip(items, verdicts, strict=True):
-        rows += item.rows
+        if verdict.error is not None:
+            continue
         gained = len(item.committed(verdict))
-        prompts += item.count - (gained > 0)
+        rows += item.rows
+        prompts += max(0, item.count - (gained > 0))
         sequences += gained > 0
         tokens += gained
     return _Part(rows, prompts, sequences, tokens)

@@ -1,12 +1,12 @@
-"""How much drafting may lose: a hundredth of plain decoding's time, whatever costs and evidence say.
+"""How much drafting may lose: a hundredth of plain decoding's time, whatever costs say.
 
 Where drafts neither clearly win nor clearly lose, costs that are a few per cent off draft for ever, and no short series
 of rounds shows it. So what was lost is added up as it comes: what plain decoding would have given in the seconds that
 went by, less what was given, the slow first rounds of drafters and the rounds after their last included. While too much
 was lost, and the last rounds do not win it back, nobody is drafted for, and plain rounds pay it off. They do so the
-sooner, the more they forgo by the evidence of rounds with drafts, but half as fast each time that this comes to
-nothing. It knows earlier rounds only, so it is lossless in every mode. Whether a level of drafting is worth its while
-within this is `payoff`'s question.
+sooner, the more they forgo by the evidence of rounds with drafts, but half as fast each time that it was closed since
+drafts last won. It knows earlier rounds only, so it is lossless in every mode. Whether a level of drafting is worth its
+while within this is `payoff`'s question.
 
 Sizes of load are 1, 2 to 3, 4 to 7 rows and so on, and each has an account of its own, in plain rounds' time.
 """
@@ -37,14 +37,14 @@ class _Account:
     open: bool = True
     trend: float = HOPE  # won by a round, lately
     indebted: int = 0  # rounds
-    closings: int = 0  # since it was last full
+    closings: int = 0  # since drafts last filled it up
 
     def add(self, won: float, most: float) -> None:
         self.left = max(min(self.left + won, max(self.left, most)), LEAST)
         self.indebted = self.indebted + 1 if self.left < 0 else 0
         if self.open:
             self.open = self.left >= 0 or (self.trend > 0 and self.indebted < GRACE)
-            self.closings = 0 if self.left >= FULL else self.closings + (not self.open)
+            self.closings += not self.open
         elif self.left >= REOPEN:
             self.open, self.trend = True, HOPE
 
@@ -65,7 +65,7 @@ class Allowance:
         `forgone`: of a plain round, what one with drafts would have won by the evidence, where that is sure; else 0.
         """
         account = self._at(load)
-        account.add(SHARE + forgone * 0.5**account.closings, FULL)
+        account.add(SHARE if account.open else SHARE + forgone * 0.5**account.closings, FULL)
 
     def tried(self, load: int, *, gained: float, took: float, usual: bool = True) -> None:
         """A round with drafts went by, or one before or after them whose features were sent.
@@ -81,6 +81,8 @@ class Allowance:
         if usual:
             account.trend += TREND_PACE * (min(max(won, -1.0), 1.0) - account.trend)
         account.add(won if usual else min(won, SHARE), MOST)
+        if usual and account.left >= FULL and account.trend > 0:
+            account.closings = 0
 
     def _at(self, load: int) -> _Account:
         return self._sizes.setdefault(load.bit_length(), _Account())

@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
         drafting: seconds that the round waited for blocks.
         row: seconds that a draft's row took in the step.
         beside: seconds of the round beside drafting and drafts' rows.
-        base: tokens of the round without drafts, for each of these requests: more than 1 where others wait for them.
+        base: tokens of the round without drafts: more than `requests` where others wait for these.
     """
 
     taken: Floats
@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
     drafting: float
     row: float
     beside: float
-    base: float = 1.0
+    base: float
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Reach:
     _rows: Floats = field(default_factory=lambda: np.zeros(0))  # of these, how many have a row there
     _row: float = 0.0
     _beside: float = 0.0
-    _base: float = 1.0
+    _base: float = 0.0
     _drafting: dict[tuple[int, int], deque[tuple[int, float]]] = field(default_factory=dict)
     _rounds: int = 0
     _shortened: int = 0
@@ -115,9 +115,9 @@ class Reach:
             return
         worth = np.cumsum(np.cumprod(self._taken / np.maximum(self._before, 1e-9)))
         beside = np.maximum(self._beside + self._row * requests * np.cumsum(self._rows), 1e-6)
+        base = self._base / max(1, requests)
         rates = {
-            length: (self._base + float(worth[length - 1]))
-            / (float(beside[length - 1]) + _expected(known, length, block))
+            length: (base + float(worth[length - 1])) / (float(beside[length - 1]) + _expected(known, length, block))
             for length in {*(2**power for power in range(block.bit_length()) if 2**power < block), now, block}
         }
         best = max(rates, key=lambda length: (rates[length], -length))

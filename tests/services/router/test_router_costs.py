@@ -80,6 +80,15 @@ def test_company_is_the_sequences_of_others_and_not_their_drafts() -> None:
     assert own.company == 0
 
 
+def test_others_prompts_are_rows_at_their_price() -> None:
+    own = costs()
+    shared(own, 20, other_tokens=4 + 128, other_prompt_tokens=128, other_sequences=4, other_gained=4)
+    assert own.company == 4
+    own._prompt_row = 0.25
+    shared(own, 40, other_tokens=4 + 128, other_prompt_tokens=128, other_sequences=4, other_gained=4)
+    assert own.other_rows == 4 + 32
+
+
 def test_a_step_that_met_nobody_changes_no_company() -> None:
     own = costs()
     shared(own, 20, other_tokens=4, other_sequences=4, other_gained=4)

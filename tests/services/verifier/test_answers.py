@@ -1,7 +1,10 @@
 """What callers of one step are told of each other."""
 
+from dataclasses import replace
+
 import pytest
 
+from dspark.errors import InvalidRequest
 from dspark.messages import Alternative, SequenceKey, StepItem, StepResult, Verdict
 from services.verifier.answers import answers
 from services.verifier.calls import Call
@@ -54,7 +57,13 @@ def test_each_is_told_its_own_verdicts_and_what_the_others_came_to() -> None:
     assert others(last) == (5 + 18, 8 + 5, 4, 4 + 3)
 
 
-def test_an_item_that_failed_gained_nothing() -> None:
+def test_an_item_that_was_refused_had_no_rows() -> None:
     item, verdict = drafts("a", 2, accepted=0)
-    refused = Verdict(verdict.key, 10, token=None)
-    assert others(told([prompt("b", 2, ends=False)], [(item, refused)])[0]) == (3, 1, 0, 0)
+    refused = Verdict(verdict.key, 10, error=InvalidRequest("no"))
+    assert others(told([prompt("b", 2, ends=False)], [(item, refused)])[0]) == (0, 0, 0, 0)
+
+
+def test_a_repeat_of_no_rows_counts_none_inside_a_prompt() -> None:
+    """Whatever a caller sends must not break what the others are told."""
+    item, verdict = drafts("a", 0, accepted=0)
+    assert others(told([prompt("b", 2, ends=False)], [(replace(item, count=0), verdict)])[0]) == (0, 0, 1, 1)

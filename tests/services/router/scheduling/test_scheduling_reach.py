@@ -21,7 +21,8 @@ def seen(
     lengths = np.array(asked)
     taken = np.arange(N) < np.minimum(lengths, plans)[:, None]
     survival = np.where(taken, chance ** np.arange(1, N + 1), 0.0)
-    return Blocks(survival, lengths, requests or len(lengths), drafting, row=0.0, beside=0.01)
+    count = requests or len(lengths)
+    return Blocks(survival, lengths, count, drafting, row=0.0, beside=0.01, base=float(count))
 
 
 def play(
@@ -42,7 +43,7 @@ def play(
         length = reach.next(N)
         factor = 1 + noise * drawn.uniform(-1, 1)
         round_ = seen(chance, [length] * requests, plans=plans, drafting=factor * (0.001 + token * length))
-        reach.observe(round_._replace(row=row, base=base))
+        reach.observe(round_._replace(row=row, base=base * requests))
         lengths.append(length)
     return lengths
 
@@ -70,6 +71,16 @@ def test_drafts_rows_count_as_far_as_plans_take_them() -> None:
 def test_where_others_wait_for_them_blocks_are_shorter() -> None:
     alone, waited_for = (statistics.mode(play(Reach(), 0.6, 300, base=base)[100:]) for base in (1.0, 4.0))
     assert waited_for < alone
+
+
+def test_rounds_of_fewer_requests_change_no_length_of_more() -> None:
+    """One of eight drafted for in a look has eight times the tokens beside its own, and all of the round's."""
+    reach, steady = Reach(), Reach()
+    for _ in range(300):
+        steady.observe(seen(0.6, [steady.next(N)] * 8, drafting=0.002)._replace(base=8.0))
+        reach.observe(seen(0.6, [reach.next(N)] * 8, drafting=0.002)._replace(base=8.0))
+        reach.observe(seen(0.6, [reach.next(N)], requests=1, drafting=0.002)._replace(base=8.0))
+    assert reach.usual(N) == steady.usual(N)
 
 
 def test_a_round_of_whole_blocks_that_nobody_saw_is_asked_for_again() -> None:
@@ -135,7 +146,7 @@ def test_blocks_of_mixed_lengths_tell_what_places_bring_as_far_as_they_were_aske
 def test_a_drafter_with_other_blocks_begins_anew() -> None:
     reach = Reach()
     assert play(reach, 0.3, 100, plans=1)[-1] == 1
-    reach.observe(Blocks(np.full((1, 4), 0.5), np.array([4]), 1, 0.002, 0.0, 0.01))
+    reach.observe(Blocks(np.full((1, 4), 0.5), np.array([4]), 1, 0.002, 0.0, 0.01, 1.0))
     assert reach.next(4) == 4
     assert play(reach, 0.9, FIRST + SETTLED_EVERY, token=1e-5) == [N] * (FIRST + SETTLED_EVERY)
 
