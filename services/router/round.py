@@ -159,7 +159,7 @@ class Took:
         tokens: emitted in all.
         seconds: of the whole round, deciding included, without those behind other routers' steps.
         other_rows, other_prompt_rows: that other routers had in the step; those inside prompts among them.
-        company, other_tokens: sequences of theirs that got tokens, and how many.
+        company, other_gained: sequences of theirs that got tokens, and how many.
         step_seconds, expected_seconds: of the step in the worker's engine.
         draft_seconds: that the round waited for its blocks.
     """
@@ -170,7 +170,7 @@ class Took:
     other_rows: int = 0
     other_prompt_rows: int = 0
     company: int = 0
-    other_tokens: int = 0
+    other_gained: int = 0
     step_seconds: float = 0.0
     expected_seconds: float = 0.0
     draft_seconds: float = 0.0

@@ -117,7 +117,7 @@ class Rounds:
             other_rows=result.other_tokens,
             other_prompt_rows=result.other_prompt_tokens,
             company=result.other_sequences,
-            other_tokens=result.other_gained,
+            other_gained=result.other_gained,
             alternatives=verified,
             turned=turned > 0,
         )

@@ -72,7 +72,7 @@ class Weighing:
 
     def _weigh(self, round_: Round, took: Took, decision: Decision, plain_tokens: int, plain_seconds: float) -> None:
         payoff = self._of(round_.kind).payoffs.of(decision)
-        tokens = took.tokens + took.other_tokens
+        tokens = took.tokens + took.other_gained
         drafted = bool((round_.drafting & round_.scheduled).any())
         plain = round_.plain and not took.others_draft
         usual = not round_.begins and not round_.catches_up

@@ -22,32 +22,34 @@ class _Part:
     What was refused had no rows.
     """
 
-    rows: int = 0
-    prompt_rows: int = 0
-    sequences: int = 0
-    tokens: int = 0
+    rows: int
+    prompt_rows: int
+    sequences: int
+    tokens: int
 
 
 def answers(result: StepResult, calls: Sequence[Call], began: float) -> list[StepResult]:
     """One for each call, in their order. `began`: when their step did."""
     verdicts = iter(result.verdicts)
     own = [tuple(itertools.islice(verdicts, len(call.items or ()))) for call in calls]
-    parts = [_part(call.items or (), mine) for call, mine in zip(calls, own, strict=True)] if len(calls) > 1 else []
-    told = []
-    for number, (call, mine) in enumerate(zip(calls, own, strict=True)):
-        others = parts[:number] + parts[number + 1 :]
-        told.append(
-            replace(
-                result,
-                verdicts=mine,
-                queue_seconds=max(0.0, began - call.queued_at - call.delayed),
-                other_tokens=sum(part.rows for part in others),
-                other_prompt_tokens=sum(part.prompt_rows for part in others),
-                other_sequences=sum(part.sequences for part in others),
-                other_gained=sum(part.tokens for part in others),
-            )
-        )
-    return told
+    told = [
+        replace(result, verdicts=mine, queue_seconds=max(0.0, began - call.queued_at - call.delayed))
+        for call, mine in zip(calls, own, strict=True)
+    ]
+    if len(calls) == 1:
+        return told
+    parts = [_part(call.items or (), mine) for call, mine in zip(calls, own, strict=True)]
+    return [_beside(answer, parts[:number] + parts[number + 1 :]) for number, answer in enumerate(told)]
+
+
+def _beside(answer: StepResult, others: Sequence[_Part]) -> StepResult:
+    return replace(
+        answer,
+        other_tokens=sum(part.rows for part in others),
+        other_prompt_tokens=sum(part.prompt_rows for part in others),
+        other_sequences=sum(part.sequences for part in others),
+        other_gained=sum(part.tokens for part in others),
+    )
 
 
 def _part(items: Sequence[StepItem], verdicts: Sequence[Verdict]) -> _Part:

@@ -212,23 +212,23 @@ def took(seconds: float, tokens: int = STREAMS, **others: Any) -> Took:
 def test_plain_rounds_beside_another_routers_drafts_say_nothing_of_plain_decoding() -> None:
     made, running = scheduler(), sequences()
     for _ in range(20):  # it waits for the other's drafts, and for their rows
-        made.learn(a_round(running), took(0.056, other_rows=10, company=4, other_tokens=7))
+        made.learn(a_round(running), took(0.056, other_rows=10, company=4, other_gained=7))
     assert made.payoff.plain == 1.0
     for _ in range(20):  # some of theirs were not in the step
-        made.learn(a_round(running), took(0.056, other_rows=4, company=4, other_tokens=4))
+        made.learn(a_round(running), took(0.056, other_rows=4, company=4, other_gained=4))
     assert 1.9 < made.payoff.plain <= 2.0
 
 
 def test_rounds_beside_another_routers_prompts_say_nothing_of_drafts() -> None:
     made, running = scheduler(), sequences()
-    others = {"other_rows": 4 + 128, "other_prompt_rows": 128, "company": 4, "other_tokens": 4}
+    others = {"other_rows": 4 + 128, "other_prompt_rows": 128, "company": 4, "other_gained": 4}
     for _ in range(3 * ENOUGH):
         made.learn(a_round(running, drafted=True), took(0.180, 7, **others))
     assert made.payoff.advantage == 0.0
     assert made.weighing.decide(BLOCK, 1, 1).limit == BLOCK
 
 
-@pytest.mark.parametrize(("others", "pays"), [({"other_rows": 4, "company": 4, "other_tokens": 4}, False), ({}, True)])
+@pytest.mark.parametrize(("others", "pays"), [({"other_rows": 4, "company": 4, "other_gained": 4}, False), ({}, True)])
 def test_drafts_are_weighed_with_the_other_routers_sequences_that_wait_for_them(
     others: dict[str, int], *, pays: bool
 ) -> None:
@@ -276,8 +276,8 @@ def test_what_a_step_takes_beyond_what_was_expected_tells_of_the_machine() -> No
     assert learned(scheduler(), rounds=ENOUGH - 2, seconds=0.080, step=0.028) == 0
 
 
-PLAIN = {"other_rows": 4, "company": 4, "other_tokens": 4}
-DRAFTS = {"other_rows": 12, "company": 4, "other_tokens": 7}
+PLAIN = {"other_rows": 4, "company": 4, "other_gained": 4}
+DRAFTS = {"other_rows": 12, "company": 4, "other_gained": 7}
 
 
 @pytest.mark.parametrize(
