@@ -88,7 +88,7 @@ class VerifyEngine:
         self._stepper = Stepper(model, cache, self._features, noise_candidates=self.settings.noise_candidates)
         self._backfill = Backfill(model, cache, self._features, rows=self.settings.backfill_rows)
         self._feed = Feed(self._features, self._backfill.want)
-        self._held = HeldStates(self._features, limit_bytes=self.settings.held_bytes)
+        self._held = HeldStates(self._features, limit_bytes=self.settings.held_bytes, generation=cache.generation)
         self._holding = False
         self._load = WorkerLoad()
         self._note_load()
@@ -184,10 +184,16 @@ class VerifyEngine:
             self._feed.push(state)
 
     def _sharing(self, due: Iterable[SequenceState]) -> list[SequenceState]:
-        """Others, held, who computed what these found in the prefix cache and have not offered yet."""
+        """Others, held or closed, who computed what these found in the prefix cache and have not offered yet."""
         fresh = [state for state in due if state.request.features and state.offered_len < state.reused_len]
-        pages = {page for state in fresh for page in state.cached.full_pages}
-        return [state for state in self._held.states if pages and not pages.isdisjoint(state.cached.full_pages)]
+        pages = {
+            page for state in fresh for page in state.cached.full_pages[: state.reused_len // self._cache.page_size]
+        }
+        return [state for state in self._held.states if pages and not pages.isdisjoint(self._own_pages(state))]
+
+    def _own_pages(self, state: SequenceState) -> list[int]:
+        """Those that it computed itself."""
+        return state.cached.full_pages[state.reused_len // self._cache.page_size :]
 
     def find(self, key: SequenceKey) -> SequenceState:
         """An open sequence. `UnknownSequence`, or `StaleMessage` for another epoch."""
@@ -212,6 +218,7 @@ class VerifyEngine:
     def register_tap(self, info: TapInfo, tensors: Mapping[str, Tensor]) -> None:
         """Compute this tap's features from now on; a known tap stays. `Mismatch`, `InvalidRequest`, `Overloaded`."""
         self.publish()
+        self._held.drop_retired()  # which may lack the tap's layers
         check_info(info, self.info)
         tap = Tap(info, tensors, self._kernels, self._cache.device)
         fresh = info.tap_id not in self.tap_ids
@@ -298,9 +305,10 @@ class VerifyEngine:
             return self._cache.open(request.token_ids, request.max_len)
 
     def _close(self, states: Collection[SequenceState]) -> None:
-        if self._cache.shares_prefixes:  # whoever goes on with these pages would pay a forward for their features
-            self._held.keep(states)
-        self._held.drop(states)
+        if self._cache.shares_prefixes:
+            self._held.retire(states)
+        else:
+            self._held.drop(states)
         for state in states:
             del self._sequences[state.key.sequence_id]
             self._feed.end(state)

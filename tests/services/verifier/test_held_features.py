@@ -75,9 +75,7 @@ def test_states_of_many_rows_become_features_and_leave_when_somebody_asks(tiny_g
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
-def test_openings_and_closings_compute_no_held_features_that_nobody_can_want(
-    tiny_gemma: Path, prefix_cache: bool
-) -> None:
+def test_openings_and_closings_compute_no_held_features(tiny_gemma: Path, prefix_cache: bool) -> None:
     """What closes is forgotten, unless its pages are kept; what goes on has all of its features in the end."""
     info, tensors = TAPS[0]
     engine = make_engine(tiny_gemma, prefix_cache=prefix_cache, pages=24)
@@ -86,22 +84,97 @@ def test_openings_and_closings_compute_no_held_features_that_nobody_can_want(
     lasting = Stream(engine, "lasting", [2, 8, *PROMPT], features=True, new=60)
     engine.subscribe(reader.stream, lasting.key, info.tap_id, 0)
     hold(engine, [lasting])
+    shorts = []
     for turn in range(10):  # more pages than there are: these are handed out again and again
-        short = Stream(engine, f"short{turn}", [2, 9 + turn, *PROMPT], features=True, new=3)
-        engine.subscribe(reader.stream, short.key, info.tap_id, 0)
-        while not short.done:
-            hold(engine, [lasting, short])
-        engine.close([short.key])
+        shorts.append(Stream(engine, f"short{turn}", [2, 9 + turn, *PROMPT], features=True, new=3))
+        engine.subscribe(reader.stream, shorts[-1].key, info.tap_id, 0)
+        while not shorts[-1].done:
+            hold(engine, [lasting, shorts[-1]])
+        engine.close([shorts[-1].key])
         assert {type(error) for error in reader.errors()} == {UnknownSequence}
         assert not any(block.count for block in reader.log)
-        assert bool(engine._features._buffers[info.tap_id].known.any()) == prefix_cache
-        assert [state.key for state in engine._held.states] == [lasting.key]
+        assert not engine._features._buffers[info.tap_id].known.any()
+        left = [short.key for short in shorts] if prefix_cache else []
+        assert {state.key for state in engine._held.states} == {lasting.key, *left}
     engine.publish()
     rows = reader.rows(lasting.key, info.feature_size)
     assert close(rows, reference(tiny_gemma, lasting.ids[:-1], info, tensors))
     assert not engine.has_background_work
     engine.close([lasting.key])
+    engine._held.drop_retired()
     assert (engine._held.states, engine._held._bytes, len(engine._held._uses)) == ([], 0, 0)
+
+
+def test_who_goes_on_with_a_closed_text_has_its_features_unless_they_are_too_old(tiny_gemma: Path) -> None:
+    """With room for the states of two texts the third's closing lets the first's go, and only those are recomputed."""
+    info, tensors = TAPS[0]
+    row = len(info.layer_ids) * 4 * make_engine(tiny_gemma).info.hidden_size
+    engine = make_engine(tiny_gemma, pages=128, held_bytes=5 * row * (len(PROMPT) + 14))
+    engine.register_tap(info, tensors)
+    reader = Reader(engine)
+    texts = []
+    for turn in range(3):
+        first = Stream(engine, f"first{turn}", [2, 9 + turn, *PROMPT], features=True, new=12)
+        while not first.done:
+            hold(engine, [first])
+        engine.close([first.key])
+        texts.append(first.ids)
+    assert {state.key.sequence_id for state in engine._held.states} == {"first1", "first2"}
+    for turn in (2, 1, 0):
+        assert not engine.has_background_work
+        again = Stream(engine, f"again{turn}", texts[turn], features=True)
+        assert again.cached >= 48
+        engine.subscribe(reader.stream, again.key, info.tap_id, 0)
+        again.take(engine.step([again.item()]).verdicts[0])
+        engine.publish_due()()
+        assert engine.has_background_work == (turn == 0)
+        while engine.has_background_work:
+            engine.run_background()
+        rows = reader.rows(again.key, info.feature_size)
+        assert close(rows, reference(tiny_gemma, again.ids[:-1], info, tensors))
+
+
+def test_states_of_pages_that_were_given_to_others_become_nobody_s_features(tiny_gemma: Path) -> None:
+    """A closed text of which only the beginning is still in the cache has features of the beginning, and no others'."""
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma, pages=7)
+    engine.register_tap(info, tensors)
+    reader = Reader(engine)
+    first = Stream(engine, "first", [2, 9, *PROMPT, *PROMPT[:20]], features=True, new=4)
+    while not first.done:
+        hold(engine, [first])
+    engine.close([first.key])
+    second = Stream(engine, "second", [2, 10, *PROMPT, *PROMPT[:20]], features=True, new=4)
+    engine.subscribe(reader.stream, second.key, info.tap_id, 0)
+    while not second.done:
+        second.take(engine.step([second.item()]).verdicts[0])
+        engine.publish_due()()
+    known = engine._features._buffers[info.tap_id].known.copy()
+    engine._held.keep(engine._held.states)
+    assert 0 < engine._features._buffers[info.tap_id].known.sum() - known.sum() <= 48
+    engine.subscribe(reader.stream, second.key, info.tap_id, 0)
+    rows = reader.rows(second.key, info.feature_size)
+    assert close(rows, reference(tiny_gemma, second.ids[:-1], info, tensors))
+
+
+def test_many_texts_with_one_beginning_cost_whoever_goes_on_with_it_one_of_them(tiny_gemma: Path) -> None:
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma, pages=256)
+    engine.register_tap(info, tensors)
+    reader = Reader(engine)
+    for turn in range(6):
+        first = Stream(engine, f"first{turn}", [*PROMPT, 9 + turn, *PROMPT], features=True, new=3)
+        while not first.done:
+            hold(engine, [first])
+        engine.close([first.key])
+    again = Stream(engine, "again", [*PROMPT, 99], features=True)
+    assert again.cached >= 32
+    engine.subscribe(reader.stream, again.key, info.tap_id, 0)
+    again.take(engine.step([again.item()]).verdicts[0])
+    engine.publish_due()()
+    assert not engine.has_background_work
+    assert close(reader.rows(again.key, info.feature_size), reference(tiny_gemma, again.ids[:-1], info, tensors))
+    assert {state.key.sequence_id for state in engine._held.states} == {f"first{turn}" for turn in range(1, 6)}
 
 
 def test_a_sequence_s_features_leave_while_others_are_held(tiny_gemma: Path) -> None:
