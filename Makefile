@@ -52,7 +52,7 @@ format: $(VENV)/.dev  ## rewrite to the project's format
 proto: $(VENV)/.dev  ## regenerate dspark/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy -Iproto --python_out=. --grpc_python_out=. --mypy_out=quiet:. proto/dspark/v1/*.proto
 
-overhead: $(VENV)/.run model  ## where a round's time goes, at 1 and 8 streams [ARGS="…"]
+overhead: $(VENV)/.run model  ## where a round's time goes, at 1, 8 and 32 streams [ARGS="…"]
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
 steps: $(VENV)/.run model  ## what a verify and a draft step take beside what the machine could do [ARGS="--weights int8"]

@@ -28,7 +28,7 @@ from dspark.evaluation import Settings, evaluate, read_prompts
 
 PROMPTS = [
     f"Question: A shop has {n} boxes with {m} pencils each and sells {n + m} pencils. How many are left?\nAnswer:"
-    for n, m in zip(range(3, 19), range(21, 5, -1), strict=True)
+    for n, m in zip(range(3, 67), range(69, 5, -1), strict=True)
 ]
 ROWS = (
     ("draft: compute", "draft"),
@@ -107,14 +107,16 @@ def free_port() -> int:
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     """All stream counts on one cluster."""
-    prompts = read_prompts(args.prompts, limit=16, template="qa") if args.prompts else PROMPTS
+    count = max(16, *args.streams)  # as many streams run as are asked for
+    known = read_prompts(args.prompts, limit=count, template="qa") if args.prompts else PROMPTS
+    prompts = [known[n % len(known)] for n in range(count)]
     port = free_port()
     async with (
         Cluster(args.model, args.drafter, together=None, router_args=["--metrics-port", str(port)]) as cluster,
         cluster.client() as client,
     ):
-        await measure(client, port, list(prompts[:4]), 4)  # warm
-        figures = {str(n): await measure(client, port, list(prompts), n) for n in args.streams}
+        await measure(client, port, prompts[:4], 4)  # warm
+        figures = {str(n): await measure(client, port, prompts, n) for n in args.streams}
         return {"streams": figures, "store_ms": await asyncio.to_thread(store_milliseconds, cluster.store_url)}
 
 
@@ -137,7 +139,7 @@ def show(report: dict[str, Any]) -> None:
 def main() -> None:
     """Parse, run, show."""
     parser = parser_of(__doc__)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     args = parser.parse_args()
     report = asyncio.run(run(args))
     show(report)

@@ -79,7 +79,10 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     """One and two routers in turns."""
     prompts = read_prompts(args.prompts, limit=args.requests, template="qa") if args.prompts else PROMPTS
     jobs: list[Task] = [
-        (prompts[n % len(prompts)], {"max_tokens": 64, "temperature": 1.0, "seed": n, "policy": args.policy})
+        (
+            prompts[n % len(prompts)],
+            {"max_tokens": 64, "temperature": args.temperature, "seed": n, "policy": args.policy},
+        )
         for n in range(args.requests)
     ]
     async with Cluster(args.model, args.drafter, together=None) as cluster, cluster.client() as one:
@@ -126,6 +129,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8, help="an even number of users in all")
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--policy", default="adaptive")
     args = parser.parse_args()
     report = asyncio.run(run(args))
