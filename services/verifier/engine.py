@@ -170,9 +170,10 @@ class VerifyEngine:
         Apart from `step`, whose verdicts go first. Its last part, in which subscribers are told, is returned; any
         thread may call it.
         """
+        self._queue(held=False)
+        self._held.make_room()
         if self._held.full:
             self._held.keep(self._held.states)
-        self._queue(held=False)
         return partial(flush, self._feed.filled())
 
     def _queue(self, *, held: bool) -> None:
@@ -186,14 +187,8 @@ class VerifyEngine:
     def _sharing(self, due: Iterable[SequenceState]) -> list[SequenceState]:
         """Others, held or closed, who computed what these found in the prefix cache and have not offered yet."""
         fresh = [state for state in due if state.request.features and state.offered_len < state.reused_len]
-        pages = {
-            page for state in fresh for page in state.cached.full_pages[: state.reused_len // self._cache.page_size]
-        }
-        return [state for state in self._held.states if pages and not pages.isdisjoint(self._own_pages(state))]
-
-    def _own_pages(self, state: SequenceState) -> list[int]:
-        """Those that it computed itself."""
-        return state.cached.full_pages[state.reused_len // self._cache.page_size :]
+        found = [state.cached.full_pages[: state.reused_len // self._cache.page_size] for state in fresh]
+        return self._held.having([page for pages in found for page in pages])
 
     def find(self, key: SequenceKey) -> SequenceState:
         """An open sequence. `UnknownSequence`, or `StaleMessage` for another epoch."""
@@ -218,11 +213,12 @@ class VerifyEngine:
     def register_tap(self, info: TapInfo, tensors: Mapping[str, Tensor]) -> None:
         """Compute this tap's features from now on; a known tap stays. `Mismatch`, `InvalidRequest`, `Overloaded`."""
         self.publish()
-        self._held.drop_retired()  # which may lack the tap's layers
         check_info(info, self.info)
         tap = Tap(info, tensors, self._kernels, self._cache.device)
         fresh = info.tap_id not in self.tap_ids
         self._features.add(tap, in_use=self._feed.taps_in_use)
+        if fresh:
+            self._held.drop_closed()  # which may lack the tap's layers
         if fresh and not self._sequences:  # nobody waits
             self._stepper.rehearse()
 

@@ -101,15 +101,15 @@ def test_openings_and_closings_compute_no_held_features(tiny_gemma: Path, prefix
     assert close(rows, reference(tiny_gemma, lasting.ids[:-1], info, tensors))
     assert not engine.has_background_work
     engine.close([lasting.key])
-    engine._held.drop_retired()
-    assert (engine._held.states, engine._held._bytes, len(engine._held._uses)) == ([], 0, 0)
+    engine._held.drop_closed()
+    assert (engine._held.states, engine._held._bytes) == ([], 0)
 
 
 def test_who_goes_on_with_a_closed_text_has_its_features_unless_they_are_too_old(tiny_gemma: Path) -> None:
     """With room for the states of two texts the third's closing lets the first's go, and only those are recomputed."""
     info, tensors = TAPS[0]
     row = len(info.layer_ids) * 4 * make_engine(tiny_gemma).info.hidden_size
-    engine = make_engine(tiny_gemma, pages=128, held_bytes=5 * row * (len(PROMPT) + 14))
+    engine = make_engine(tiny_gemma, pages=128, held_bytes=5 * row * (len(PROMPT) + 14) // 2)
     engine.register_tap(info, tensors)
     reader = Reader(engine)
     texts = []
@@ -150,11 +150,33 @@ def test_states_of_pages_that_were_given_to_others_become_nobody_s_features(tiny
         second.take(engine.step([second.item()]).verdicts[0])
         engine.publish_due()()
     known = engine._features._buffers[info.tap_id].known.copy()
+    taken = engine.find(second.key).cached.full_pages
+    assert not engine._held.having(taken)
     engine._held.keep(engine._held.states)
     assert 0 < engine._features._buffers[info.tap_id].known.sum() - known.sum() <= 48
     engine.subscribe(reader.stream, second.key, info.tap_id, 0)
     rows = reader.rows(second.key, info.feature_size)
     assert close(rows, reference(tiny_gemma, second.ids[:-1], info, tensors))
+
+
+def test_texts_that_began_alike_at_once_keep_what_only_one_of_them_has(tiny_gemma: Path) -> None:
+    """Of the beginning one's pages are kept; the other's are given away first, and nothing else of it is lost."""
+    info, tensors = TAPS[0]
+    engine = make_engine(tiny_gemma, pages=128)
+    engine.register_tap(info, tensors)
+    reader = Reader(engine)
+    both = [Stream(engine, f"{n}", [*PROMPT, n, *PROMPT], features=True, new=3) for n in (7, 8)]
+    while not both[0].done:
+        hold(engine, both)
+    engine.close([stream.key for stream in both])
+    hold(engine, [Stream(engine, "other", [2, 99, *PROMPT], features=True)])
+    again = Stream(engine, "again", both[1].ids, features=True)
+    assert again.cached >= 80
+    engine.subscribe(reader.stream, again.key, info.tap_id, 0)
+    again.take(engine.step([again.item()]).verdicts[0])
+    engine.publish_due()()
+    assert not engine.has_background_work
+    assert close(reader.rows(again.key, info.feature_size), reference(tiny_gemma, again.ids[:-1], info, tensors))
 
 
 def test_many_texts_with_one_beginning_cost_whoever_goes_on_with_it_one_of_them(tiny_gemma: Path) -> None:
@@ -268,7 +290,11 @@ def test_a_tap_of_other_layers_finds_nothing_held(tiny_gemma: Path) -> None:
     for info, tensors in taps:
         engine.register_tap(info, tensors)
         assert not engine._held.states
-        hold(engine, [stream])
+        closed = Stream(engine, f"of {info.tap_id}", [2, info.layer_ids[0], *PROMPT], features=True)
+        hold(engine, [stream, closed])
+        engine.close([closed.key])
+        engine.register_tap(info, tensors)  # is known
+        assert [state.key for state in engine._held.states] == [closed.key]
     engine.subscribe(reader.stream, stream.key, taps[0][0].tap_id, 0)
     engine.publish()
     assert close(reader.rows(stream.key, 8), reference(tiny_gemma, stream.ids[:-1], *taps[0]))
