@@ -1,6 +1,7 @@
 """Features that wait because nobody drafts: later all are there and the same, and who closes leaves nothing."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def hold(engine: VerifyEngine, streams: list[Stream]) -> None:
     for stream, verdict in zip(streams, result.verdicts, strict=True):
         stream.take(verdict)
     engine.publish_due()()
+
+
+def go_on(engine: VerifyEngine, reader: Reader, name: str, ids: Sequence[int], *, cached: int) -> Stream:
+    """Somebody goes on with a text of which at least `cached` positions are known, and wants its features at once."""
+    again = Stream(engine, name, ids, features=True)
+    assert again.cached >= cached
+    engine.subscribe(reader.stream, again.key, TAPS[0][0].tap_id, 0)
+    again.take(engine.step([again.item()]).verdicts[0])
+    engine.publish_due()()
+    return again
 
 
 def test_features_that_may_wait_come_later_and_are_the_same(tiny_gemma: Path) -> None:
@@ -122,11 +133,7 @@ def test_who_goes_on_with_a_closed_text_has_its_features_unless_they_are_too_old
     assert {state.key.sequence_id for state in engine._held.states} == {"first1", "first2"}
     for turn in (2, 1, 0):
         assert not engine.has_background_work
-        again = Stream(engine, f"again{turn}", texts[turn], features=True)
-        assert again.cached >= 48
-        engine.subscribe(reader.stream, again.key, info.tap_id, 0)
-        again.take(engine.step([again.item()]).verdicts[0])
-        engine.publish_due()()
+        again = go_on(engine, reader, f"again{turn}", texts[turn], cached=48)
         assert engine.has_background_work == (turn == 0)
         while engine.has_background_work:
             engine.run_background()
@@ -170,11 +177,7 @@ def test_texts_that_began_alike_at_once_keep_what_only_one_of_them_has(tiny_gemm
         hold(engine, both)
     engine.close([stream.key for stream in both])
     hold(engine, [Stream(engine, "other", [2, 99, *PROMPT], features=True)])
-    again = Stream(engine, "again", both[1].ids, features=True)
-    assert again.cached >= 80
-    engine.subscribe(reader.stream, again.key, info.tap_id, 0)
-    again.take(engine.step([again.item()]).verdicts[0])
-    engine.publish_due()()
+    again = go_on(engine, reader, "again", both[1].ids, cached=80)
     assert not engine.has_background_work
     assert close(reader.rows(again.key, info.feature_size), reference(tiny_gemma, again.ids[:-1], info, tensors))
 
@@ -189,11 +192,7 @@ def test_many_texts_with_one_beginning_cost_whoever_goes_on_with_it_one_of_them(
         while not first.done:
             hold(engine, [first])
         engine.close([first.key])
-    again = Stream(engine, "again", [*PROMPT, 99], features=True)
-    assert again.cached >= 32
-    engine.subscribe(reader.stream, again.key, info.tap_id, 0)
-    again.take(engine.step([again.item()]).verdicts[0])
-    engine.publish_due()()
+    again = go_on(engine, reader, "again", [*PROMPT, 99], cached=32)
     assert not engine.has_background_work
     assert close(reader.rows(again.key, info.feature_size), reference(tiny_gemma, again.ids[:-1], info, tensors))
     assert {state.key.sequence_id for state in engine._held.states} == {f"first{turn}" for turn in range(1, 6)}
